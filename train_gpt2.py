@@ -1,0 +1,1009 @@
+"""Train the GPT-2 of the speedrun (124M parameters, Muon, rotary, value residual): 3.28 validation loss on FineWeb.
+
+Track fineweb: 12 layers, 768 wide, at most 124M parameters active per token, 3242 steps of 524288 tokens, any number of GPUs.
+Track tiny:    the same script on bytes of text, about 1M parameters, two minutes on a laptop's CPU; no GPU, no network.
+
+    8 GPUs   ./run_gpt2.sh                               (torchrun --standalone --nproc_per_node=8 train_gpt2.py ...)
+    1 GPU    ./run_gpt2.sh --device_bsz 32               (python train_gpt2.py ...; the same run, only longer)
+    CPU      ./run_gpt2.sh --track tiny                  (python data/pydocs.py; python train_gpt2.py --track tiny)
+
+Claims: on fineweb none yet (the public record of 2024-11-08 that it follows: 3.278 in 7.8 minutes on 8xH100); on tiny the table
+of README.md, from the records in records/. The file stands alone: it reads nothing of this repository but itself.
+"""
+
+import argparse
+import collections
+import contextlib
+import copy
+import difflib
+import gc
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import queue
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while torch loads ends the program quietly
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line [shared]
+
+TRACKS = ("fineweb", "tiny")
+
+
+def flag(help, both=None, choices=None, **per_track):
+    """A field of Hyperparameters: help (meaning and unit) and its default, one for both tracks or one for each."""
+    defaults = {track: per_track.get(track, both) for track in TRACKS}
+    return field(default=None, metadata={"help": help, "defaults": defaults, "choices": choices})
+
+
+def stop(message):
+    """End the program: one or two lines on stderr, exit status 1, no traceback. Rank 0 speaks for all."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, with the nearest flag when one was misspelt."""
+
+    def error(self, message):
+        flags = [option for action in self._actions for option in action.option_strings]
+        for word in message.removeprefix("unrecognized arguments: ").split():
+            near = difflib.get_close_matches(word.split("=")[0], flags, n=1) if word.startswith("-") else []
+            if message.startswith("unrecognized") and near:
+                message += f". Did you mean {near[0]}?"
+                break
+        self.exit(2, f"{self.prog}: {message} (all flags: python {self.prog} --help)\n")
+
+
+class Flags:
+    """Base of Hyperparameters: fills unset fields with the track's defaults; every field is a command-line flag."""
+
+    def __post_init__(self):
+        self.track = self.track or TRACKS[0]
+        for f in fields(self):
+            if getattr(self, f.name) is None:
+                setattr(self, f.name, f.metadata["defaults"][self.track])
+
+    @classmethod
+    def parse(cls, argv=None):
+        """Hyperparameters from the command line. Bad flags end the program with one line and status 2."""
+        parser = OneLineParser(prog=Path(__file__).name, description=__doc__, allow_abbrev=False,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+        for f in fields(cls):
+            defaults, choices = f.metadata["defaults"], f.metadata["choices"]
+            shown = [f"{track} {value!s}" for track, value in defaults.items()]
+            text = f.metadata["help"] + (f" [{', '.join(shown)}]" if len(set(defaults.values())) > 1 else
+                                         f" [{defaults[TRACKS[0]]!s}]" if defaults[TRACKS[0]] != "" else "")
+            kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
+                type=f.type, choices=choices, metavar=None if choices else f.type.__name__.upper())
+            parser.add_argument(f"--{f.name}", help=text.replace("%", "%%"), default=None, **kind)
+        return cls(**vars(parser.parse_args(argv)))
+
+
+def has_bf16(device):
+    """Whether the device multiplies bf16 matrices in hardware (on a CPU: AVX512-BF16 or AMX)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def resolve(args, world):
+    """Fix what "auto" means on this machine and deal the batch out. Raises ValueError with the way out."""
+    cuda = torch.cuda.is_available()
+    if args.device == "auto":
+        if args.track == "fineweb" and not cuda:
+            raise ValueError("track fineweb needs a CUDA device and torch sees none. "
+                             "On this machine run --track tiny (or insist with --device cpu: days, not minutes).")
+        args.device = "cuda" if cuda else "cpu"
+    elif args.device == "cuda" and not cuda:
+        raise ValueError("--device cuda: torch sees no CUDA device. Use --device cpu --track tiny.")
+    if args.dtype == "auto":
+        args.dtype = ("bf16" if args.device == "cuda" else "mixed") if has_bf16(args.device) else "fp32"
+    if min(args.steps, args.bsz, args.device_bsz, args.seq_len, args.val_every) < 1 or args.warmdown_steps < 0:
+        raise ValueError("--steps, --bsz, --device_bsz, --seq_len and --val_every must be at least 1.")
+    share, left = divmod(args.bsz, world)
+    if left:
+        near = [n for n in (args.bsz - left, args.bsz - left + world) if n]
+        raise ValueError(f"--bsz {args.bsz} cannot be dealt out to {world} devices. Nearest: --bsz "
+                         f"{' or '.join(map(str, near))}.")
+    args.device_bsz = min(args.device_bsz, share)
+    if share % args.device_bsz:
+        fits = max(n for n in range(1, args.device_bsz + 1) if share % n == 0)
+        unit = world * args.device_bsz
+        raise ValueError(f"--bsz {args.bsz} cannot be reached with {world} device(s) x --device_bsz {args.device_bsz}. "
+                         f"Nearest: --device_bsz {fits}, or --bsz {args.bsz // unit * unit} or {(args.bsz // unit + 1) * unit}.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hyperparameters
+
+
+@dataclass
+class Hyperparameters(Flags):
+    """Everything that defines a run. Each field is a flag: help (meaning, unit), then its default, per track if they differ."""
+    # the run
+    track: str = flag("the race: fineweb (124M parameters, GPT-2 tokens) or tiny (1M, bytes)", "fineweb", choices=TRACKS)
+    data: str = flag("folder with the *_train_*.bin and *_val_*.bin shards", fineweb="data/fineweb10B", tiny="data/pydocs")
+    name: str = flag("name of the run in its record's folder (default: a short id)", "")
+    random_seed: int = flag("seed of the starting weights", 1337)
+    records: str = flag("folder that receives the record", "records")
+    # length and batch
+    steps: int = flag("optimiser steps", fineweb=3242, tiny=600)
+    warmdown_steps: int = flag("last steps, over which every learning rate falls linearly to 0", fineweb=926, tiny=300)
+    warmup_steps: int = flag("first steps, over which every learning rate rises linearly", fineweb=0, tiny=0)
+    bsz: int = flag("sequences a step, over all devices and micro-batches", fineweb=512, tiny=16)
+    device_bsz: int = flag("sequences a device takes at once, at most", fineweb=64, tiny=16)
+    seq_len: int = flag("tokens a sequence (T)", fineweb=1024, tiny=256)
+    epochs: int = flag("how often the train shards may be read over", fineweb=1, tiny=20)
+    val_every: int = flag("steps between validations", fineweb=125, tiny=100)
+    val_tokens: int = flag("validation tokens, the first of the val shards (tiny: at most)", fineweb=10485760, tiny=262144)
+    save_every: int = flag("steps between checkpoints, 0 for none", 0)
+    # model
+    vocab_size: int = flag("token ids in use; tables are padded to a multiple of 128", fineweb=50257, tiny=257)
+    layers: int = flag("blocks (L)", fineweb=12, tiny=4)
+    width: int = flag("channels (C)", fineweb=768, tiny=128)
+    headsz: int = flag("channels a head (N)", fineweb=128, tiny=32)
+    ffn_ratio: float = flag("hidden width of the MLP / C", fineweb=4.0, tiny=4.5)
+    softcap: float = flag("logits become c tanh(z / c); 0 for none", 30.0)
+    # learning rates
+    muon_lr: float = flag("Muon: matrices of the blocks", 0.02)
+    muon_scale: str = flag("Muon's scale of an update", "spectral", choices=("spectral", "rms"))
+    muon_warmup: int = flag("steps over which Muon's momentum rises from 0.85 to 0.95", fineweb=500, tiny=100)
+    adam_lr: float = flag("Adam: scalars (lambdas and value mixes)", 0.02)
+    emb_lr: float = flag("Adam: embedding", 0.3)
+    head_lr: float = flag("Adam: head", 0.002)
+    # machine
+    device: str = flag("where to train", "auto", choices=("auto", "cuda", "cpu"))
+    dtype: str = flag("bf16 (activations and products), mixed (products bf16, the rest fp32) or fp32", "auto",
+                      choices=("auto", "bf16", "mixed", "fp32"))
+    compile: bool = flag("torch.compile the model on a GPU", True)
+    # report
+    print_params: bool = flag("print every parameter with its optimiser, rate, mean and sd, and stop", False)
+    usd_per_hour: float = flag("price of the whole machine in dollars an hour, for the cost in the record", 0.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+#
+# B sequences, T tokens, C channels, H heads, N channels a head, L blocks. rms(x) is RMSNorm without parameters.
+# Precision: the linear layers' weights fp32, their products in bf16 (dtype bf16, mixed); with dtype bf16 the rest is bf16.
+
+
+def rms(x):
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """y = W x without bias, the product in `compute` dtype, y in x's dtype; W starts at zero if asked."""
+
+    def __init__(self, rows_in, rows_out, compute, zero=False):
+        super().__init__(rows_in, rows_out, bias=False)
+        self.compute = compute
+        if zero:
+            nn.init.zeros_(self.weight)
+
+    def forward(self, x):
+        return F.linear(x.to(self.compute), self.weight.to(self.compute)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(N)) v over the past, q and k normalised and rotated, v mixed with the first layer's v."""
+
+    def __init__(self, args, compute):
+        super().__init__()
+        C = args.width
+        self.N, self.compute = args.headsz, compute
+        self.query, self.key, self.value = (Linear(C, C, compute) for _ in range(3))
+        self.output = Linear(C, C, compute, zero=True)
+        self.mix = nn.Parameter(torch.tensor(0.5))  # m: v becomes (1 - m) v + m v_first
+
+    def forward(self, x, v_first, rotary):
+        B, T, C = x.shape
+        q, k, v = (linear(x).view(B, T, -1, self.N) for linear in (self.query, self.key, self.value))  # (B, T, H, N)
+        v_first = v if v_first is None else v_first
+        v = torch.lerp(v, v_first, self.mix.to(x.dtype))
+        q, k = (self.rotate(rms(t), rotary) for t in (q, k))
+        heads = (t.transpose(1, 2).to(self.compute) for t in (q, k, v))  # (B, H, T, N)
+        y = F.scaled_dot_product_attention(*heads, is_causal=True)
+        return self.output(y.transpose(1, 2).reshape(B, T, C).to(x.dtype)), v_first
+
+    @staticmethod
+    def rotate(x, rotary):
+        """Rotate the pairs (x_n, x_{n + N/2}) by the angle t 10000^(-2n/N) at token t."""
+        cos, sin = (part.to(x.dtype) for part in rotary)  # (T, 1, N/2)
+        x1, x2 = x.chunk(2, dim=-1)
+        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+class MLP(nn.Module):
+    """W_value relu(W_key x)^2."""
+
+    def __init__(self, args, compute):
+        super().__init__()
+        hidden = round(args.ffn_ratio * args.width / 32) * 32
+        self.key, self.value = Linear(args.width, hidden, compute), Linear(hidden, args.width, compute, zero=True)
+
+    def forward(self, x):
+        return self.value(torch.relu(self.key(x)).square())
+
+
+class Block(nn.Module):
+    """x = l0 x + l1 x0;  x += att(rms(x));  x += mlp(rms(x))."""
+
+    def __init__(self, args, compute):
+        super().__init__()
+        self.lambdas = nn.Parameter(torch.tensor([1.0, 0.0]))
+        self.att, self.mlp = Attention(args, compute), MLP(args, compute)
+
+    def forward(self, x, x0, v_first, rotary):
+        x = (self.lambdas[0] * x + self.lambdas[1] * x0).to(x.dtype)
+        y, v_first = self.att(rms(x), v_first, rotary)
+        x = x + y
+        return x + self.mlp(rms(x)), v_first
+
+
+class GPT2(nn.Module):
+    """loss = model(inputs, targets): mean cross-entropy in nats over the targets >= 0, all (B, T) int64."""
+
+    lookups = ("wte.weight",)  # tables of which a token uses one row
+    sources = ()  # files that run besides this one
+
+    def __init__(self, args):
+        super().__init__()
+        C, V = args.width, -(-args.vocab_size // 128) * 128
+        compute = torch.float32 if args.dtype == "fp32" else torch.bfloat16
+        self.args = args
+        self.wte = nn.Embedding(V, C)
+        self.blocks = nn.ModuleList([Block(args, compute) for _ in range(args.layers)])
+        self.head = Linear(C, V, compute, zero=True)
+        if args.dtype == "bf16":
+            self.bfloat16()
+            for linear in self.modules():
+                if isinstance(linear, Linear):
+                    linear.float()
+
+    def rotary(self, T, device):
+        """cos and sin of the rotation, (T, 1, N/2) each; the angles in fp32."""
+        n = torch.arange(0, self.args.headsz, 2, device=device, dtype=torch.float32)
+        angle = torch.outer(torch.arange(T, device=device, dtype=torch.float32), 10000 ** (-n / self.args.headsz))[:, None]
+        return angle.cos(), angle.sin()
+
+    def logits(self, inputs):
+        """(B, T) int64 -> (B, T, V) fp32."""
+        rotary = self.rotary(inputs.size(1), inputs.device)
+        x = x0 = rms(self.wte(inputs))  # (B, T, C)
+        v_first = None
+        for block in self.blocks:
+            x, v_first = block(x, x0, v_first, rotary)
+        z = self.head(rms(x)).float()
+        return self.args.softcap * torch.tanh(z / self.args.softcap) if self.args.softcap else z
+
+    def forward(self, inputs, targets):
+        logits = self.logits(inputs)
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
+
+    def flops_per_token(self, active):
+        """Training FLOPs: 6 an active parameter, and 6 C T a block for causal attention (half of 12 C T)."""
+        return 6 * active + 6 * self.args.width * self.args.seq_len * self.args.layers
+
+
+def build_model(args):
+    """The model on the default device, seeded by the caller. Raises ValueError when the flags do not fit together."""
+    if args.headsz < 2 or args.headsz % 2 or args.width % args.headsz:
+        fits = [n for n in (16, 32, 48, 64, 96, 128, 192, 256, 384) if args.width % n == 0]
+        why = f"{args.width} is not a multiple of {args.headsz}" if args.headsz > 1 and args.width % args.headsz else "not even"
+        raise ValueError(f"--headsz {args.headsz}: {why}. Allowed: {', '.join(map(str, fits))}.")
+    return GPT2(args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parameter groups
+
+
+def build_optimizers(model, args):
+    """[Adam, Muon] over every parameter exactly once; each group holds the names of its parameters. Raises ValueError."""
+    def group_of(name):
+        if name in ("wte.weight", "head.weight"):
+            return name.split(".")[0]
+        if name.split(".")[-2] in ("query", "key", "value", "output"):
+            return "muon"
+        if name.split(".")[-1] in ("lambdas", "mix"):
+            return "scalars"
+        raise ValueError(f"parameter {name} belongs to no optimiser group: name it in build_optimizers")
+
+    rates = dict(wte=args.emb_lr, head=args.head_lr, scalars=args.adam_lr, muon=args.muon_lr)
+    groups = {group: dict(params=[], names=[], lr=lr) for group, lr in rates.items()}
+    for name, p in model.named_parameters():
+        groups[group_of(name)]["params"].append(p)
+        groups[group_of(name)]["names"].append(name)
+    muon = groups.pop("muon")
+    adam = torch.optim.Adam(list(groups.values()), betas=(0.9, 0.95), fused=True)
+    return [adam, Muon([muon], lr=args.muon_lr, scale=args.muon_scale)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Muon optimizer [shared]
+
+
+def newton_schulz(G, steps=5):
+    """Replace the singular values of each matrix by values in about [0.7, 1.2]: a batch (n, rows, cols), rows <= cols.
+
+    The quintic iteration of Keller Jordan's Muon (2024). Runs in the dtype of G: bf16 where the hardware has it.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A A) X
+    return X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with Nesterov's look-ahead, orthogonalised by Newton-Schulz: W <- W - lr s NS(G + mu M), M <- mu M + G.
+
+    params: matrices (rows, cols). scale: "spectral" s = sqrt(max(1, rows/cols)) or "rms" s = sqrt(max(rows, cols)).
+    Matrices of equal shape (up to transposition) go through Newton-Schulz as one batch. Every rank owns an equal share of
+    each batch and its momentum; the updates are gathered in one all_gather a step. Gradients must already be averaged.
+    """
+
+    SCALES = {"spectral": lambda rows, cols: max(1, rows / cols) ** 0.5, "rms": lambda rows, cols: max(rows, cols) ** 0.5}
+
+    def __init__(self, params, lr, momentum=0.95, scale="spectral"):
+        super().__init__(params, dict(lr=lr, momentum=momentum, scale=scale))
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+    @staticmethod
+    def batches(params):
+        """The matrices in batches of equal shape, rows <= cols after transposition: {(rows, cols): [matrices]}."""
+        batches = {}
+        for p in params:
+            batches.setdefault((min(p.shape), max(p.shape)), []).append(p)
+        return batches
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            wide = lambda m: m if m.shape[0] <= m.shape[1] else m.mT
+            batches, local = self.batches(group["params"]), []
+            for (rows, cols), matrices in batches.items():
+                share = -(-len(matrices) // self.world)  # matrices a rank, the last rank's padded
+                own = matrices[self.rank * share:(self.rank + 1) * share]
+                dtype = torch.bfloat16 if has_bf16(matrices[0].device) else torch.float32
+                out = matrices[0].new_zeros(share, rows, cols, dtype=dtype)
+                if own:
+                    grads = [p.grad for p in own]
+                    for p in own:
+                        if "M" not in self.state[p]:
+                            self.state[p]["M"] = torch.zeros_like(p)
+                    M = [self.state[p]["M"] for p in own]
+                    torch._foreach_mul_(M, group["momentum"])
+                    torch._foreach_add_(M, grads)
+                    G = torch._foreach_add(grads, M, alpha=group["momentum"])
+                    out[:len(own)] = newton_schulz(torch.stack([wide(g) for g in G]).to(dtype))
+                local.append(out)
+            if self.world > 1:
+                flat = torch.cat([out.flatten() for out in local])
+                gathered = flat.new_empty(self.world, flat.numel())
+                dist.all_gather_into_tensor(gathered.view(-1), flat)
+                parts = gathered.split([out.numel() for out in local], dim=1)
+                local = [part.reshape(-1, *out.shape[1:]) for part, out in zip(parts, local)]
+            for matrices, updates in zip(batches.values(), local):
+                for p, update in zip(matrices, updates):
+                    s = self.SCALES[group["scale"]](*p.shape)
+                    p.add_((update if p.shape[0] <= p.shape[1] else update.mT).to(p.dtype), alpha=-group["lr"] * s)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data loader [shared]
+
+SHARD_MAGIC, SHARD_VERSION = 20240520, 1  # header of 256 int32: magic, version, number of tokens; then uint16 tokens
+
+
+def open_shard(path):
+    """Memory-map the tokens of a shard: a uint16 array. Raises ValueError with the way out when it is not a whole shard."""
+    size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
+    if size < 1024:
+        raise ValueError(f"{path} is truncated: {size} bytes, less than its header. Fetch or make it again.")
+    if header[0] != SHARD_MAGIC:
+        raise ValueError(f"{path} is not a token shard: magic {header[0]}, not {SHARD_MAGIC}. Format: data/README.md.")
+    if header[1] != SHARD_VERSION:
+        raise ValueError(f"{path} has shard version {header[1]}; this script reads version {SHARD_VERSION}.")
+    if header[2] * 2 + 1024 != size:
+        raise ValueError(f"{path} is damaged: its header counts {header[2]} tokens, the file holds {(size - 1024) / 2:.12g}. "
+                         "Fetch or make it again.")
+    return np.memmap(path, dtype="<u2", mode="r", offset=1024)
+
+
+class TokenStream:
+    """The tokens of the sorted shards folder/*_<split>_*.bin as one stream; only the first shards with `need` tokens open.
+
+    repeat: how often the stream may be read over (position p is token p mod tokens); 0: fewer tokens than needed will do.
+    Raises ValueError with the way out.
+    """
+
+    def __init__(self, folder, split, need, why, repeat=1):
+        self.paths, self.shards, total = [], [], 0
+        found = sorted(Path(folder).glob(f"*_{split}_*.bin"))
+        if not found:
+            raise ValueError(f"no {split} shards (*_{split}_*.bin) in {folder}. {where_from(folder, need)}")
+        for path in found:
+            self.paths.append(path)
+            self.shards.append(open_shard(path))
+            total += len(self.shards[-1])
+            if total >= need:
+                break
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        if repeat and total * repeat < need:
+            if repeat == 1:
+                each = max(len(shard) for shard in self.shards)
+                raise ValueError(f"{why} need {-(-need // each)} {split} shards of {millions(each)} tokens, found "
+                                 f"{len(found)} ({millions(total)}) in {folder}: {where_from(folder, need)}")
+            raise ValueError(f"{why} need {millions(need)} {split} tokens; {folder} has {millions(total)}, which --epochs "
+                             f"{repeat} reads up to {millions(total * repeat)}. More text, fewer --steps or more --epochs.")
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def read(self, position, count):
+        """Tokens [position, position + count) of the stream as int64 (count,)."""
+        out, done = np.empty(count, dtype=np.int64), 0
+        while done < count:
+            at = (position + done) % len(self)
+            i = int(np.searchsorted(self.starts, at, side="right")) - 1
+            part = self.shards[i][at - self.starts[i]:][:count - done]
+            out[done:done + len(part)] = part
+            done += len(part)
+        return out
+
+    def fingerprint(self, vocab_size):
+        """[{name, tokens, sha256}] of the shards; refuses ids beyond the vocabulary with ValueError. Reads every byte."""
+        def scan(path, shard):
+            digest, top = hashlib.sha256(np.fromfile(path, np.uint8, 1024)), 0
+            for i in range(0, len(shard), 1 << 22):
+                part = np.ascontiguousarray(shard[i:i + (1 << 22)])
+                digest.update(part)
+                top = max(top, int(part.max()))
+            if top >= vocab_size:
+                raise ValueError(f"{path} holds token id {top}, beyond the vocabulary of {vocab_size}. "
+                                 "Wrong tokenizer for this track?")
+            return dict(name=path.name, tokens=len(shard), sha256=digest.hexdigest())
+        with ThreadPoolExecutor() as pool:  # hashing and max() run without the interpreter's lock
+            return list(pool.map(scan, self.paths, self.shards))
+
+
+def millions(count):
+    return f"{count / 1e6:.3g}M"
+
+
+def where_from(folder, need):
+    """How to get the missing shards of a folder."""
+    name = Path(folder).name
+    if name.startswith("fineweb"):
+        return f"python data/cached_{name}.py {-(-need // 100_000_000)}"
+    return "python data/pydocs.py" if name == "pydocs" else "Format and tools: data/README.md."
+
+
+class DataLoader:
+    """Batches of the training stream, read ahead by a thread into pinned memory.
+
+    Step s is tokens [s n, (s + 1) n] with n = bsz * seq_len, whatever the ranks and micro-batches; this rank gets
+    sequences [first, last) of its bsz. next() -> inputs, targets, both int64 (last - first, seq_len), on the device.
+    """
+
+    def __init__(self, stream, args, first, last):
+        self.stream, self.args, self.first, self.last = stream, args, first, last
+        self.queue = queue.Queue(maxsize=4)  # batches
+        threading.Thread(target=self._read_ahead, daemon=True).start()
+
+    def _read_ahead(self):
+        try:
+            for step in range(self.args.steps):
+                start = (step * self.args.bsz + self.first) * self.args.seq_len
+                tokens = torch.from_numpy(self.stream.read(start, (self.last - self.first) * self.args.seq_len + 1))
+                self.queue.put(tokens.pin_memory() if self.args.device == "cuda" else tokens)
+        except Exception as error:  # a vanished disk must not look like an endless wait
+            self.queue.put(error)
+
+    def next(self):
+        item = self.queue.get()
+        if isinstance(item, Exception):
+            raise item
+        tokens = item.to(self.args.device, non_blocking=True)
+        return tokens[:-1].view(-1, self.args.seq_len), tokens[1:].view(-1, self.args.seq_len)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Record [shared]
+
+SCHEMA = 1  # of result.json
+
+
+def shell(*command):
+    """Standard output of a command, stripped; "" when it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True,
+                              cwd=Path(__file__).parent).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def hardware(device):
+    """The machine of this process: {"name", "count", "text"}, text being nvidia-smi's page or the CPU's facts."""
+    if device.type == "cuda":
+        return dict(name=torch.cuda.get_device_name(device), count=world_size(), text=shell("nvidia-smi"))
+    info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    name = re.search(r"^model name\s*: (.*)|$", info, re.M)[1] or shell("sysctl", "-n", "machdep.cpu.brand_string")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else math.nan
+    return dict(name=name or platform.machine(), count=world_size(), text=f"{name or platform.machine()}, {os.cpu_count()} "
+                f"cores, {torch.get_num_threads()} threads used, {memory:.1f} GiB of memory")
+
+
+def environment():
+    """Versions and git state: what is needed to repeat a run."""
+    first_line = lambda text: text.splitlines()[0] if text else "none"
+    packages = sorted(f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions() if d.metadata["Name"])
+    return dict(
+        python=platform.python_version(), platform=platform.platform(), torch=torch.__version__,
+        cuda=torch.version.cuda or "none",
+        driver=first_line(shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")),
+        compiler=first_line(shell(os.environ.get("CXX", "c++"), "--version")),
+        nvcc=(shell("nvcc", "--version").splitlines() or ["none"])[-1],
+        git_commit=shell("git", "rev-parse", "HEAD") or "none",
+        git_dirty=bool(shell("git", "status", "--porcelain", "--untracked-files=no")),
+        packages=packages)
+
+
+class Record:
+    """The run's folder: log.txt, line by line as things happen, and result.json, written last. Only rank 0 writes.
+
+    A folder without result.json belongs to a run that did not finish. Raises OSError.
+    """
+
+    def __init__(self, args, rank):
+        self.path = self.file = None
+        if rank == 0:
+            stamp = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
+            self.path = Path(args.records) / f"{stamp}_{Path(__file__).stem}_{args.name or os.urandom(3).hex()}"
+            self.path.mkdir(parents=True)  # never an old folder: nothing is overwritten
+            self.file = open(self.path / "log.txt", "x", encoding="utf-8", buffering=1)
+
+    def line(self, text):
+        if self.file:
+            self.file.write(text + "\n")
+
+    def sources(self, *paths):
+        """[{name, lines, sha256, text}] of the files that run."""
+        texts = [(path.name, path.read_text(encoding="utf-8")) for path in paths]
+        return [dict(name=name, lines=len(text.splitlines()), sha256=hashlib.sha256(text.encode()).hexdigest(), text=text)
+                for name, text in texts]
+
+    def header(self, facts):
+        """The log up to the first step: the configuration, every source that runs, then the facts as JSON lines."""
+        if self.file:
+            self.line(f"config: {json.dumps(facts['config'])}\ncommand: {shlex.join(facts['command'])}")
+            for source in facts["sources"]:
+                text = source.pop("text")
+                self.line(f"{'=' * 100}\nsource: {json.dumps(source)}\n{text.rstrip(chr(10))}")
+            self.line("=" * 100)
+            text = facts["hardware"].pop("text")
+            for key in ("environment", "hardware", "data", "model"):
+                self.line(f"{key}: {json.dumps(facts[key])}")
+            self.line(f"{text}\n{'=' * 100}")
+
+    def close(self, reason):
+        """The reason of the end, as the log's last line. Returns the log's path, or None; a full disk is not an error here."""
+        if self.file:
+            with contextlib.suppress(OSError):
+                self.line(f"end: {reason}")
+            with contextlib.suppress(OSError):
+                self.file.close()
+            self.file = None
+            return self.path / "log.txt"
+
+    def finish(self, result):
+        """Write result.json atomically: the last act of a finished run."""
+        temporary = self.path / "result.json.part"
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path / "result.json")
+
+
+class Clock:
+    """Wall time in seconds, each moment in one phase; switching waits for the device, so that phases hold their own work."""
+
+    def __init__(self):
+        self.device, self.phase, self.since = torch.device("cpu"), "rest", time.perf_counter()
+        self.seconds = {phase: 0.0 for phase in ("warm-up", "train", "validation", "saving", "rest")}
+
+    def switch(self, phase):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[self.phase] += now - self.since
+        self.phase, self.since = phase, now
+
+    def train_ms(self):
+        """Training time so far in ms; inside the train phase without waiting for the device."""
+        running = time.perf_counter() - self.since if self.phase == "train" else 0.0
+        return 1e3 * (self.seconds["train"] + running)
+
+
+class StepLines:
+    """The log's line of each step. Losses stay on the device until their copy has arrived: no step waits for one."""
+
+    def __init__(self, record, steps):
+        self.record, self.steps, self.pending, self.last = record, steps, collections.deque(), math.nan
+
+    def add(self, step, loss, train_ms):
+        event = torch.cuda.Event() if loss.is_cuda else None
+        if event:
+            loss = torch.empty_like(loss, device="cpu", pin_memory=True).copy_(loss, non_blocking=True)
+            event.record()
+        self.pending.append((step, loss, event, train_ms))
+        self.flush()
+
+    def flush(self, wait=False):
+        """Write the lines whose losses have arrived; wait: all of them."""
+        while self.pending and (wait or self.pending[0][2] is None or self.pending[0][2].query()):
+            step, loss, event, train_ms = self.pending.popleft()
+            if event:
+                event.synchronize()
+            self.last = loss.item()
+            self.record.line(f"step:{step}/{self.steps} train_loss:{self.last:.4f} {timing(train_ms, step)}")
+
+
+def timing(train_ms, step):
+    return f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(1, step):.2f}ms"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Learning rate [shared]
+
+
+def rate(step, args):
+    """Factor on every learning rate at a step: linear rise, constant, then linear to 0 over the last warmdown_steps."""
+    rise = (step + 1) / (args.warmup_steps + 1) if step < args.warmup_steps else 1.0
+    fall = (args.steps - step) / min(args.steps, max(1, args.warmdown_steps))
+    return min(rise, fall, 1.0)
+
+
+def momentum(step, args):
+    """Muon's momentum: from 0.85 to 0.95 over the first muon_warmup steps."""
+    return 0.85 + 0.10 * min(1.0, step / max(1, args.muon_warmup))
+
+
+def schedule(optimizers, step, args):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate(step, args)
+            if isinstance(optimizer, Muon):
+                group["momentum"] = momentum(step, args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Main [shared]
+
+ACTIVE_LIMIT = 124_000_000  # parameters a token may use on track fineweb
+TARGET = {"fineweb": 3.28}  # validation loss in nats a token
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "GH200": 989e12, "H800": 989e12, "A100": 312e12,
+              "A800": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, from the makers' data sheets
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def all_sum(tensor):
+    """Sum over the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def average_gradients(model):
+    """Sum the (already weighted) gradients over the ranks: one all_reduce a dtype."""
+    if world_size() == 1:
+        return
+    by_dtype = {}
+    for p in model.parameters():
+        by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
+    for grads in by_dtype.values():
+        flat = all_sum(torch.cat([g.flatten() for g in grads]))
+        torch._foreach_copy_(grads, [part.view_as(g) for g, part in zip(grads, flat.split([g.numel() for g in grads]))])
+
+
+def train_step(model, optimizers, inputs, targets, args):
+    """One optimiser step on this rank's share (share, T). Returns the mean loss of the global batch, on the device."""
+    total = torch.zeros((), device=inputs.device)
+    for x, y in zip(inputs.split(args.device_bsz), targets.split(args.device_bsz)):
+        loss = model(x, y) * (len(x) / args.bsz)
+        loss.backward()
+        total += loss.detach()
+    average_gradients(model)
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return all_sum(total)
+
+
+def validation_set(stream, args, rank):
+    """This rank's validation sequences on the device, (inputs, targets), padded to whole micro-batches with targets -100."""
+    sequences = min(args.val_tokens, len(stream) - 1) // args.seq_len
+    first, last = sequences * rank // world_size(), sequences * (rank + 1) // world_size()
+    tokens = torch.from_numpy(stream.read(first * args.seq_len, (last - first) * args.seq_len + 1))
+    pad = (0, 0, 0, -(last - first) % args.device_bsz)
+    inputs, targets = (t.view(-1, args.seq_len) for t in (tokens[:-1], tokens[1:]))
+    return F.pad(inputs, pad).to(args.device), F.pad(targets, pad, value=-100).to(args.device)
+
+
+@torch.no_grad()
+def validate(model, val, args):
+    """Mean loss in nats a token over the validation sequences of all ranks."""
+    total = torch.zeros(2, dtype=torch.float64, device=args.device)  # sum of losses, number of targets
+    for x, y in zip(*(t.split(args.device_bsz) for t in val)):
+        count = (y >= 0).sum()
+        total += torch.stack([model(x, y).double() * count, count.double()])
+    loss, count = all_sum(total).tolist()
+    return loss / count
+
+
+def state_hash(model):
+    """sha256 over the names and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, t in itertools.chain(model.named_parameters(), model.named_buffers()):
+        digest.update(name.encode())
+        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def warm_up(model, compiled, optimizers, val, share, args):
+    """Compile and allocate with steps on random tokens, then restore parameters, buffers, optimisers and random state.
+
+    Returns the state's hash; raises RuntimeError when it is not the one from before.
+    """
+    before = state_hash(model)
+    saved = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    saved_optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+    rng = torch.get_rng_state(), torch.cuda.get_rng_state_all() if args.device == "cuda" else None
+    generator = torch.Generator().manual_seed(args.random_seed)
+    for step in range(2):
+        schedule(optimizers, step, args)
+        tokens = torch.randint(args.vocab_size, (share, args.seq_len + 1), generator=generator).to(args.device)
+        train_step(compiled, optimizers, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), args)
+    validate(compiled, [torch.zeros_like(t[:args.device_bsz]) for t in val], args)
+    model.load_state_dict(saved)
+    for optimizer, state in zip(optimizers, saved_optimizers):
+        optimizer.load_state_dict(state)
+    torch.set_rng_state(rng[0])
+    if rng[1]:
+        torch.cuda.set_rng_state_all(rng[1])
+    if state_hash(model) != before or any(optimizer.state for optimizer in optimizers):
+        raise RuntimeError("the warm-up left a trace in the model or its optimisers; a run must not start from it")
+    return before
+
+
+def save(model, args, record, step):
+    """checkpoints/<run>/step<step>.pt: {"model", "config", "step"}, written atomically. Rank 0 only."""
+    if record.path:
+        path = Path("checkpoints") / record.path.name / f"step{step:06d}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(model=model.state_dict(), config=asdict(args), step=step), f"{path}.part")
+        os.replace(f"{path}.part", path)
+
+
+def check_cover(model, optimizers):
+    """Every parameter in exactly one optimiser, or ValueError with its name."""
+    count = collections.Counter(id(p) for o in optimizers for group in o.param_groups for p in group["params"])
+    wrong = [f"{name} by {count[id(p)]}" for name, p in model.named_parameters() if count[id(p)] != 1]
+    if wrong or sum(count.values()) != len(list(model.parameters())):
+        raise ValueError(f"every parameter must be trained by exactly one optimiser; not so: {', '.join(wrong) or 'strangers'}")
+
+
+def print_parameters(model, optimizers):
+    """The table of parameters: name, shape, optimiser, learning rate, mean and sd of the starting values."""
+    tensors = dict(model.named_parameters())
+    print(f"{'name':34} {'shape':16} {'optimiser':9} {'lr':>8} {'mean':>11} {'sd':>11}")
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name in group["names"]:
+                t = tensors[name].detach().double()
+                print(f"{name:34} {'x'.join(map(str, t.shape)):16} {type(optimizer).__name__.lower():9} {group['lr']:8g} "
+                      f"{t.mean():11.4e} {t.std(correction=0):11.4e}")
+
+
+def open_data(args, rank):
+    """(train stream, val stream, their description for the record), every token checked by rank 0. Raises ValueError."""
+    train = TokenStream(args.data, "train", args.steps * args.bsz * args.seq_len + 1, f"{args.steps} steps", args.epochs)
+    exactly = 1 if args.track == "fineweb" else 0
+    val = TokenStream(args.data, "val", args.val_tokens + 1, f"{args.val_tokens} validation tokens", exactly)
+    if len(val) <= args.seq_len:
+        raise ValueError(f"the val shards in {args.data} hold {len(val)} tokens, less than one sequence of {args.seq_len}.")
+    manifest = Path(args.data) / "manifest.json"
+    return train, val, dict(
+        folder=str(args.data), train=train.fingerprint(args.vocab_size), val=val.fingerprint(args.vocab_size),
+        manifest=json.loads(manifest.read_text()) if manifest.exists() else None) if rank == 0 else {}
+
+
+def set_up(args, rank):
+    """Device, data, model and optimisers, all checked before anything is written or timed. Raises ValueError, OSError."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*|", args.name):
+        raise ValueError(f"--name {args.name!r}: letters, digits, '-', '_' and '.' only; it becomes a folder's name.")
+    resolve(args, world_size())
+    device = torch.device(args.device, local_rank) if args.device == "cuda" else torch.device("cpu")
+    if args.device == "cuda":
+        torch.cuda.set_device(device)
+    if world_size() > 1:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    data = None if args.print_params else open_data(args, rank)
+    if world_size() > 1 and local_rank > 0:
+        dist.barrier()  # local rank 0 builds kernels, if there are any to build; the others load them
+    torch.manual_seed(args.random_seed)
+    model = build_model(args)
+    if world_size() > 1 and local_rank == 0:
+        dist.barrier()
+    model.to(device)
+    optimizers = build_optimizers(model, args)
+    check_cover(model, optimizers)
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    counts = dict(parameters=sum(sizes.values()), active=sum(n for name, n in sizes.items() if name not in model.lookups))
+    if args.track == "fineweb" and counts["active"] > ACTIVE_LIMIT:
+        raise ValueError(f"{counts['active']:,} parameters are active per token; track fineweb allows {ACTIVE_LIMIT:,}. "
+                         "Make --width, --layers or --ffn_ratio smaller.")
+    return device, data, model, optimizers, counts
+
+
+def run(args, rank, record, clock, data, model, optimizers, counts):
+    """Warm-up, training and validation, and the record of it."""
+    (train, val, described), share, tokens_a_step = data, args.bsz // world_size(), args.bsz * args.seq_len
+    say = tqdm.write if rank == 0 else lambda text: None
+    facts = dict(
+        schema=SCHEMA, run=record.path.name, script=Path(__file__).name, command=[Path(__file__).name, *sys.argv[1:]],
+        config=asdict(args), seed=args.random_seed, environment=environment(), hardware=hardware(clock.device), data=described,
+        model=dict(counts, flops_per_token=model.flops_per_token(counts["active"])),
+        sources=record.sources(Path(__file__), *model.sources)) if rank == 0 else {}
+    record.header(facts)
+    say(f"{counts['parameters']:,} parameters, {counts['active']:,} active per token; {args.steps} steps of "
+                f"{tokens_a_step:,} tokens on {world_size()} x {args.device} in {args.dtype}")
+
+    clock.switch("warm-up")
+    val_batches = validation_set(val, args, rank)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False) if args.compile and args.device == "cuda" else model
+    digest = warm_up(model, compiled, optimizers, val_batches, share, args)
+    loader = DataLoader(train, args, rank * share, (rank + 1) * share)
+    gc.collect()
+    clock.switch("rest")
+    record.line(f"warm-up: 2 steps and a validation batch on tokens that are not data, {clock.seconds['warm-up']:.1f} s; "
+                f"parameters, optimisers and random state restored; sha256 of the parameters before and after: {digest}")
+    say(f"ready after {clock.seconds['rest'] + clock.seconds['warm-up']:.1f} s, none of them counted as training")
+
+    lines, curve = StepLines(record, args.steps), []
+    bar = tqdm(total=args.steps, unit="step", file=sys.stdout, disable=rank != 0, dynamic_ncols=True,
+               mininterval=0.2 if sys.stdout.isatty() else 10)
+    for step in range(args.steps + 1):
+        if step % args.val_every == 0 or step == args.steps:
+            clock.switch("validation")
+            lines.flush(wait=True)
+            loss = validate(compiled, val_batches, args)
+            curve.append(dict(step=step, val_loss=loss, train_ms=clock.train_ms(), tokens=step * tokens_a_step))
+            record.line(f"step:{step}/{args.steps} val_loss:{loss:.4f} {timing(clock.train_ms(), step)}")
+            say(f"step {step}/{args.steps}  validation loss {loss:.4f}  {clock.train_ms() / 1e3:.1f} s of training")
+        if args.save_every and step and (step % args.save_every == 0 or step == args.steps):
+            clock.switch("saving")
+            save(model, args, record, step)
+        if step == args.steps:
+            break
+        if clock.phase != "train":
+            clock.switch("train")
+        schedule(optimizers, step, args)
+        lines.add(step + 1, train_step(compiled, optimizers, *loader.next(), args), clock.train_ms())
+        bar.set_postfix_str(f"loss {lines.last:.3f}", refresh=False)
+        bar.update()
+    bar.close()
+    clock.switch("rest")
+
+    if rank == 0:
+        result = report(facts, clock, curve, val, len(train), args)
+        record.line(f"clock: {json.dumps(result['clock'])}")
+        record.line(f"result: {json.dumps(result['final'])}")
+        record.close("finished")
+        record.finish(result)
+        farewell(result, record)
+
+
+def report(facts, clock, curve, val, train_tokens, args):
+    """result.json: the facts of the run and its final figures. Times in s, memory in bytes, rates per second."""
+    seconds, tokens = clock.seconds["train"], args.steps * args.bsz * args.seq_len
+    loss = curve[-1]["val_loss"]
+    flops = facts["model"]["flops_per_token"] * tokens / seconds
+    peak = [value for name, value in PEAK_FLOPS.items() if name in facts["hardware"]["name"] and args.dtype == "bf16"]
+    if args.device == "cuda":
+        memory = dict(allocated=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved())
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = dict(resident=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit) if resource else {}
+    targets = val.read(1, min(args.val_tokens, len(val) - 1) // args.seq_len * args.seq_len)
+    text_bytes = int((targets < 256).sum()) if args.vocab_size == 257 else 0  # the document mark stands for no byte
+    final = dict(
+        val_loss=loss, bits_per_byte=loss * len(targets) / text_bytes / math.log(2) if text_bytes else None,
+        val_tokens=len(targets), steps=args.steps, tokens=tokens, epochs=tokens / train_tokens, train_seconds=seconds,
+        step_avg_ms=1e3 * seconds / args.steps, tokens_per_second=tokens / seconds, flops_per_second=flops,
+        mfu=flops / (world_size() * max(peak)) if peak else None, peak_memory=memory,
+        usd=seconds / 3600 * args.usd_per_hour if args.usd_per_hour else None,
+        target=TARGET.get(args.track), reached=loss <= TARGET[args.track] if args.track in TARGET else None)
+    return dict(facts, clock=dict(clock.seconds), curve=curve, final=final, end="finished")
+
+
+def farewell(result, record):
+    """The last lines on the console: what came out and what to try next."""
+    final, args = result["final"], result["config"]
+    bits = f" = {final['bits_per_byte']:.4f} bits per byte" if final["bits_per_byte"] else ""
+    extras = [f", MFU {final['mfu']:.1%}" if final["mfu"] else "", f", ${final['usd']:.2f}" if final["usd"] else ""]
+    rival = "gpt2" if "rwkv" in result["script"] else "rwkv7"
+    print(f"validation loss {final['val_loss']:.4f} nats per token{bits} after {final['tokens'] / 1e6:.1f}M tokens\n"
+          f"{final['train_seconds']:.1f} s of training, {final['tokens_per_second']:,.0f} tokens/s, "
+          f"{final['flops_per_second'] / 1e12:.3g} TFLOP/s{''.join(extras)}\nrecord: {record.path}/\n"
+          f"next: ./run_{rival}.sh --track {args['track']} (its rival), --random_seed {args['random_seed'] + 1} (the noise), "
+          "python records/report.py (all runs), --help")
+
+
+def main(argv=None):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    clock, args = Clock(), Hyperparameters.parse(argv)
+    rank, record = int(os.environ.get("RANK", 0)), None
+    try:
+        clock.device, data, model, optimizers, counts = set_up(args, rank)
+        if args.print_params:
+            return print_parameters(model, optimizers) if rank == 0 else None
+        record = Record(args, rank)
+        run(args, rank, record, clock, data, model, optimizers, counts)
+    except KeyboardInterrupt:
+        log = record.close("interrupted") if record else None
+        print(f"\n{Path(__file__).name}: interrupted{f'; the log so far: {log}' if log else ''}", file=sys.stderr)
+        raise SystemExit(130)
+    except (OSError, ValueError) as error:
+        if record:
+            record.close(f"failed: {error}")
+        if isinstance(error, OSError):
+            stop(f"{error}. Make room or set permissions there, or choose --records FOLDER; earlier runs are untouched.")
+        if record:
+            raise
+        stop(error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

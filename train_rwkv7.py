@@ -1,0 +1,1293 @@
+"""Train RWKV-7 "Goose" (arXiv 2503.14456), an RNN that trains like a transformer, in the speedrun: 3.28 validation loss on FineWeb.
+
+Track fineweb: 12 layers, 768 wide, at most 124M parameters active per token, 3200 steps of 524288 tokens, any number of GPUs.
+Track tiny:    the same script on bytes of text, about 1M parameters, two minutes on a laptop's CPU; no GPU, no network.
+
+    8 GPUs   ./run_rwkv7.sh --adam_lr 0.0026             (torchrun --standalone --nproc_per_node=8 train_rwkv7.py ...)
+    1 GPU    ./run_rwkv7.sh --device_bsz 32              (python train_rwkv7.py ...; the same run, only longer)
+    CPU      ./run_rwkv7.sh --track tiny                 (python data/pydocs.py; python train_rwkv7.py --track tiny)
+
+Claims: on fineweb none yet (the public run of this recipe: 3.2756 after 3200 steps); on tiny the table of README.md, from the
+records in records/. The file stands alone: besides itself it reads only its kernel source in cuda/wkv7/.
+"""
+
+import argparse
+import collections
+import contextlib
+import copy
+import difflib
+import gc
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import queue
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while torch loads ends the program quietly
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line [shared]
+
+TRACKS = ("fineweb", "tiny")
+
+
+def flag(help, both=None, choices=None, **per_track):
+    """A field of Hyperparameters: help (meaning and unit) and its default, one for both tracks or one for each."""
+    defaults = {track: per_track.get(track, both) for track in TRACKS}
+    return field(default=None, metadata={"help": help, "defaults": defaults, "choices": choices})
+
+
+def stop(message):
+    """End the program: one or two lines on stderr, exit status 1, no traceback. Rank 0 speaks for all."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, with the nearest flag when one was misspelt."""
+
+    def error(self, message):
+        flags = [option for action in self._actions for option in action.option_strings]
+        for word in message.removeprefix("unrecognized arguments: ").split():
+            near = difflib.get_close_matches(word.split("=")[0], flags, n=1) if word.startswith("-") else []
+            if message.startswith("unrecognized") and near:
+                message += f". Did you mean {near[0]}?"
+                break
+        self.exit(2, f"{self.prog}: {message} (all flags: python {self.prog} --help)\n")
+
+
+class Flags:
+    """Base of Hyperparameters: fills unset fields with the track's defaults; every field is a command-line flag."""
+
+    def __post_init__(self):
+        self.track = self.track or TRACKS[0]
+        for f in fields(self):
+            if getattr(self, f.name) is None:
+                setattr(self, f.name, f.metadata["defaults"][self.track])
+
+    @classmethod
+    def parse(cls, argv=None):
+        """Hyperparameters from the command line. Bad flags end the program with one line and status 2."""
+        parser = OneLineParser(prog=Path(__file__).name, description=__doc__, allow_abbrev=False,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+        for f in fields(cls):
+            defaults, choices = f.metadata["defaults"], f.metadata["choices"]
+            shown = [f"{track} {value!s}" for track, value in defaults.items()]
+            text = f.metadata["help"] + (f" [{', '.join(shown)}]" if len(set(defaults.values())) > 1 else
+                                         f" [{defaults[TRACKS[0]]!s}]" if defaults[TRACKS[0]] != "" else "")
+            kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
+                type=f.type, choices=choices, metavar=None if choices else f.type.__name__.upper())
+            parser.add_argument(f"--{f.name}", help=text.replace("%", "%%"), default=None, **kind)
+        return cls(**vars(parser.parse_args(argv)))
+
+
+def has_bf16(device):
+    """Whether the device multiplies bf16 matrices in hardware (on a CPU: AVX512-BF16 or AMX)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def resolve(args, world):
+    """Fix what "auto" means on this machine and deal the batch out. Raises ValueError with the way out."""
+    cuda = torch.cuda.is_available()
+    if args.device == "auto":
+        if args.track == "fineweb" and not cuda:
+            raise ValueError("track fineweb needs a CUDA device and torch sees none. "
+                             "On this machine run --track tiny (or insist with --device cpu: days, not minutes).")
+        args.device = "cuda" if cuda else "cpu"
+    elif args.device == "cuda" and not cuda:
+        raise ValueError("--device cuda: torch sees no CUDA device. Use --device cpu --track tiny.")
+    if args.dtype == "auto":
+        args.dtype = ("bf16" if args.device == "cuda" else "mixed") if has_bf16(args.device) else "fp32"
+    if min(args.steps, args.bsz, args.device_bsz, args.seq_len, args.val_every) < 1 or args.warmdown_steps < 0:
+        raise ValueError("--steps, --bsz, --device_bsz, --seq_len and --val_every must be at least 1.")
+    share, left = divmod(args.bsz, world)
+    if left:
+        near = [n for n in (args.bsz - left, args.bsz - left + world) if n]
+        raise ValueError(f"--bsz {args.bsz} cannot be dealt out to {world} devices. Nearest: --bsz "
+                         f"{' or '.join(map(str, near))}.")
+    args.device_bsz = min(args.device_bsz, share)
+    if share % args.device_bsz:
+        fits = max(n for n in range(1, args.device_bsz + 1) if share % n == 0)
+        unit = world * args.device_bsz
+        raise ValueError(f"--bsz {args.bsz} cannot be reached with {world} device(s) x --device_bsz {args.device_bsz}. "
+                         f"Nearest: --device_bsz {fits}, or --bsz {args.bsz // unit * unit} or {(args.bsz // unit + 1) * unit}.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hyperparameters
+
+
+@dataclass
+class Hyperparameters(Flags):
+    """Everything that defines a run. Each field is a flag: help (meaning, unit), then its default, per track if they differ."""
+    # the run
+    track: str = flag("the race: fineweb (124M parameters, GPT-2 tokens) or tiny (1M, bytes)", "fineweb", choices=TRACKS)
+    data: str = flag("folder with the *_train_*.bin and *_val_*.bin shards", fineweb="data/fineweb10B", tiny="data/pydocs")
+    name: str = flag("name of the run in its record's folder (default: a short id)", "")
+    random_seed: int = flag("seed of the starting weights", 1337)
+    records: str = flag("folder that receives the record", "records")
+    # length and batch
+    steps: int = flag("optimiser steps", fineweb=3200, tiny=600)
+    warmdown_steps: int = flag("last steps, over which every learning rate falls linearly to 0", fineweb=914, tiny=300)
+    warmup_steps: int = flag("first steps, over which every learning rate rises linearly", fineweb=0, tiny=0)
+    bsz: int = flag("sequences a step, over all devices and micro-batches", fineweb=512, tiny=16)
+    device_bsz: int = flag("sequences a device takes at once, at most", fineweb=32, tiny=16)
+    seq_len: int = flag("tokens a sequence (T)", fineweb=1024, tiny=256)
+    epochs: int = flag("how often the train shards may be read over", fineweb=1, tiny=20)
+    val_every: int = flag("steps between validations", fineweb=125, tiny=100)
+    val_tokens: int = flag("validation tokens, the first of the val shards (tiny: at most)", fineweb=10485760, tiny=262144)
+    save_every: int = flag("steps between checkpoints, 0 for none", 0)
+    # model
+    vocab_size: int = flag("token ids in use; tables are padded to a multiple of 128", fineweb=50257, tiny=257)
+    layers: int = flag("blocks (L)", fineweb=12, tiny=4)
+    width: int = flag("channels (C)", fineweb=768, tiny=128)
+    headsz: int = flag("channels a head (N)", fineweb=64, tiny=32)
+    ffn_ratio: float = flag("hidden width of channel mixing / C", 3.5)
+    x070: bool = flag("plain RWKV-7 x070: turns off the next four additions of the speedrun", False)
+    x0_lambdas: bool = flag("each block starts from l0 x + l1 x0, x0 the embedding, l learned", True)
+    rms_norm: bool = flag("RMSNorm after the embedding and before the head in place of LN_0 and LN_out", True)
+    softcap: float = flag("logits become c tanh(z / c); 0 for none", 30.0)
+    zero_head: bool = flag("the head starts at zero", True)
+    # learning rates
+    muon_lr: float = flag("Muon: matrices of the blocks", 0.02)
+    muon_scale: str = flag("Muon's scale of an update", "spectral", choices=("spectral", "rms"))
+    muon_warmup: int = flag("steps over which Muon's momentum rises from 0.85 to 0.95", fineweb=500, tiny=100)
+    adam_lr: float = flag("Adam: low-rank pairs and vectors", 0.0026)
+    ln_lr: float = flag("Adam: weights and biases of LayerNorm and GroupNorm", 0.0090)
+    emb_lr: float = flag("Adam: embedding", 0.3)
+    head_lr: float = flag("Adam: head", 0.002)
+    lambda_lr: float = flag("Adam: lambdas", 0.02)
+    # machine
+    device: str = flag("where to train", "auto", choices=("auto", "cuda", "cpu"))
+    dtype: str = flag("bf16 (activations and products), mixed (products bf16, the rest fp32) or fp32", "auto",
+                      choices=("auto", "bf16", "mixed", "fp32"))
+    compile: bool = flag("torch.compile the model on a GPU", True)
+    kernel: str = flag("WKV-7: torch (anywhere), cpu (C++) or auto (cpu on a CPU, else torch)", "auto",
+                       choices=("auto", "torch", "cpu"))
+    fast_cuda: bool = flag("WKV-7 on tensor cores", False)
+    wind_cuda: bool = flag("WKV-7 fused with the time mixing around it", False)
+    # report
+    print_params: bool = flag("print every parameter with its optimiser, rate, mean and sd, and stop", False)
+    usd_per_hour: float = flag("price of the whole machine in dollars an hour, for the cost in the record", 0.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.x070:
+            self.x0_lambdas = self.rms_norm = self.zero_head = False
+            self.softcap = 0.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# WKV-7 operator
+#
+# Per sequence and head, state S (row = value, column = key), S_0 = 0, decay d = exp(-e^{-1/2} sigmoid(w)) > 0.545:
+#     u_t = S_{t-1} a_t      S_t = S_{t-1} diag(d_t) + u_t b_t^T + v_t k_t^T      y_t = S_t r_t
+# r, w, k, v, a, b, y and the gradients are (B, T, H, N). w is the decay before its activation, since d is too close to
+# 1 for bf16; the state and every sum are fp32 whatever the dtype of the inputs.
+
+HEAD_SIZES = (16, 32, 64, 96, 128, 192)
+DECAY_BOUND = 0.6065306597126334  # e^{-1/2}
+CHUNK = 16  # tokens; where keys repeat, small chunks are the accurate ones
+
+
+def wkv7_recurrent(r, w, k, v, a, b, state=None):
+    """The equation token by token, in the dtype of its inputs: in float64 the reference of all tests, and given a state
+    (B, H, N, N) the step of generation. Returns y and the state after the last token."""
+    B, T, H, N = r.shape
+    S = r.new_zeros(B, H, N, N) if state is None else state
+    d = torch.exp(-DECAY_BOUND * torch.sigmoid(w))
+    y = []
+    for t in range(T):
+        u = S @ a[:, t, :, :, None]  # (B, H, N, 1)
+        S = S * d[:, t, :, None, :] + u * b[:, t, :, None, :] + v[:, t, :, :, None] * k[:, t, :, None, :]
+        y.append((S @ r[:, t, :, :, None])[..., 0])
+    return torch.stack(y, dim=1), S
+
+
+def to_chunks(x, value=0.0):  # (B, T, H, N) -> (chunks, B, H, CHUNK, N), fp32 or fp64
+    x = F.pad(x.to(torch.promote_types(x.dtype, torch.float32)), (0, 0, 0, 0, 0, -x.size(1) % CHUNK), value=value)
+    return x.unflatten(1, (-1, CHUNK)).permute(1, 0, 3, 2, 4).contiguous()
+
+
+def from_chunks(x, like):  # and back, without the padding
+    return x.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, : like.size(1)].to(like.dtype).contiguous()
+
+
+def chunk_terms(r, w, k, v, a, b):
+    """What does not depend on the chunk's state S. P_t: product of the decays up to token t. Stacked along the tokens,
+    AR = [a P_{t-1}; r P_t] and BK = [b; k] / P_t; pairs = AR BK^T where the second token acts on the first, else 0;
+    M = (1 - pairs_ab)^{-1}; u = W S^T + U0; S at the chunk's end = S step + what the chunk brings."""
+    r, k, v, a, b = map(to_chunks, (r, k, v, a, b))
+    gate = torch.sigmoid(to_chunks(w, -torch.inf))  # padding: d = 1 and the rest 0 leave the state as it is
+    log_d = -DECAY_BOUND * gate
+    log_P = log_d.cumsum(-2)
+    P_end = log_P[..., -1:, :].exp()
+    scale_AR, scale_BK = torch.cat((log_P - log_d, log_P), -2).exp(), (-log_P).exp().repeat(1, 1, 1, 2, 1)
+    AR, BK = torch.cat((a, r), -2) * scale_AR, torch.cat((b, k), -2) * scale_BK
+    ones = v.new_ones(CHUNK, CHUNK)
+    mask, eye = torch.cat((ones.tril(-1), ones.tril())).repeat(1, 2), ones.tril().triu()
+    pairs = (AR @ BK.mT).mul_(mask)
+    M = torch.linalg.solve_triangular(eye - pairs[..., :CHUNK, :CHUNK], eye, upper=False, unitriangular=True)
+    W, U0 = M @ AR[..., :CHUNK, :], M @ (pairs[..., :CHUNK, CHUNK:] @ v)
+    BK_end = BK * P_end
+    step = torch.diag_embed(P_end.squeeze(-2)) + W.mT @ BK_end[..., :CHUNK, :]
+    return v, gate, AR, scale_AR, BK, scale_BK, BK_end, P_end, mask, pairs, M, W, U0, step
+
+
+@torch.library.custom_op("wkv7::torch_forward", mutates_args=())
+def torch_forward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """y and the states at the chunk starts, (chunks, B, H, N, N)."""
+    V, _, AR, _, _, _, BK_end, _, _, pairs, _, W, U0, step = chunk_terms(r, w, k, v, a, b)
+    add = torch.cat((U0, V), -2).mT @ BK_end
+    S = torch.zeros_like(add)
+    for c in range(len(S) - 1):
+        torch.baddbmm(add[c].flatten(0, 1), S[c].flatten(0, 1), step[c].flatten(0, 1), out=S[c + 1].flatten(0, 1))
+    UV = torch.cat((W @ S.mT + U0, V), -2)
+    return from_chunks(AR[..., CHUNK:, :] @ S.mT + pairs[..., CHUNK:, :] @ UV, r), S
+
+
+@torch.library.custom_op("wkv7::torch_backward", mutates_args=())
+def torch_backward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor, dy: Tensor
+                   ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    V, gate, AR, scale_AR, BK, scale_BK, BK_end, P_end, mask, pairs, M, W, U0, step = chunk_terms(r, w, k, v, a, b)
+    dY = to_chunks(dy)
+    dU = pairs[..., CHUNK:, :CHUNK].mT @ dY  # what of dU does not pass through later chunks
+    add = torch.cat((M.mT @ dU, dY), -2).mT @ AR
+    G = torch.zeros_like(S)  # gradient of the state at the chunk's end
+    for c in range(len(S) - 1, 0, -1):
+        torch.baddbmm(add[c].flatten(0, 1), G[c].flatten(0, 1), step[c].mT.flatten(0, 1), out=G[c - 1].flatten(0, 1))
+    dUV = BK_end @ G.mT
+    dZY = torch.cat((M.mT @ (dU + dUV[..., :CHUNK, :]), dY), -2)
+    UV = torch.cat((W @ S.mT + U0, V), -2)
+    dV = dUV[..., CHUNK:, :] + pairs[..., CHUNK:].mT @ dZY
+    d_pairs = (dZY @ UV.mT).mul_(mask)
+    dAR = dZY @ S + d_pairs @ BK
+    dBK = (UV @ G) * P_end + d_pairs.mT @ AR
+    # A token's decay scales a and r of the tokens after it up, b and k down, and what its chunk hands on.
+    from_a, from_r = (AR * dAR).split(CHUNK, -2)
+    from_b, from_k = (BK * dBK).split(CHUNK, -2)
+    d_log = mask[CHUNK:, :CHUNK].mT @ (from_r - from_k - from_b) + mask[:CHUNK, :CHUNK].mT @ from_a
+    d_log[:-1] += (S[1:] * G[:-1]).sum(-2, keepdim=True)
+    dw = d_log * gate * torch.sigmoid(-to_chunks(w)) * -DECAY_BOUND  # 1 - gate would be 0 long before it is in truth
+    (da, dr), (db, dk) = (dAR * scale_AR).split(CHUNK, -2), (dBK * scale_BK).split(CHUNK, -2)
+    return tuple(from_chunks(x, r) for x in (dr, dw, dk, dV, da, db))
+
+
+def register_wkv7(kernel, kept_like):
+    """Make wkv7::<kernel>_forward -> (y, kept) known to torch.compile, and <kernel>_backward its backward."""
+    forward, backward = (getattr(torch.ops.wkv7, f"{kernel}_{way}").default for way in ("forward", "backward"))
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.set_materialize_grads(False)
+
+    def backward_of_y(ctx, dy, _):  # what is kept for the backward has no gradient of its own
+        return backward(*ctx.saved_tensors, dy.contiguous())
+
+    torch.library.register_fake(forward, lambda *inputs: (inputs[0].new_empty(inputs[0].shape), kept_like(inputs[0])))
+    torch.library.register_fake(backward, lambda *inputs: tuple(x.new_empty(x.shape) for x in inputs[:6]))
+    torch.library.register_autograd(forward, backward_of_y, setup_context=setup_context)
+
+
+register_wkv7("torch", lambda r: r.new_empty(-(-r.size(1) // CHUNK), r.size(0), r.size(2), r.size(3), r.size(3),
+                                             dtype=torch.promote_types(r.dtype, torch.float32)))
+LOADED_KERNELS = {"torch"}
+
+
+def kernel_sources(kernel):
+    """The files that `kernel` is built from."""
+    return {"torch": [], "cpu": [Path(__file__).absolute().parent / "cuda" / "wkv7" / "wkv7_cpu.cpp"]}[kernel]
+
+
+def build_kernel(kernel):
+    """Load the library of `kernel` from cuda/build/, or build it first: in a folder of its own, so that neither another
+    process nor the rest of a killed one is in the way. Its name tells other sources, flags, CPUs and versions apart."""
+    sources, folder = list(map(str, kernel_sources(kernel))), Path(__file__).absolute().parent / "cuda" / "build"
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    flags = ["-O3", native, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+    cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else platform.processor()
+    cpu = sorted(set(re.findall(r"^(?:model name|flags|Features|CPU part).*", cpu, re.M))) or cpu
+    key = repr((torch.__version__, flags, cpu, [Path(source).read_bytes() for source in sources]))
+    name = f"wkv7_{kernel}_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    library, log = folder / f"{name}.so", folder / f"{name}.log"
+    if library.exists():
+        return torch.ops.load_library(library)
+
+    from torch.utils import cpp_extension
+    compiler = shlex.split(cpp_extension.get_cxx_compiler())[0]
+    if shutil.which(compiler) is None:
+        raise RuntimeError(f"no C++ compiler ({compiler} not found); install g++ or set CXX")
+    os.environ["PATH"] = os.environ.get("PATH", os.defpath) + os.pathsep + sysconfig.get_path("scripts")  # of ninja
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        work = tempfile.mkdtemp(prefix=f"{name}.", dir=folder)
+    except OSError:  # a checkout that cannot be written: build for this process alone
+        work, log = tempfile.mkdtemp(prefix=f"{name}."), None
+    try:
+        cpp_extension.load(name, sources, extra_cflags=flags, build_directory=work, is_python_module=False)
+        if log:
+            os.replace(next(Path(work).glob("*.so")), library)
+    except Exception as error:
+        cause = re.search(r".*\berror: .*|.+", str(error))[0]
+        if log:
+            log.write_text(str(error))
+            cause += f" (full log: {log})"
+        raise RuntimeError(cause) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def load_kernel(kernel: str) -> str:
+    """Load `kernel`, built first if need be. Returns the kernel to use: where that fails it says so and is "torch"."""
+    if kernel in LOADED_KERNELS:
+        return kernel
+    try:
+        if not hasattr(torch.ops.wkv7, f"{kernel}_forward"):
+            build_kernel(kernel)
+            register_wkv7(kernel, lambda r: r.new_empty(r.shape))
+    except (RuntimeError, OSError) as error:
+        print(f"WKV-7: cannot build --kernel {kernel}: {error}\n"
+              "WKV-7: going on with --kernel torch, several times slower", file=sys.stderr)
+        return "torch"
+    LOADED_KERNELS.add(kernel)
+    return kernel
+
+
+def wkv7(r, w, k, v, a, b, kernel="torch"):
+    """y from the zero state, by a kernel that load_kernel has loaded; differentiable in all six inputs."""
+    inputs = (r, w, k, v, a, b)
+    if r.dim() != 4 or not r.numel() or not r.is_floating_point() or any(
+            (x.shape, x.dtype, x.device) != (r.shape, r.dtype, r.device) for x in inputs):
+        raise ValueError("wkv7: r w k v a b must be (B, T, H, N), not empty, of one floating dtype and device; got "
+                         + ", ".join(f"{tuple(x.shape)} {x.dtype} {x.device}" for x in inputs))
+    if r.size(3) not in HEAD_SIZES:
+        raise ValueError(f"wkv7: head size {r.size(3)} is not one of {', '.join(map(str, HEAD_SIZES))}")
+    if kernel not in LOADED_KERNELS:
+        raise ValueError(f"wkv7: kernel {kernel!r} is not loaded (loaded: {', '.join(sorted(LOADED_KERNELS))})")
+    if kernel == "torch":
+        return torch.ops.wkv7.torch_forward(*inputs)[0]
+    if r.dtype == torch.float64 or r.device.type != "cpu":
+        raise ValueError(f"wkv7: --kernel cpu computes in fp32 on the CPU; got {r.dtype} on {r.device}")
+    return torch.ops.wkv7.cpu_forward(*(x.float().contiguous() for x in inputs))[0].to(r.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+#
+# B sequences, T tokens, C channels, H heads, N channels a head, L blocks; l counts blocks from 0. Names are x070's.
+# Precision: parameters fp32; matrix products in bf16 (dtype bf16, mixed); activations bf16 (dtype bf16) or fp32.
+
+
+def shift(x):
+    """shift(x)_t = x_{t-1}, shift(x)_0 = 0, for x (B, T, C)."""
+    return F.pad(x, (0, 0, 1, -1))
+
+
+class Linear(nn.Linear):
+    """y = W x without bias, the product in `compute` dtype, y in x's dtype."""
+
+    def __init__(self, rows_in, rows_out, compute):
+        super().__init__(rows_in, rows_out, bias=False)
+        self.compute = compute
+
+    def forward(self, x):
+        return F.linear(x.to(self.compute), self.weight.to(self.compute)).to(x.dtype)
+
+
+class TimeMixing(nn.Module):
+    """att(x) of RWKV-7: S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T, y_t = S_t r_t, gated and projected."""
+
+    def __init__(self, args, l, compute, kernel):
+        super().__init__()
+        C, L, N = args.width, args.layers, args.headsz
+        H = C // N
+        self.N, self.l, self.compute, self.kernel = N, l, compute, kernel
+        rho0, rho1 = l / max(1, L - 1), 1 - l / L
+        i = torch.arange(C)
+        lin, position = i / (C - 1) - 0.5, i / C
+        z = (i % N - (N - 1) / 2) / ((N - 1) / 2)
+        zig = z * z.abs()
+
+        vector = lambda values: nn.Parameter(values.float().expand(1, 1, C).clone())
+        mu = lambda power: vector(1 - position ** (power * rho1))
+        self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g = map(mu, (0.2, 0.9, 0.7, 0.7, 0.9, 0.2))
+
+        rank = lambda factor: max(32, round(factor * C ** 0.5 / 32) * 32)
+        self.decay_rank = self.alpha_rank = 64 if C == 768 else rank(2.5)
+        self.value_rank, self.gate_rank = (32, 128) if C == 768 else (rank(1.7), rank(5))
+
+        def low_rank(size):
+            second = torch.empty(size, C)
+            nn.init.orthogonal_(second, gain=0.1 * max(1, size / C) ** 0.5)
+            return nn.Parameter(torch.zeros(C, size)), nn.Parameter(second)
+
+        self.w0 = vector(-6 + 6 * (i / (C - 1)) ** (1 + rho0 ** 0.3) + 0.5 + 2.5 * zig)
+        self.w1, self.w2 = low_rank(self.decay_rank)
+        self.a0 = vector(-0.19 + 0.3 * zig + 0.4 * lin)
+        self.a1, self.a2 = low_rank(self.alpha_rank)
+        if l > 0:  # layer 0 defines v_first and mixes nothing in
+            self.v0 = vector(0.73 - 0.4 * lin)
+            self.v1, self.v2 = low_rank(self.value_rank)
+        self.g1, self.g2 = low_rank(self.gate_rank)
+        self.k_k = vector(0.71 - 0.1 * lin)
+        self.k_a = vector(torch.tensor(1.02))
+        self.r_k = nn.Parameter(torch.full((H, N), -0.04))
+
+        self.receptance, self.key, self.value, self.output = (Linear(C, C, compute) for _ in range(4))
+        for linear, bound in ((self.receptance, 0.5), (self.key, 0.05), (self.value, 0.5)):
+            nn.init.uniform_(linear.weight, -bound / C ** 0.5, bound / C ** 0.5)
+        nn.init.zeros_(self.output.weight)
+        self.ln_x = nn.GroupNorm(H, C, eps=64e-5)
+        nn.init.constant_(self.ln_x.weight, ((1 + l) / L) ** 0.7)
+
+    def forward(self, x, v_first):
+        B, T, C = x.shape
+        heads = lambda t: t.view(B, T, -1, self.N)
+        cast = lambda p: p.to(x.dtype)
+        product = lambda t, W: (t.to(self.compute) @ W.to(self.compute)).to(x.dtype)
+        xx = shift(x) - x
+        xr, xw, xk, xv, xa, xg = (torch.addcmul(x, xx, cast(mu)) for mu in
+                                  (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))  # (B, T, C) each
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
+        w = cast(self.w0) + product(torch.tanh(product(xw, self.w1)), self.w2)  # pre-activation p of the decay
+        alpha = torch.sigmoid(cast(self.a0) + product(product(xa, self.a1), self.a2))
+        g = product(torch.sigmoid(product(xg, self.g1)), self.g2)
+        if self.l == 0:
+            v_first = v
+        else:
+            v = torch.lerp(v, v_first, torch.sigmoid(cast(self.v0) + product(product(xv, self.v1), self.v2)))
+        kappa = F.normalize(heads(k * cast(self.k_k)), dim=-1, eps=1e-12)  # (B, T, H, N)
+        k = heads(k * (1 + (alpha - 1) * cast(self.k_a)))
+        r, v = heads(r), heads(v)
+        y = wkv7(r, heads(w), k, v, -kappa, kappa * heads(alpha), self.kernel)
+        y = F.group_norm(y.reshape(B * T, C), self.ln_x.num_groups, cast(self.ln_x.weight), cast(self.ln_x.bias),
+                         self.ln_x.eps)
+        y = y.view(B, T, C) + ((r * k * cast(self.r_k)).sum(-1, keepdim=True) * v).view(B, T, C)
+        return self.output(y * g), v_first
+
+
+class ChannelMixing(nn.Module):
+    """ffn(x) = W_value relu(W_key (x + (shift(x) - x) x_k))^2."""
+
+    def __init__(self, args, l, compute):
+        super().__init__()
+        C, hidden = args.width, round(args.ffn_ratio * args.width / 32) * 32
+        self.x_k = nn.Parameter((1 - (torch.arange(C) / C) ** ((1 - l / args.layers) ** 4)).view(1, 1, C))
+        self.key, self.value = Linear(C, hidden, compute), Linear(hidden, C, compute)
+        nn.init.uniform_(self.key.weight, -0.5 / C ** 0.5, 0.5 / C ** 0.5)
+        nn.init.zeros_(self.value.weight)
+
+    def forward(self, x):
+        x = torch.addcmul(x, shift(x) - x, self.x_k.to(x.dtype))
+        return self.value(torch.relu(self.key(x)).square())
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm with fp32 parameters, in x's dtype."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class Block(nn.Module):
+    """x = l0 x + l1 x0;  x += att(LN_1(x));  x += ffn(LN_2(x))."""
+
+    def __init__(self, args, l, compute, kernel):
+        super().__init__()
+        if l == 0 and not args.rms_norm:
+            self.ln0 = LayerNorm(args.width)
+        if args.x0_lambdas:
+            self.lambdas = nn.Parameter(torch.tensor([1.0, 0.0]))
+        self.ln1, self.ln2 = LayerNorm(args.width), LayerNorm(args.width)
+        self.att = TimeMixing(args, l, compute, kernel)
+        self.ffn = ChannelMixing(args, l, compute)
+
+    def forward(self, x, x0, v_first):
+        if hasattr(self, "lambdas"):
+            x = (self.lambdas[0] * x + self.lambdas[1] * x0).to(x.dtype)
+        y, v_first = self.att(self.ln1(x), v_first)
+        x = x + y
+        return x + self.ffn(self.ln2(x)), v_first
+
+
+class RWKV7(nn.Module):
+    """loss = model(inputs, targets): mean cross-entropy in nats over the targets >= 0, all (B, T) int64."""
+
+    lookups = ("emb.weight",)  # tables of which a token uses one row
+
+    def __init__(self, args, kernel):
+        super().__init__()
+        C, V = args.width, -(-args.vocab_size // 128) * 128
+        compute = torch.float32 if args.dtype == "fp32" else torch.bfloat16
+        self.activations = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+        self.args, self.sources = args, kernel_sources(kernel)
+        self.emb = nn.Embedding(V, C)  # starts N(0, 1): only its direction counts after the RMSNorm
+        self.blocks = nn.ModuleList([Block(args, l, compute, kernel) for l in range(args.layers)])
+        if not args.rms_norm:
+            nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
+            self.ln_out = LayerNorm(C)
+        self.head = Linear(C, V, compute)
+        if args.zero_head:
+            nn.init.zeros_(self.head.weight)
+        else:
+            nn.init.orthogonal_(self.head.weight, gain=0.5 * (V / C) ** 0.5)
+
+    def logits(self, inputs):
+        """(B, T) int64 -> (B, T, V) fp32."""
+        rms = lambda x: F.rms_norm(x, (x.size(-1),))
+        x = self.emb(inputs).to(self.activations)  # (B, T, C)
+        x = x0 = rms(x) if self.args.rms_norm else self.blocks[0].ln0(x)
+        v_first = None
+        for block in self.blocks:
+            x, v_first = block(x, x0, v_first)
+        z = self.head(rms(x) if self.args.rms_norm else self.ln_out(x)).float()
+        return self.args.softcap * torch.tanh(z / self.args.softcap) if self.args.softcap else z
+
+    def forward(self, inputs, targets):
+        logits = self.logits(inputs)
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
+
+    def flops_per_token(self, active):
+        """Training FLOPs: 6 an active parameter, and of the mixing 9 N forward and 18 N backward a channel and block."""
+        return 6 * active + 27 * self.args.headsz * self.args.width * self.args.layers
+
+
+def build_model(args):
+    """The model on the default device, seeded by the caller. Raises ValueError when the flags do not fit together."""
+    fits = [n for n in HEAD_SIZES if args.width % n == 0]
+    if args.headsz not in fits:
+        why = f"{args.width} is not a multiple of {args.headsz}" if args.width % args.headsz else "no kernel for it"
+        raise ValueError(f"--headsz {args.headsz}: {why}. Allowed: {', '.join(map(str, fits))}.")
+    if args.fast_cuda or args.wind_cuda:
+        raise ValueError(f"--{'fast' if args.fast_cuda else 'wind'}_cuda: this version has no CUDA kernel of WKV-7 yet. "
+                         "Go on without it: --kernel torch (any GPU; slower, the same maths).")
+    if args.kernel == "cpu" and args.device == "cuda":
+        raise ValueError("--kernel cpu runs on a CPU only. Use --kernel torch on a GPU, or --device cpu.")
+    if args.kernel == "auto":
+        args.kernel = "torch" if args.device == "cuda" else "cpu"
+    args.kernel = load_kernel(args.kernel)
+    return RWKV7(args, args.kernel)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parameter groups
+
+
+def build_optimizers(model, args):
+    """[Adam, Muon] over every parameter exactly once; each group holds the names of its parameters. Raises ValueError."""
+    def group_of(name):
+        leaf = name.split(".")[-2:]
+        if name in ("emb.weight", "head.weight"):
+            return name.split(".")[0]
+        if leaf[0] in ("receptance", "key", "value", "output"):
+            return "muon"
+        if leaf[0] in ("ln0", "ln1", "ln2", "ln_x", "ln_out"):
+            return "norm"
+        if leaf[1] == "lambdas":
+            return "lambdas"
+        if leaf[1] in ("r_k", "k_k", "k_a", "v0", "v1", "v2", "w0", "w1", "w2", "a0", "a1", "a2", "g1", "g2") or (
+                leaf[1].startswith("x_")):
+            return "w0" if args.x070 and leaf[1] == "w0" else "vectors"  # x070 trains w0 at twice the rate
+        raise ValueError(f"parameter {name} belongs to no optimiser group: name it in build_optimizers")
+
+    rates = dict(emb=args.emb_lr, head=args.head_lr, vectors=args.adam_lr, w0=2 * args.adam_lr, norm=args.ln_lr,
+                 lambdas=args.lambda_lr, muon=args.muon_lr)
+    groups = {group: dict(params=[], names=[], lr=lr) for group, lr in rates.items()}
+    for name, p in model.named_parameters():
+        groups[group_of(name)]["params"].append(p)
+        groups[group_of(name)]["names"].append(name)
+    muon = groups.pop("muon")
+    adam = torch.optim.Adam([g for g in groups.values() if g["params"]], betas=(0.9, 0.95), fused=True)
+    return [adam, Muon([muon], lr=args.muon_lr, scale=args.muon_scale)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Muon optimizer [shared]
+
+
+def newton_schulz(G, steps=5):
+    """Replace the singular values of each matrix by values in about [0.7, 1.2]: a batch (n, rows, cols), rows <= cols.
+
+    The quintic iteration of Keller Jordan's Muon (2024). Runs in the dtype of G: bf16 where the hardware has it.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A A) X
+    return X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with Nesterov's look-ahead, orthogonalised by Newton-Schulz: W <- W - lr s NS(G + mu M), M <- mu M + G.
+
+    params: matrices (rows, cols). scale: "spectral" s = sqrt(max(1, rows/cols)) or "rms" s = sqrt(max(rows, cols)).
+    Matrices of equal shape (up to transposition) go through Newton-Schulz as one batch. Every rank owns an equal share of
+    each batch and its momentum; the updates are gathered in one all_gather a step. Gradients must already be averaged.
+    """
+
+    SCALES = {"spectral": lambda rows, cols: max(1, rows / cols) ** 0.5, "rms": lambda rows, cols: max(rows, cols) ** 0.5}
+
+    def __init__(self, params, lr, momentum=0.95, scale="spectral"):
+        super().__init__(params, dict(lr=lr, momentum=momentum, scale=scale))
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+    @staticmethod
+    def batches(params):
+        """The matrices in batches of equal shape, rows <= cols after transposition: {(rows, cols): [matrices]}."""
+        batches = {}
+        for p in params:
+            batches.setdefault((min(p.shape), max(p.shape)), []).append(p)
+        return batches
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            wide = lambda m: m if m.shape[0] <= m.shape[1] else m.mT
+            batches, local = self.batches(group["params"]), []
+            for (rows, cols), matrices in batches.items():
+                share = -(-len(matrices) // self.world)  # matrices a rank, the last rank's padded
+                own = matrices[self.rank * share:(self.rank + 1) * share]
+                dtype = torch.bfloat16 if has_bf16(matrices[0].device) else torch.float32
+                out = matrices[0].new_zeros(share, rows, cols, dtype=dtype)
+                if own:
+                    grads = [p.grad for p in own]
+                    for p in own:
+                        if "M" not in self.state[p]:
+                            self.state[p]["M"] = torch.zeros_like(p)
+                    M = [self.state[p]["M"] for p in own]
+                    torch._foreach_mul_(M, group["momentum"])
+                    torch._foreach_add_(M, grads)
+                    G = torch._foreach_add(grads, M, alpha=group["momentum"])
+                    out[:len(own)] = newton_schulz(torch.stack([wide(g) for g in G]).to(dtype))
+                local.append(out)
+            if self.world > 1:
+                flat = torch.cat([out.flatten() for out in local])
+                gathered = flat.new_empty(self.world, flat.numel())
+                dist.all_gather_into_tensor(gathered.view(-1), flat)
+                parts = gathered.split([out.numel() for out in local], dim=1)
+                local = [part.reshape(-1, *out.shape[1:]) for part, out in zip(parts, local)]
+            for matrices, updates in zip(batches.values(), local):
+                for p, update in zip(matrices, updates):
+                    s = self.SCALES[group["scale"]](*p.shape)
+                    p.add_((update if p.shape[0] <= p.shape[1] else update.mT).to(p.dtype), alpha=-group["lr"] * s)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data loader [shared]
+
+SHARD_MAGIC, SHARD_VERSION = 20240520, 1  # header of 256 int32: magic, version, number of tokens; then uint16 tokens
+
+
+def open_shard(path):
+    """Memory-map the tokens of a shard: a uint16 array. Raises ValueError with the way out when it is not a whole shard."""
+    size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
+    if size < 1024:
+        raise ValueError(f"{path} is truncated: {size} bytes, less than its header. Fetch or make it again.")
+    if header[0] != SHARD_MAGIC:
+        raise ValueError(f"{path} is not a token shard: magic {header[0]}, not {SHARD_MAGIC}. Format: data/README.md.")
+    if header[1] != SHARD_VERSION:
+        raise ValueError(f"{path} has shard version {header[1]}; this script reads version {SHARD_VERSION}.")
+    if header[2] * 2 + 1024 != size:
+        raise ValueError(f"{path} is damaged: its header counts {header[2]} tokens, the file holds {(size - 1024) / 2:.12g}. "
+                         "Fetch or make it again.")
+    return np.memmap(path, dtype="<u2", mode="r", offset=1024)
+
+
+class TokenStream:
+    """The tokens of the sorted shards folder/*_<split>_*.bin as one stream; only the first shards with `need` tokens open.
+
+    repeat: how often the stream may be read over (position p is token p mod tokens); 0: fewer tokens than needed will do.
+    Raises ValueError with the way out.
+    """
+
+    def __init__(self, folder, split, need, why, repeat=1):
+        self.paths, self.shards, total = [], [], 0
+        found = sorted(Path(folder).glob(f"*_{split}_*.bin"))
+        if not found:
+            raise ValueError(f"no {split} shards (*_{split}_*.bin) in {folder}. {where_from(folder, need)}")
+        for path in found:
+            self.paths.append(path)
+            self.shards.append(open_shard(path))
+            total += len(self.shards[-1])
+            if total >= need:
+                break
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        if repeat and total * repeat < need:
+            if repeat == 1:
+                each = max(len(shard) for shard in self.shards)
+                raise ValueError(f"{why} need {-(-need // each)} {split} shards of {millions(each)} tokens, found "
+                                 f"{len(found)} ({millions(total)}) in {folder}: {where_from(folder, need)}")
+            raise ValueError(f"{why} need {millions(need)} {split} tokens; {folder} has {millions(total)}, which --epochs "
+                             f"{repeat} reads up to {millions(total * repeat)}. More text, fewer --steps or more --epochs.")
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def read(self, position, count):
+        """Tokens [position, position + count) of the stream as int64 (count,)."""
+        out, done = np.empty(count, dtype=np.int64), 0
+        while done < count:
+            at = (position + done) % len(self)
+            i = int(np.searchsorted(self.starts, at, side="right")) - 1
+            part = self.shards[i][at - self.starts[i]:][:count - done]
+            out[done:done + len(part)] = part
+            done += len(part)
+        return out
+
+    def fingerprint(self, vocab_size):
+        """[{name, tokens, sha256}] of the shards; refuses ids beyond the vocabulary with ValueError. Reads every byte."""
+        def scan(path, shard):
+            digest, top = hashlib.sha256(np.fromfile(path, np.uint8, 1024)), 0
+            for i in range(0, len(shard), 1 << 22):
+                part = np.ascontiguousarray(shard[i:i + (1 << 22)])
+                digest.update(part)
+                top = max(top, int(part.max()))
+            if top >= vocab_size:
+                raise ValueError(f"{path} holds token id {top}, beyond the vocabulary of {vocab_size}. "
+                                 "Wrong tokenizer for this track?")
+            return dict(name=path.name, tokens=len(shard), sha256=digest.hexdigest())
+        with ThreadPoolExecutor() as pool:  # hashing and max() run without the interpreter's lock
+            return list(pool.map(scan, self.paths, self.shards))
+
+
+def millions(count):
+    return f"{count / 1e6:.3g}M"
+
+
+def where_from(folder, need):
+    """How to get the missing shards of a folder."""
+    name = Path(folder).name
+    if name.startswith("fineweb"):
+        return f"python data/cached_{name}.py {-(-need // 100_000_000)}"
+    return "python data/pydocs.py" if name == "pydocs" else "Format and tools: data/README.md."
+
+
+class DataLoader:
+    """Batches of the training stream, read ahead by a thread into pinned memory.
+
+    Step s is tokens [s n, (s + 1) n] with n = bsz * seq_len, whatever the ranks and micro-batches; this rank gets
+    sequences [first, last) of its bsz. next() -> inputs, targets, both int64 (last - first, seq_len), on the device.
+    """
+
+    def __init__(self, stream, args, first, last):
+        self.stream, self.args, self.first, self.last = stream, args, first, last
+        self.queue = queue.Queue(maxsize=4)  # batches
+        threading.Thread(target=self._read_ahead, daemon=True).start()
+
+    def _read_ahead(self):
+        try:
+            for step in range(self.args.steps):
+                start = (step * self.args.bsz + self.first) * self.args.seq_len
+                tokens = torch.from_numpy(self.stream.read(start, (self.last - self.first) * self.args.seq_len + 1))
+                self.queue.put(tokens.pin_memory() if self.args.device == "cuda" else tokens)
+        except Exception as error:  # a vanished disk must not look like an endless wait
+            self.queue.put(error)
+
+    def next(self):
+        item = self.queue.get()
+        if isinstance(item, Exception):
+            raise item
+        tokens = item.to(self.args.device, non_blocking=True)
+        return tokens[:-1].view(-1, self.args.seq_len), tokens[1:].view(-1, self.args.seq_len)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Record [shared]
+
+SCHEMA = 1  # of result.json
+
+
+def shell(*command):
+    """Standard output of a command, stripped; "" when it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True,
+                              cwd=Path(__file__).parent).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def hardware(device):
+    """The machine of this process: {"name", "count", "text"}, text being nvidia-smi's page or the CPU's facts."""
+    if device.type == "cuda":
+        return dict(name=torch.cuda.get_device_name(device), count=world_size(), text=shell("nvidia-smi"))
+    info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    name = re.search(r"^model name\s*: (.*)|$", info, re.M)[1] or shell("sysctl", "-n", "machdep.cpu.brand_string")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else math.nan
+    return dict(name=name or platform.machine(), count=world_size(), text=f"{name or platform.machine()}, {os.cpu_count()} "
+                f"cores, {torch.get_num_threads()} threads used, {memory:.1f} GiB of memory")
+
+
+def environment():
+    """Versions and git state: what is needed to repeat a run."""
+    first_line = lambda text: text.splitlines()[0] if text else "none"
+    packages = sorted(f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions() if d.metadata["Name"])
+    return dict(
+        python=platform.python_version(), platform=platform.platform(), torch=torch.__version__,
+        cuda=torch.version.cuda or "none",
+        driver=first_line(shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")),
+        compiler=first_line(shell(os.environ.get("CXX", "c++"), "--version")),
+        nvcc=(shell("nvcc", "--version").splitlines() or ["none"])[-1],
+        git_commit=shell("git", "rev-parse", "HEAD") or "none",
+        git_dirty=bool(shell("git", "status", "--porcelain", "--untracked-files=no")),
+        packages=packages)
+
+
+class Record:
+    """The run's folder: log.txt, line by line as things happen, and result.json, written last. Only rank 0 writes.
+
+    A folder without result.json belongs to a run that did not finish. Raises OSError.
+    """
+
+    def __init__(self, args, rank):
+        self.path = self.file = None
+        if rank == 0:
+            stamp = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
+            self.path = Path(args.records) / f"{stamp}_{Path(__file__).stem}_{args.name or os.urandom(3).hex()}"
+            self.path.mkdir(parents=True)  # never an old folder: nothing is overwritten
+            self.file = open(self.path / "log.txt", "x", encoding="utf-8", buffering=1)
+
+    def line(self, text):
+        if self.file:
+            self.file.write(text + "\n")
+
+    def sources(self, *paths):
+        """[{name, lines, sha256, text}] of the files that run."""
+        texts = [(path.name, path.read_text(encoding="utf-8")) for path in paths]
+        return [dict(name=name, lines=len(text.splitlines()), sha256=hashlib.sha256(text.encode()).hexdigest(), text=text)
+                for name, text in texts]
+
+    def header(self, facts):
+        """The log up to the first step: the configuration, every source that runs, then the facts as JSON lines."""
+        if self.file:
+            self.line(f"config: {json.dumps(facts['config'])}\ncommand: {shlex.join(facts['command'])}")
+            for source in facts["sources"]:
+                text = source.pop("text")
+                self.line(f"{'=' * 100}\nsource: {json.dumps(source)}\n{text.rstrip(chr(10))}")
+            self.line("=" * 100)
+            text = facts["hardware"].pop("text")
+            for key in ("environment", "hardware", "data", "model"):
+                self.line(f"{key}: {json.dumps(facts[key])}")
+            self.line(f"{text}\n{'=' * 100}")
+
+    def close(self, reason):
+        """The reason of the end, as the log's last line. Returns the log's path, or None; a full disk is not an error here."""
+        if self.file:
+            with contextlib.suppress(OSError):
+                self.line(f"end: {reason}")
+            with contextlib.suppress(OSError):
+                self.file.close()
+            self.file = None
+            return self.path / "log.txt"
+
+    def finish(self, result):
+        """Write result.json atomically: the last act of a finished run."""
+        temporary = self.path / "result.json.part"
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path / "result.json")
+
+
+class Clock:
+    """Wall time in seconds, each moment in one phase; switching waits for the device, so that phases hold their own work."""
+
+    def __init__(self):
+        self.device, self.phase, self.since = torch.device("cpu"), "rest", time.perf_counter()
+        self.seconds = {phase: 0.0 for phase in ("warm-up", "train", "validation", "saving", "rest")}
+
+    def switch(self, phase):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[self.phase] += now - self.since
+        self.phase, self.since = phase, now
+
+    def train_ms(self):
+        """Training time so far in ms; inside the train phase without waiting for the device."""
+        running = time.perf_counter() - self.since if self.phase == "train" else 0.0
+        return 1e3 * (self.seconds["train"] + running)
+
+
+class StepLines:
+    """The log's line of each step. Losses stay on the device until their copy has arrived: no step waits for one."""
+
+    def __init__(self, record, steps):
+        self.record, self.steps, self.pending, self.last = record, steps, collections.deque(), math.nan
+
+    def add(self, step, loss, train_ms):
+        event = torch.cuda.Event() if loss.is_cuda else None
+        if event:
+            loss = torch.empty_like(loss, device="cpu", pin_memory=True).copy_(loss, non_blocking=True)
+            event.record()
+        self.pending.append((step, loss, event, train_ms))
+        self.flush()
+
+    def flush(self, wait=False):
+        """Write the lines whose losses have arrived; wait: all of them."""
+        while self.pending and (wait or self.pending[0][2] is None or self.pending[0][2].query()):
+            step, loss, event, train_ms = self.pending.popleft()
+            if event:
+                event.synchronize()
+            self.last = loss.item()
+            self.record.line(f"step:{step}/{self.steps} train_loss:{self.last:.4f} {timing(train_ms, step)}")
+
+
+def timing(train_ms, step):
+    return f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(1, step):.2f}ms"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Learning rate [shared]
+
+
+def rate(step, args):
+    """Factor on every learning rate at a step: linear rise, constant, then linear to 0 over the last warmdown_steps."""
+    rise = (step + 1) / (args.warmup_steps + 1) if step < args.warmup_steps else 1.0
+    fall = (args.steps - step) / min(args.steps, max(1, args.warmdown_steps))
+    return min(rise, fall, 1.0)
+
+
+def momentum(step, args):
+    """Muon's momentum: from 0.85 to 0.95 over the first muon_warmup steps."""
+    return 0.85 + 0.10 * min(1.0, step / max(1, args.muon_warmup))
+
+
+def schedule(optimizers, step, args):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate(step, args)
+            if isinstance(optimizer, Muon):
+                group["momentum"] = momentum(step, args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Main [shared]
+
+ACTIVE_LIMIT = 124_000_000  # parameters a token may use on track fineweb
+TARGET = {"fineweb": 3.28}  # validation loss in nats a token
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "GH200": 989e12, "H800": 989e12, "A100": 312e12,
+              "A800": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, from the makers' data sheets
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def all_sum(tensor):
+    """Sum over the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def average_gradients(model):
+    """Sum the (already weighted) gradients over the ranks: one all_reduce a dtype."""
+    if world_size() == 1:
+        return
+    by_dtype = {}
+    for p in model.parameters():
+        by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
+    for grads in by_dtype.values():
+        flat = all_sum(torch.cat([g.flatten() for g in grads]))
+        torch._foreach_copy_(grads, [part.view_as(g) for g, part in zip(grads, flat.split([g.numel() for g in grads]))])
+
+
+def train_step(model, optimizers, inputs, targets, args):
+    """One optimiser step on this rank's share (share, T). Returns the mean loss of the global batch, on the device."""
+    total = torch.zeros((), device=inputs.device)
+    for x, y in zip(inputs.split(args.device_bsz), targets.split(args.device_bsz)):
+        loss = model(x, y) * (len(x) / args.bsz)
+        loss.backward()
+        total += loss.detach()
+    average_gradients(model)
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return all_sum(total)
+
+
+def validation_set(stream, args, rank):
+    """This rank's validation sequences on the device, (inputs, targets), padded to whole micro-batches with targets -100."""
+    sequences = min(args.val_tokens, len(stream) - 1) // args.seq_len
+    first, last = sequences * rank // world_size(), sequences * (rank + 1) // world_size()
+    tokens = torch.from_numpy(stream.read(first * args.seq_len, (last - first) * args.seq_len + 1))
+    pad = (0, 0, 0, -(last - first) % args.device_bsz)
+    inputs, targets = (t.view(-1, args.seq_len) for t in (tokens[:-1], tokens[1:]))
+    return F.pad(inputs, pad).to(args.device), F.pad(targets, pad, value=-100).to(args.device)
+
+
+@torch.no_grad()
+def validate(model, val, args):
+    """Mean loss in nats a token over the validation sequences of all ranks."""
+    total = torch.zeros(2, dtype=torch.float64, device=args.device)  # sum of losses, number of targets
+    for x, y in zip(*(t.split(args.device_bsz) for t in val)):
+        count = (y >= 0).sum()
+        total += torch.stack([model(x, y).double() * count, count.double()])
+    loss, count = all_sum(total).tolist()
+    return loss / count
+
+
+def state_hash(model):
+    """sha256 over the names and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, t in itertools.chain(model.named_parameters(), model.named_buffers()):
+        digest.update(name.encode())
+        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def warm_up(model, compiled, optimizers, val, share, args):
+    """Compile and allocate with steps on random tokens, then restore parameters, buffers, optimisers and random state.
+
+    Returns the state's hash; raises RuntimeError when it is not the one from before.
+    """
+    before = state_hash(model)
+    saved = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    saved_optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+    rng = torch.get_rng_state(), torch.cuda.get_rng_state_all() if args.device == "cuda" else None
+    generator = torch.Generator().manual_seed(args.random_seed)
+    for step in range(2):
+        schedule(optimizers, step, args)
+        tokens = torch.randint(args.vocab_size, (share, args.seq_len + 1), generator=generator).to(args.device)
+        train_step(compiled, optimizers, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), args)
+    validate(compiled, [torch.zeros_like(t[:args.device_bsz]) for t in val], args)
+    model.load_state_dict(saved)
+    for optimizer, state in zip(optimizers, saved_optimizers):
+        optimizer.load_state_dict(state)
+    torch.set_rng_state(rng[0])
+    if rng[1]:
+        torch.cuda.set_rng_state_all(rng[1])
+    if state_hash(model) != before or any(optimizer.state for optimizer in optimizers):
+        raise RuntimeError("the warm-up left a trace in the model or its optimisers; a run must not start from it")
+    return before
+
+
+def save(model, args, record, step):
+    """checkpoints/<run>/step<step>.pt: {"model", "config", "step"}, written atomically. Rank 0 only."""
+    if record.path:
+        path = Path("checkpoints") / record.path.name / f"step{step:06d}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(model=model.state_dict(), config=asdict(args), step=step), f"{path}.part")
+        os.replace(f"{path}.part", path)
+
+
+def check_cover(model, optimizers):
+    """Every parameter in exactly one optimiser, or ValueError with its name."""
+    count = collections.Counter(id(p) for o in optimizers for group in o.param_groups for p in group["params"])
+    wrong = [f"{name} by {count[id(p)]}" for name, p in model.named_parameters() if count[id(p)] != 1]
+    if wrong or sum(count.values()) != len(list(model.parameters())):
+        raise ValueError(f"every parameter must be trained by exactly one optimiser; not so: {', '.join(wrong) or 'strangers'}")
+
+
+def print_parameters(model, optimizers):
+    """The table of parameters: name, shape, optimiser, learning rate, mean and sd of the starting values."""
+    tensors = dict(model.named_parameters())
+    print(f"{'name':34} {'shape':16} {'optimiser':9} {'lr':>8} {'mean':>11} {'sd':>11}")
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name in group["names"]:
+                t = tensors[name].detach().double()
+                print(f"{name:34} {'x'.join(map(str, t.shape)):16} {type(optimizer).__name__.lower():9} {group['lr']:8g} "
+                      f"{t.mean():11.4e} {t.std(correction=0):11.4e}")
+
+
+def open_data(args, rank):
+    """(train stream, val stream, their description for the record), every token checked by rank 0. Raises ValueError."""
+    train = TokenStream(args.data, "train", args.steps * args.bsz * args.seq_len + 1, f"{args.steps} steps", args.epochs)
+    exactly = 1 if args.track == "fineweb" else 0
+    val = TokenStream(args.data, "val", args.val_tokens + 1, f"{args.val_tokens} validation tokens", exactly)
+    if len(val) <= args.seq_len:
+        raise ValueError(f"the val shards in {args.data} hold {len(val)} tokens, less than one sequence of {args.seq_len}.")
+    manifest = Path(args.data) / "manifest.json"
+    return train, val, dict(
+        folder=str(args.data), train=train.fingerprint(args.vocab_size), val=val.fingerprint(args.vocab_size),
+        manifest=json.loads(manifest.read_text()) if manifest.exists() else None) if rank == 0 else {}
+
+
+def set_up(args, rank):
+    """Device, data, model and optimisers, all checked before anything is written or timed. Raises ValueError, OSError."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*|", args.name):
+        raise ValueError(f"--name {args.name!r}: letters, digits, '-', '_' and '.' only; it becomes a folder's name.")
+    resolve(args, world_size())
+    device = torch.device(args.device, local_rank) if args.device == "cuda" else torch.device("cpu")
+    if args.device == "cuda":
+        torch.cuda.set_device(device)
+    if world_size() > 1:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    data = None if args.print_params else open_data(args, rank)
+    if world_size() > 1 and local_rank > 0:
+        dist.barrier()  # local rank 0 builds kernels, if there are any to build; the others load them
+    torch.manual_seed(args.random_seed)
+    model = build_model(args)
+    if world_size() > 1 and local_rank == 0:
+        dist.barrier()
+    model.to(device)
+    optimizers = build_optimizers(model, args)
+    check_cover(model, optimizers)
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    counts = dict(parameters=sum(sizes.values()), active=sum(n for name, n in sizes.items() if name not in model.lookups))
+    if args.track == "fineweb" and counts["active"] > ACTIVE_LIMIT:
+        raise ValueError(f"{counts['active']:,} parameters are active per token; track fineweb allows {ACTIVE_LIMIT:,}. "
+                         "Make --width, --layers or --ffn_ratio smaller.")
+    return device, data, model, optimizers, counts
+
+
+def run(args, rank, record, clock, data, model, optimizers, counts):
+    """Warm-up, training and validation, and the record of it."""
+    (train, val, described), share, tokens_a_step = data, args.bsz // world_size(), args.bsz * args.seq_len
+    say = tqdm.write if rank == 0 else lambda text: None
+    facts = dict(
+        schema=SCHEMA, run=record.path.name, script=Path(__file__).name, command=[Path(__file__).name, *sys.argv[1:]],
+        config=asdict(args), seed=args.random_seed, environment=environment(), hardware=hardware(clock.device), data=described,
+        model=dict(counts, flops_per_token=model.flops_per_token(counts["active"])),
+        sources=record.sources(Path(__file__), *model.sources)) if rank == 0 else {}
+    record.header(facts)
+    say(f"{counts['parameters']:,} parameters, {counts['active']:,} active per token; {args.steps} steps of "
+                f"{tokens_a_step:,} tokens on {world_size()} x {args.device} in {args.dtype}")
+
+    clock.switch("warm-up")
+    val_batches = validation_set(val, args, rank)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False) if args.compile and args.device == "cuda" else model
+    digest = warm_up(model, compiled, optimizers, val_batches, share, args)
+    loader = DataLoader(train, args, rank * share, (rank + 1) * share)
+    gc.collect()
+    clock.switch("rest")
+    record.line(f"warm-up: 2 steps and a validation batch on tokens that are not data, {clock.seconds['warm-up']:.1f} s; "
+                f"parameters, optimisers and random state restored; sha256 of the parameters before and after: {digest}")
+    say(f"ready after {clock.seconds['rest'] + clock.seconds['warm-up']:.1f} s, none of them counted as training")
+
+    lines, curve = StepLines(record, args.steps), []
+    bar = tqdm(total=args.steps, unit="step", file=sys.stdout, disable=rank != 0, dynamic_ncols=True,
+               mininterval=0.2 if sys.stdout.isatty() else 10)
+    for step in range(args.steps + 1):
+        if step % args.val_every == 0 or step == args.steps:
+            clock.switch("validation")
+            lines.flush(wait=True)
+            loss = validate(compiled, val_batches, args)
+            curve.append(dict(step=step, val_loss=loss, train_ms=clock.train_ms(), tokens=step * tokens_a_step))
+            record.line(f"step:{step}/{args.steps} val_loss:{loss:.4f} {timing(clock.train_ms(), step)}")
+            say(f"step {step}/{args.steps}  validation loss {loss:.4f}  {clock.train_ms() / 1e3:.1f} s of training")
+        if args.save_every and step and (step % args.save_every == 0 or step == args.steps):
+            clock.switch("saving")
+            save(model, args, record, step)
+        if step == args.steps:
+            break
+        if clock.phase != "train":
+            clock.switch("train")
+        schedule(optimizers, step, args)
+        lines.add(step + 1, train_step(compiled, optimizers, *loader.next(), args), clock.train_ms())
+        bar.set_postfix_str(f"loss {lines.last:.3f}", refresh=False)
+        bar.update()
+    bar.close()
+    clock.switch("rest")
+
+    if rank == 0:
+        result = report(facts, clock, curve, val, len(train), args)
+        record.line(f"clock: {json.dumps(result['clock'])}")
+        record.line(f"result: {json.dumps(result['final'])}")
+        record.close("finished")
+        record.finish(result)
+        farewell(result, record)
+
+
+def report(facts, clock, curve, val, train_tokens, args):
+    """result.json: the facts of the run and its final figures. Times in s, memory in bytes, rates per second."""
+    seconds, tokens = clock.seconds["train"], args.steps * args.bsz * args.seq_len
+    loss = curve[-1]["val_loss"]
+    flops = facts["model"]["flops_per_token"] * tokens / seconds
+    peak = [value for name, value in PEAK_FLOPS.items() if name in facts["hardware"]["name"] and args.dtype == "bf16"]
+    if args.device == "cuda":
+        memory = dict(allocated=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved())
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = dict(resident=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit) if resource else {}
+    targets = val.read(1, min(args.val_tokens, len(val) - 1) // args.seq_len * args.seq_len)
+    text_bytes = int((targets < 256).sum()) if args.vocab_size == 257 else 0  # the document mark stands for no byte
+    final = dict(
+        val_loss=loss, bits_per_byte=loss * len(targets) / text_bytes / math.log(2) if text_bytes else None,
+        val_tokens=len(targets), steps=args.steps, tokens=tokens, epochs=tokens / train_tokens, train_seconds=seconds,
+        step_avg_ms=1e3 * seconds / args.steps, tokens_per_second=tokens / seconds, flops_per_second=flops,
+        mfu=flops / (world_size() * max(peak)) if peak else None, peak_memory=memory,
+        usd=seconds / 3600 * args.usd_per_hour if args.usd_per_hour else None,
+        target=TARGET.get(args.track), reached=loss <= TARGET[args.track] if args.track in TARGET else None)
+    return dict(facts, clock=dict(clock.seconds), curve=curve, final=final, end="finished")
+
+
+def farewell(result, record):
+    """The last lines on the console: what came out and what to try next."""
+    final, args = result["final"], result["config"]
+    bits = f" = {final['bits_per_byte']:.4f} bits per byte" if final["bits_per_byte"] else ""
+    extras = [f", MFU {final['mfu']:.1%}" if final["mfu"] else "", f", ${final['usd']:.2f}" if final["usd"] else ""]
+    rival = "gpt2" if "rwkv" in result["script"] else "rwkv7"
+    print(f"validation loss {final['val_loss']:.4f} nats per token{bits} after {final['tokens'] / 1e6:.1f}M tokens\n"
+          f"{final['train_seconds']:.1f} s of training, {final['tokens_per_second']:,.0f} tokens/s, "
+          f"{final['flops_per_second'] / 1e12:.3g} TFLOP/s{''.join(extras)}\nrecord: {record.path}/\n"
+          f"next: ./run_{rival}.sh --track {args['track']} (its rival), --random_seed {args['random_seed'] + 1} (the noise), "
+          "python records/report.py (all runs), --help")
+
+
+def main(argv=None):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    clock, args = Clock(), Hyperparameters.parse(argv)
+    rank, record = int(os.environ.get("RANK", 0)), None
+    try:
+        clock.device, data, model, optimizers, counts = set_up(args, rank)
+        if args.print_params:
+            return print_parameters(model, optimizers) if rank == 0 else None
+        record = Record(args, rank)
+        run(args, rank, record, clock, data, model, optimizers, counts)
+    except KeyboardInterrupt:
+        log = record.close("interrupted") if record else None
+        print(f"\n{Path(__file__).name}: interrupted{f'; the log so far: {log}' if log else ''}", file=sys.stderr)
+        raise SystemExit(130)
+    except (OSError, ValueError) as error:
+        if record:
+            record.close(f"failed: {error}")
+        if isinstance(error, OSError):
+            stop(f"{error}. Make room or set permissions there, or choose --records FOLDER; earlier runs are untouched.")
+        if record:
+            raise
+        stop(error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
