@@ -315,7 +315,7 @@ def register_wkv7(kernel, kept_like):
         ctx.set_materialize_grads(False)
 
     def backward_of_y(ctx, dy, _):  # what is kept for the backward has no gradient of its own
-        return backward(*ctx.saved_tensors, dy.contiguous())
+        return (None,) * 6 if dy is None else backward(*ctx.saved_tensors, dy.contiguous())
 
     torch.library.register_fake(forward, lambda *inputs: (inputs[0].new_empty(inputs[0].shape), kept_like(inputs[0])))
     torch.library.register_fake(backward, lambda *inputs: tuple(x.new_empty(x.shape) for x in inputs[:6]))
@@ -489,7 +489,7 @@ class TimeMixing(nn.Module):
             v_first = v
         else:
             v = torch.lerp(v, v_first, torch.sigmoid(cast(self.v0) + product(product(xv, self.v1), self.v2)))
-        kappa = F.normalize(heads(k * cast(self.k_k)), dim=-1, eps=1e-12)  # (B, T, H, N)
+        kappa = F.normalize(heads(k * cast(self.k_k)).float(), dim=-1, eps=1e-12).to(x.dtype)  # (B, T, H, N)
         k = heads(k * (1 + (alpha - 1) * cast(self.k_a)))
         r, v = heads(r), heads(v)
         y = wkv7(r, heads(w), k, v, -kappa, kappa * heads(alpha), self.kernel)
@@ -721,7 +721,7 @@ def open_shard(path):
         raise ValueError(f"{path} is not a token shard: magic {header[0]}, not {SHARD_MAGIC}. Format: data/README.md.")
     if header[1] != SHARD_VERSION:
         raise ValueError(f"{path} has shard version {header[1]}; this script reads version {SHARD_VERSION}.")
-    if header[2] * 2 + 1024 != size:
+    if header[2] < 1 or header[2] * 2 + 1024 != size:
         raise ValueError(f"{path} is damaged: its header counts {header[2]} tokens, the file holds {(size - 1024) / 2:.12g}. "
                          "Fetch or make it again.")
     return np.memmap(path, dtype="<u2", mode="r", offset=1024)
@@ -806,14 +806,17 @@ class DataLoader:
     def __init__(self, stream, args, first, last):
         self.stream, self.args, self.first, self.last = stream, args, first, last
         self.queue = queue.Queue(maxsize=4)  # batches
+        self.cuda = torch.cuda.current_device() if args.device == "cuda" else None
         threading.Thread(target=self._read_ahead, daemon=True).start()
 
     def _read_ahead(self):
         try:
+            if self.cuda is not None:  # a new thread starts on GPU 0; pinning there would put a context on it
+                torch.cuda.set_device(self.cuda)
             for step in range(self.args.steps):
                 start = (step * self.args.bsz + self.first) * self.args.seq_len
                 tokens = torch.from_numpy(self.stream.read(start, (self.last - self.first) * self.args.seq_len + 1))
-                self.queue.put(tokens.pin_memory() if self.args.device == "cuda" else tokens)
+                self.queue.put(tokens if self.cuda is None else tokens.pin_memory())
         except Exception as error:  # a vanished disk must not look like an endless wait
             self.queue.put(error)
 
@@ -845,7 +848,7 @@ def hardware(device):
     if device.type == "cuda":
         return dict(name=torch.cuda.get_device_name(device), count=world_size(), text=shell("nvidia-smi"))
     info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-    name = re.search(r"^model name\s*: (.*)|$", info, re.M)[1] or shell("sysctl", "-n", "machdep.cpu.brand_string")
+    name = re.search(r"^model name\s*: (.*)|\Z", info, re.M)[1] or shell("sysctl", "-n", "machdep.cpu.brand_string")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else math.nan
     return dict(name=name or platform.machine(), count=world_size(), text=f"{name or platform.machine()}, {os.cpu_count()} "
                 f"cores, {torch.get_num_threads()} threads used, {memory:.1f} GiB of memory")
@@ -1076,7 +1079,7 @@ def warm_up(model, compiled, optimizers, val, share, args):
     before = state_hash(model)
     saved = {name: t.detach().clone() for name, t in model.state_dict().items()}
     saved_optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
-    rng = torch.get_rng_state(), torch.cuda.get_rng_state_all() if args.device == "cuda" else None
+    rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state() if args.device == "cuda" else None
     generator = torch.Generator().manual_seed(args.random_seed)
     for step in range(2):
         schedule(optimizers, step, args)
@@ -1086,9 +1089,9 @@ def warm_up(model, compiled, optimizers, val, share, args):
     model.load_state_dict(saved)
     for optimizer, state in zip(optimizers, saved_optimizers):
         optimizer.load_state_dict(state)
-    torch.set_rng_state(rng[0])
-    if rng[1]:
-        torch.cuda.set_rng_state_all(rng[1])
+    torch.set_rng_state(rng)
+    if cuda_rng is not None:
+        torch.cuda.set_rng_state(cuda_rng)
     if state_hash(model) != before or any(optimizer.state for optimizer in optimizers):
         raise RuntimeError("the warm-up left a trace in the model or its optimisers; a run must not start from it")
     return before
