@@ -60,7 +60,7 @@ TRACKS = ("fineweb", "tiny")
 def flag(help, both=None, choices=None, **per_track):
     """A field of Hyperparameters: help (meaning and unit) and its default, one for both tracks or one for each."""
     defaults = {track: per_track.get(track, both) for track in TRACKS}
-    return field(default=None, metadata={"help": help, "defaults": defaults, "choices": choices})
+    return field(default=None, metadata=dict(help=help, defaults=defaults, choices=choices))
 
 
 def stop(message):
@@ -74,17 +74,15 @@ class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with the nearest flag when one was misspelt."""
 
     def error(self, message):
-        flags = [option for action in self._actions for option in action.option_strings]
-        for word in message.removeprefix("unrecognized arguments: ").split():
-            near = difflib.get_close_matches(word.split("=")[0], flags, n=1) if word.startswith("-") else []
-            if message.startswith("unrecognized") and near:
-                message += f". Did you mean {near[0]}?"
-                break
-        self.exit(2, f"{self.prog}: {message} (all flags: python {self.prog} --help)\n")
+        known = [option for action in self._actions for option in action.option_strings]
+        strange = re.match(r"unrecognized arguments: .*?(--[^\s=]+)", message)
+        near = difflib.get_close_matches(strange[1], known, n=1) if strange else []
+        hint = f". Did you mean {near[0]}?" if near else ""
+        self.exit(2, f"{self.prog}: {message}{hint} (all flags: python {self.prog} --help)\n")
 
 
 class Flags:
-    """Base of Hyperparameters: fills unset fields with the track's defaults; every field is a command-line flag."""
+    """Base of Hyperparameters: unset fields take the track's defaults; every field is a command-line flag."""
 
     def __post_init__(self):
         self.track = self.track or TRACKS[0]
@@ -99,12 +97,12 @@ class Flags:
                                formatter_class=argparse.RawDescriptionHelpFormatter)
         for f in fields(cls):
             defaults, choices = f.metadata["defaults"], f.metadata["choices"]
-            shown = [f"{track} {value!s}" for track, value in defaults.items()]
-            text = f.metadata["help"] + (f" [{', '.join(shown)}]" if len(set(defaults.values())) > 1 else
-                                         f" [{defaults[TRACKS[0]]!s}]" if defaults[TRACKS[0]] != "" else "")
+            same = len(set(defaults.values())) == 1
+            shown = str(defaults[TRACKS[0]]) if same else ", ".join(f"{track} {value}" for track, value in defaults.items())
             kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
                 type=f.type, choices=choices, metavar=None if choices else f.type.__name__.upper())
-            parser.add_argument(f"--{f.name}", help=text.replace("%", "%%"), default=None, **kind)
+            text = f"{f.metadata['help']} [{shown or 'none'}]".replace("%", "%%")
+            parser.add_argument(f"--{f.name}", help=text, default=None, **kind)
         return cls(**vars(parser.parse_args(argv)))
 
 
@@ -119,28 +117,28 @@ def has_bf16(device):
 def resolve(args, world):
     """Fix what "auto" means on this machine and deal the batch out. Raises ValueError with the way out."""
     cuda = torch.cuda.is_available()
+    if args.device == "cuda" and not cuda:
+        raise ValueError("--device cuda: torch sees no CUDA device. Use --track tiny --device cpu.")
+    if args.device == "auto" and args.track == "fineweb" and not cuda:
+        raise ValueError("track fineweb needs a CUDA device and torch sees none. "
+                         "On this machine run --track tiny (or insist with --device cpu: months, not minutes).")
     if args.device == "auto":
-        if args.track == "fineweb" and not cuda:
-            raise ValueError("track fineweb needs a CUDA device and torch sees none. "
-                             "On this machine run --track tiny (or insist with --device cpu: days, not minutes).")
         args.device = "cuda" if cuda else "cpu"
-    elif args.device == "cuda" and not cuda:
-        raise ValueError("--device cuda: torch sees no CUDA device. Use --device cpu --track tiny.")
     if args.dtype == "auto":
         args.dtype = ("bf16" if args.device == "cuda" else "mixed") if has_bf16(args.device) else "fp32"
-    if min(args.steps, args.bsz, args.device_bsz, args.seq_len, args.val_every) < 1 or args.warmdown_steps < 0:
-        raise ValueError("--steps, --bsz, --device_bsz, --seq_len and --val_every must be at least 1.")
-    share, left = divmod(args.bsz, world)
-    if left:
-        near = [n for n in (args.bsz - left, args.bsz - left + world) if n]
-        raise ValueError(f"--bsz {args.bsz} cannot be dealt out to {world} devices. Nearest: --bsz "
-                         f"{' or '.join(map(str, near))}.")
-    args.device_bsz = min(args.device_bsz, share)
-    if share % args.device_bsz:
-        fits = max(n for n in range(1, args.device_bsz + 1) if share % n == 0)
-        unit = world * args.device_bsz
-        raise ValueError(f"--bsz {args.bsz} cannot be reached with {world} device(s) x --device_bsz {args.device_bsz}. "
-                         f"Nearest: --device_bsz {fits}, or --bsz {args.bsz // unit * unit} or {(args.bsz // unit + 1) * unit}.")
+    low = [f.name for f in fields(args) if f.type in (int, float) and getattr(args, f.name) < (f.name in NOT_ZERO)]
+    if low:
+        raise ValueError(f"--{low[0]} {getattr(args, low[0])} is too small: at least {int(low[0] in NOT_ZERO)}.")
+    share, unit = args.bsz // world, world * min(args.device_bsz, max(1, args.bsz // world))
+    if args.bsz % unit:
+        fits = [n for n in range(1, args.device_bsz + 1) if share % n == 0] if args.bsz % world == 0 else []
+        near = [n for n in (args.bsz // unit * unit, (args.bsz // unit + 1) * unit) if n]
+        raise ValueError(f"--bsz {args.bsz} cannot be reached with {world} device(s) x --device_bsz {unit // world}. Nearest: "
+                         f"--bsz {' or '.join(map(str, near))}{f', or --device_bsz {fits[-1]}' if fits else ''}.")
+    args.device_bsz = unit // world
+
+
+NOT_ZERO = ("steps", "bsz", "device_bsz", "seq_len", "epochs", "val_every", "val_tokens", "vocab_size", "layers", "width", "headsz")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

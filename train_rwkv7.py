@@ -63,7 +63,7 @@ TRACKS = ("fineweb", "tiny")
 def flag(help, both=None, choices=None, **per_track):
     """A field of Hyperparameters: help (meaning and unit) and its default, one for both tracks or one for each."""
     defaults = {track: per_track.get(track, both) for track in TRACKS}
-    return field(default=None, metadata={"help": help, "defaults": defaults, "choices": choices})
+    return field(default=None, metadata=dict(help=help, defaults=defaults, choices=choices))
 
 
 def stop(message):
@@ -77,17 +77,15 @@ class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with the nearest flag when one was misspelt."""
 
     def error(self, message):
-        flags = [option for action in self._actions for option in action.option_strings]
-        for word in message.removeprefix("unrecognized arguments: ").split():
-            near = difflib.get_close_matches(word.split("=")[0], flags, n=1) if word.startswith("-") else []
-            if message.startswith("unrecognized") and near:
-                message += f". Did you mean {near[0]}?"
-                break
-        self.exit(2, f"{self.prog}: {message} (all flags: python {self.prog} --help)\n")
+        known = [option for action in self._actions for option in action.option_strings]
+        strange = re.match(r"unrecognized arguments: .*?(--[^\s=]+)", message)
+        near = difflib.get_close_matches(strange[1], known, n=1) if strange else []
+        hint = f". Did you mean {near[0]}?" if near else ""
+        self.exit(2, f"{self.prog}: {message}{hint} (all flags: python {self.prog} --help)\n")
 
 
 class Flags:
-    """Base of Hyperparameters: fills unset fields with the track's defaults; every field is a command-line flag."""
+    """Base of Hyperparameters: unset fields take the track's defaults; every field is a command-line flag."""
 
     def __post_init__(self):
         self.track = self.track or TRACKS[0]
@@ -102,12 +100,12 @@ class Flags:
                                formatter_class=argparse.RawDescriptionHelpFormatter)
         for f in fields(cls):
             defaults, choices = f.metadata["defaults"], f.metadata["choices"]
-            shown = [f"{track} {value!s}" for track, value in defaults.items()]
-            text = f.metadata["help"] + (f" [{', '.join(shown)}]" if len(set(defaults.values())) > 1 else
-                                         f" [{defaults[TRACKS[0]]!s}]" if defaults[TRACKS[0]] != "" else "")
+            same = len(set(defaults.values())) == 1
+            shown = str(defaults[TRACKS[0]]) if same else ", ".join(f"{track} {value}" for track, value in defaults.items())
             kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
                 type=f.type, choices=choices, metavar=None if choices else f.type.__name__.upper())
-            parser.add_argument(f"--{f.name}", help=text.replace("%", "%%"), default=None, **kind)
+            text = f"{f.metadata['help']} [{shown or 'none'}]".replace("%", "%%")
+            parser.add_argument(f"--{f.name}", help=text, default=None, **kind)
         return cls(**vars(parser.parse_args(argv)))
 
 
@@ -122,28 +120,28 @@ def has_bf16(device):
 def resolve(args, world):
     """Fix what "auto" means on this machine and deal the batch out. Raises ValueError with the way out."""
     cuda = torch.cuda.is_available()
+    if args.device == "cuda" and not cuda:
+        raise ValueError("--device cuda: torch sees no CUDA device. Use --track tiny --device cpu.")
+    if args.device == "auto" and args.track == "fineweb" and not cuda:
+        raise ValueError("track fineweb needs a CUDA device and torch sees none. "
+                         "On this machine run --track tiny (or insist with --device cpu: months, not minutes).")
     if args.device == "auto":
-        if args.track == "fineweb" and not cuda:
-            raise ValueError("track fineweb needs a CUDA device and torch sees none. "
-                             "On this machine run --track tiny (or insist with --device cpu: days, not minutes).")
         args.device = "cuda" if cuda else "cpu"
-    elif args.device == "cuda" and not cuda:
-        raise ValueError("--device cuda: torch sees no CUDA device. Use --device cpu --track tiny.")
     if args.dtype == "auto":
         args.dtype = ("bf16" if args.device == "cuda" else "mixed") if has_bf16(args.device) else "fp32"
-    if min(args.steps, args.bsz, args.device_bsz, args.seq_len, args.val_every) < 1 or args.warmdown_steps < 0:
-        raise ValueError("--steps, --bsz, --device_bsz, --seq_len and --val_every must be at least 1.")
-    share, left = divmod(args.bsz, world)
-    if left:
-        near = [n for n in (args.bsz - left, args.bsz - left + world) if n]
-        raise ValueError(f"--bsz {args.bsz} cannot be dealt out to {world} devices. Nearest: --bsz "
-                         f"{' or '.join(map(str, near))}.")
-    args.device_bsz = min(args.device_bsz, share)
-    if share % args.device_bsz:
-        fits = max(n for n in range(1, args.device_bsz + 1) if share % n == 0)
-        unit = world * args.device_bsz
-        raise ValueError(f"--bsz {args.bsz} cannot be reached with {world} device(s) x --device_bsz {args.device_bsz}. "
-                         f"Nearest: --device_bsz {fits}, or --bsz {args.bsz // unit * unit} or {(args.bsz // unit + 1) * unit}.")
+    low = [f.name for f in fields(args) if f.type in (int, float) and getattr(args, f.name) < (f.name in NOT_ZERO)]
+    if low:
+        raise ValueError(f"--{low[0]} {getattr(args, low[0])} is too small: at least {int(low[0] in NOT_ZERO)}.")
+    share, unit = args.bsz // world, world * min(args.device_bsz, max(1, args.bsz // world))
+    if args.bsz % unit:
+        fits = [n for n in range(1, args.device_bsz + 1) if share % n == 0] if args.bsz % world == 0 else []
+        near = [n for n in (args.bsz // unit * unit, (args.bsz // unit + 1) * unit) if n]
+        raise ValueError(f"--bsz {args.bsz} cannot be reached with {world} device(s) x --device_bsz {unit // world}. Nearest: "
+                         f"--bsz {' or '.join(map(str, near))}{f', or --device_bsz {fits[-1]}' if fits else ''}.")
+    args.device_bsz = unit // world
+
+
+NOT_ZERO = ("steps", "bsz", "device_bsz", "seq_len", "epochs", "val_every", "val_tokens", "vocab_size", "layers", "width", "headsz")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,7 +210,6 @@ class Hyperparameters(Flags):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # WKV-7 operator
-#
 # Per sequence and head, state S (row = value, column = key), S_0 = 0, decay d = exp(-e^{-1/2} sigmoid(w)) > 0.545:
 #     u_t = S_{t-1} a_t      S_t = S_{t-1} diag(d_t) + u_t b_t^T + v_t k_t^T      y_t = S_t r_t
 # r, w, k, v, a, b, y and the gradients are (B, T, H, N). w is the decay before its activation, since d is too close to
@@ -242,8 +239,9 @@ def to_chunks(x, value=0.0):  # (B, T, H, N) -> (chunks, B, H, CHUNK, N), fp32 o
     return x.unflatten(1, (-1, CHUNK)).permute(1, 0, 3, 2, 4).contiguous()
 
 
-def from_chunks(x, like):  # and back, without the padding
-    return x.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, : like.size(1)].to(like.dtype).contiguous()
+def from_chunks(x, like):  # and back, without the padding; always a copy, since an operator's results must not overlap
+    x = x.permute(1, 0, 3, 2, 4).to(like.dtype, memory_format=torch.contiguous_format, copy=True)
+    return x.flatten(1, 2)[:, : like.size(1)].contiguous()
 
 
 def chunk_terms(r, w, k, v, a, b):
@@ -296,9 +294,8 @@ def torch_backward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Ten
     d_pairs = (dZY @ UV.mT).mul_(mask)
     dAR = dZY @ S + d_pairs @ BK
     dBK = (UV @ G) * P_end + d_pairs.mT @ AR
-    # A token's decay scales a and r of the tokens after it up, b and k down, and what its chunk hands on.
-    from_a, from_r = (AR * dAR).split(CHUNK, -2)
-    from_b, from_k = (BK * dBK).split(CHUNK, -2)
+    # The decay of a token acts on every pair of an earlier b or k with a later a or r, and on the state handed on.
+    (from_a, from_r), (from_b, from_k) = (AR * dAR).split(CHUNK, -2), (BK * dBK).split(CHUNK, -2)
     d_log = mask[CHUNK:, :CHUNK].mT @ (from_r - from_k - from_b) + mask[:CHUNK, :CHUNK].mT @ from_a
     d_log[:-1] += (S[1:] * G[:-1]).sum(-2, keepdim=True)
     dw = d_log * gate * torch.sigmoid(-to_chunks(w)) * -DECAY_BOUND  # 1 - gate would be 0 long before it is in truth
@@ -345,7 +342,6 @@ def build_kernel(kernel):
     library, log = folder / f"{name}.so", folder / f"{name}.log"
     if library.exists():
         return torch.ops.load_library(library)
-
     from torch.utils import cpp_extension
     compiler = shlex.split(cpp_extension.get_cxx_compiler())[0]
     if shutil.which(compiler) is None:
@@ -361,7 +357,7 @@ def build_kernel(kernel):
         if log:
             os.replace(next(Path(work).glob("*.so")), library)
     except Exception as error:
-        cause = re.search(r".*\berror: .*|.+", str(error))[0]
+        cause = (re.search(r".*\berror: .*", str(error)) or re.search(".*", str(error)))[0]
         if log:
             log.write_text(str(error))
             cause += f" (full log: {log})"

@@ -1,0 +1,277 @@
+"""Makes data/pydocs/, a small English corpus, without network: the text that ships inside Python itself.
+
+    python data/pydocs.py              build, or say that everything is intact
+    python data/pydocs.py --force      build anew
+    python data/pydocs.py --out DIR    somewhere else
+
+Sources: the help topics (pydoc_data/topics.py) and every docstring of the standard library, read with ast; nothing
+is imported or executed. Needs Python 3.10 or newer and no package, so it runs before anything is installed.
+The text differs a little between Python versions: compare losses only between runs on one fingerprint (manifest.json).
+"""
+
+import argparse
+import array
+import hashlib
+import json
+import os
+import sys
+import sysconfig
+import time
+
+# --------------------------------------------------------------------------------------------------------------------
+# Format and choices
+
+MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256  # header: 256 int32; [0] magic, [1] version, [2] tokens, rest 0
+DOCUMENT_MARK = 256         # first token of every document; tokens 0..255 are the bytes of the text in UTF-8
+MIN_DOCSTRING = 32          # characters; what is shorter ("Return the name.") is mostly boilerplate
+MIN_DOCUMENT = 256          # bytes; a document should fill the context of the tiny track once
+MIN_REPEAT = 64             # characters; a paragraph this long is kept once in the whole corpus
+MIN_TEXT = 500_000          # bytes; less means that this Python came without its sources
+MIN_VAL = 64 * 1024         # tokens
+VAL_FRACTION = 0.1
+SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+TRAIN, VAL, MANIFEST = "pydocs_train_000001.bin", "pydocs_val_000000.bin", "manifest.json"
+
+
+class Failure(Exception):
+    """A cause and its way round, in one line for the user."""
+
+
+def python_version():
+    return "%d.%d.%d" % sys.version_info[:3]
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Text
+
+def source_files(stdlib):
+    """[(name with forward slashes, path)] in one order on every file system."""
+    found = []
+    for folder, folders, names in os.walk(stdlib):
+        folders[:] = [f for f in folders if f not in SKIP]
+        for name in names:
+            if name.endswith(".py"):
+                path = os.path.join(folder, name)
+                found.append((os.path.relpath(path, stdlib).replace(os.sep, "/"), path))
+    return sorted(found)
+
+
+def docstrings(tree):
+    """The docstrings of a module, its classes, functions and methods, in the order of the source."""
+    import ast
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    may_hold_more = (ast.stmt, ast.excepthandler, ast.match_case)  # expressions hold no definitions: skipped for speed
+    texts, stack = [], [tree]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, documented):
+            texts.append(ast.get_docstring(node) or "")  # cleaned as inspect.cleandoc does
+        stack += reversed([child for child in ast.iter_child_nodes(node) if isinstance(child, may_hold_more)])
+    return texts
+
+
+def topics(tree):
+    """{name: text} of pydoc_data/topics.py: one dictionary literal."""
+    import ast
+    for node in tree.body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Dict):
+            return {key.value: value.value for key, value in zip(node.value.keys, node.value.values)}
+    return {}
+
+
+def paragraphs(text):
+    """Blocks between blank lines, without trailing blanks and what no terminal shows (NUL, lone surrogates)."""
+    text = "".join(c for c in text.expandtabs() if c.isprintable() or c == "\n")
+    block, lines = [], [line.rstrip() for line in text.split("\n")]
+    for line in lines + [""]:
+        if line:
+            block.append(line)
+        elif block:
+            yield "\n".join(block)
+            block = []
+
+
+def documents(stdlib):
+    """-> ({name: text}, number of source files with text, fingerprint of those files).
+
+    One document a help topic and one a module. A module's document is its docstrings in source order with a blank
+    line between and no headings: most docstrings are far shorter than the model's context, and next to each other
+    they give it a subject to stay on, where a name and a signature would only add code to the English.
+
+    Topics hold one another ("compound" holds "if" and "while"), and methods repeat the docstrings they override.
+    So a long paragraph stays where it is met first, the longest topics going first: what they contain vanishes as a
+    topic of its own, and no such paragraph is in both train and val.
+    """
+    import ast
+    import warnings
+    raw, modules, files, fingerprint = {}, {}, 0, hashlib.sha256()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in old modules
+        for name, path in source_files(stdlib):
+            try:
+                with open(path, "rb") as f:
+                    source = f.read()
+                tree = ast.parse(source)
+            except (OSError, SyntaxError, ValueError):
+                continue  # unreadable, or not this Python's syntax
+            if name == "pydoc_data/topics.py":
+                found = raw = {f"topic {key}": [text] for key, text in topics(tree).items()}
+            else:
+                found = modules[f"module {name}"] = [text for text in docstrings(tree) if len(text) >= MIN_DOCSTRING]
+            if found:
+                files += 1
+                fingerprint.update(f"{name} {len(source)}\n".encode() + source)
+    order = sorted(raw, key=lambda name: (-len(raw[name][0]), name)) + list(modules)
+    raw.update(modules)
+
+    seen, docs = set(), {}
+    for name in order:
+        kept = []
+        for text in raw[name]:
+            for paragraph in paragraphs(text):
+                key = " ".join(paragraph.split())
+                if len(key) < MIN_REPEAT or key not in seen:
+                    seen.add(key)
+                    kept.append(paragraph)
+        text = "\n\n".join(kept) + "\n"
+        if len(text.encode()) >= MIN_DOCUMENT:
+            docs[name] = text
+    return docs, files, fingerprint.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Shards
+
+def split(docs):
+    """-> {"train": [text], "val": [text]}, shuffled.
+
+    The order is by sha256 of the document's name, not of its text, so that nearly the same documents are held out
+    under every Python version. Documents longer than an eighth of the goal always train: no module dominates val.
+    """
+    size = {name: len(text.encode()) + 1 for name, text in docs.items()}
+    goal = max(int(VAL_FRACTION * sum(size.values())), MIN_VAL)
+    parts, held_out = {"train": [], "val": []}, 0
+    for name in sorted(docs, key=lambda name: sha256(name.encode())):
+        val = held_out < goal and size[name] <= goal // 8
+        held_out += size[name] if val else 0
+        parts["val" if val else "train"].append(docs[name])
+    return parts
+
+
+def shard(texts):
+    """-> (bytes of the file, tokens)"""
+    tokens = array.array("H")
+    for text in texts:
+        tokens.append(DOCUMENT_MARK)
+        tokens.extend(text.encode())
+    header = array.array("i", [MAGIC, VERSION, len(tokens)] + [0] * (HEADER_INTS - 3))
+    assert tokens.itemsize == 2 and header.itemsize == 4
+    if sys.byteorder == "big":
+        tokens.byteswap()
+        header.byteswap()
+    return header.tobytes() + tokens.tobytes(), len(tokens)
+
+
+def write(path, data):
+    """Whole or not at all: a reader never sees half a file."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Main
+
+def builder():
+    """Names this program, so that a corpus made by an older one is made anew."""
+    with open(os.path.abspath(__file__), "rb") as f:
+        return sha256(f.read().replace(b"\r\n", b"\n"))
+
+
+def stale(out):
+    """-> (why the corpus in `out` must be made, or "" if it is intact; its manifest)"""
+    try:
+        with open(os.path.join(out, MANIFEST), encoding="utf-8") as f:
+            manifest = json.load(f)
+        if manifest["python"] != python_version():
+            return f"was made by Python {manifest['python']}, this is {python_version()}", manifest
+        if manifest["builder"] != builder():
+            return "was made by another version of pydocs.py", manifest
+        if [s["name"] for s in manifest["shards"]] != [TRAIN, VAL]:
+            return "has a manifest of other shards", manifest
+        for entry in manifest["shards"]:
+            path = os.path.join(out, entry["name"])
+            if not os.path.exists(path):
+                return f"lacks {entry['name']}", manifest
+            with open(path, "rb") as f:
+                data = f.read()
+            if len(data) != entry["bytes"] or sha256(data) != entry["sha256"]:
+                return f"is damaged: {entry['name']} is not what the manifest says", manifest
+    except FileNotFoundError:
+        return "is not there yet", None
+    except (OSError, ValueError, KeyError, TypeError):
+        return "has no readable manifest", None
+    return "", manifest
+
+
+def build(stdlib, out):
+    """Reads the library, writes the two shards and, last, the manifest. -> manifest"""
+    docs, files, fingerprint = documents(stdlib)
+    parts = split(docs)
+    shards = {name: (part, *shard(parts[part])) for name, part in ((TRAIN, "train"), (VAL, "val"))}
+    text = sum(tokens for _, _, tokens in shards.values()) - len(docs)
+    if text < MIN_TEXT or shards[VAL][2] < MIN_VAL:
+        raise Failure(f"only {text} bytes of text in {stdlib}, {MIN_TEXT} needed: this Python lacks its sources. "
+                      "Install its full standard library (Debian: libpython3-stdlib) or use another Python.")
+    manifest = {
+        "dataset": "pydocs", "tokenizer": "bytes", "vocab_size": 257, "document_mark": DOCUMENT_MARK,
+        "python": python_version(), "files": files, "documents": len(docs),
+        "fingerprint": fingerprint, "builder": builder(),
+        "shards": [{"name": name, "tokens": tokens, "bytes": len(data), "sha256": sha256(data), "split": part}
+                   for name, (part, data, tokens) in shards.items()],
+    }
+    try:
+        os.makedirs(out, exist_ok=True)
+        for name, (_, data, _) in shards.items():
+            write(os.path.join(out, name), data)
+        write(os.path.join(out, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
+    except OSError as error:
+        reason = error.strerror or error
+        raise Failure(f"cannot write {out}: {reason}. Name a writable folder with --out DIR.") from None
+    return manifest
+
+
+def main():
+    here = os.path.dirname(os.path.abspath(__file__))
+    parser = argparse.ArgumentParser(description="Makes the offline corpus from the text inside Python.")
+    parser.add_argument("--out", default=os.path.join(here, "pydocs"), metavar="DIR", help="default: data/pydocs")
+    parser.add_argument("--force", action="store_true", help="build even if everything is intact")
+    args = parser.parse_args()
+    start = time.perf_counter()
+    why, manifest = stale(args.out)
+    if why or args.force:
+        if manifest and why:
+            print(f"pydocs: {args.out} {why}: making it anew", flush=True)
+        try:
+            manifest = build(sysconfig.get_path("stdlib"), args.out)
+        except Failure as failure:
+            print(f"pydocs: {failure}", file=sys.stderr)
+            return 1
+    train, val = (entry["tokens"] for entry in manifest["shards"])
+    done = f"{time.perf_counter() - start:.1f} s" if why or args.force else "intact"
+    print(f"pydocs: {manifest['documents']} documents, {train} train and {val} val tokens (bytes), "
+          f"Python {manifest['python']}, {done}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Sets up and runs every test; arguments go to pytest:  ./test.sh -k wkv7,  ./test.sh tests/test_pydocs.py
+set -eu
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null
+. ./setup.sh
+setup_python requirements.txt tests/requirements.txt
+named=""
+for argument in "$@"; do
+    [ -e "${argument%%::*}" ] && named=1
+done
+[ -n "$named" ] || set -- tests "$@"
+exec "$PYTHON" -m pytest -q --durations=10 "$@"

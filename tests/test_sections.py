@@ -1,0 +1,190 @@
+"""The scripts' anatomy: what they share, in which order, how long they are, and that importing one does nothing."""
+
+import ast
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from helpers import ROOT, environment
+
+SHARED = ("Command line", "Muon optimizer", "Data loader", "Record", "Learning rate", "Main")
+SCRIPT_LINES = 1250  # a training script; raising it is a change with a reason
+KERNEL_LINES = 400  # a file under cuda/
+COLUMNS = {".py": 120, ".sh": 120, ".cpp": 140, ".cu": 140, ".cuh": 140, ".h": 140}  # C++ carries types and vector names
+SCRIPTS = sorted(ROOT.glob("train_*.py"))
+SOURCES = sorted(path for folder in (".", "data", "dev", "tests", "records", "cuda", "cuda/wkv7", "cuda/wkv6")
+                 for path in (ROOT / folder).glob("*") if path.suffix in COLUMNS and path.is_file())
+
+
+def load_sections():
+    spec = importlib.util.spec_from_file_location("sections", ROOT / "dev" / "sections.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+sections = load_sections()
+
+
+def unshared(paths):
+    """What the scripts do not share although they must. The list above says what they must: markers alone could not."""
+    parts = {path.name: sections.sections(path.read_text(encoding="utf-8")) for path in paths}
+    faults = [f"{name} lacks {title}" for name, part in parts.items() for title in SHARED if f"{title} [shared]" not in part]
+    return faults + [f"{title} differs" for title in SHARED if len({part.get(f"{title} [shared]") for part in parts.values()}) > 1]
+
+
+@pytest.fixture
+def copies(tmp_path):
+    """The scripts and the tool in a folder of their own, to be broken there."""
+    (tmp_path / "dev").mkdir()
+    shutil.copy(ROOT / "dev" / "sections.py", tmp_path / "dev")
+    return [tmp_path / shutil.copy(path, tmp_path) for path in SCRIPTS]
+
+
+def tool(folder, *arguments):
+    return subprocess.run([sys.executable, str(folder / "dev" / "sections.py"), *arguments], capture_output=True, text=True)
+
+
+def replace(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{old!r} is in {path.name} {text.count(old)} times"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_what_must_be_shared_is():
+    assert {path.name for path in SCRIPTS} >= {"train_rwkv7.py", "train_gpt2.py"}
+    assert unshared(SCRIPTS) == []
+    assert sections.check(SCRIPTS) == []
+    assert tool(ROOT, "check").returncode == 0
+
+
+def test_titles_are_unique_and_in_one_order():
+    orders = []
+    for path in SCRIPTS:
+        text = path.read_text(encoding="utf-8")
+        titles = re.findall(r"^# -{40,}\n# (.+)\n", text, re.M)
+        assert len(titles) == len(set(titles)), f"{path.name}: {titles}"
+        assert len(re.findall(r"^# -{10,}$", text, re.M)) == len(titles), f"{path.name}: a rule line without a title"
+        orders.append(titles)
+    for titles in orders[1:]:
+        assert [t for t in titles if t in orders[0]] == [t for t in orders[0] if t in titles]
+    for titles in orders:
+        assert [t for t in titles if t.endswith("[shared]")] == [f"{title} [shared]" for title in SHARED]
+
+
+def test_a_changed_line_is_found_and_repaired(tmp_path, copies):
+    before = {path.name: path.read_bytes() for path in copies}
+    replace(copies[-1], "SCHEMA = 1  # of result.json", "SCHEMA = 2  # of result.json")
+    done = tool(tmp_path, "check")
+    assert done.returncode == 1 and "'Record [shared]'" in done.stdout, done
+    assert "-SCHEMA = 1" in done.stdout and "+SCHEMA = 2" in done.stdout and copies[-1].name in done.stdout, done.stdout
+    assert done.stdout.count("section ") == 1, f"only one section differs:\n{done.stdout}"
+    assert unshared(copies) == ["Record differs"]
+
+    done = tool(tmp_path, "copy", copies[0].name)
+    assert done.returncode == 0, done
+    assert tool(tmp_path, "check").returncode == 0
+    assert {path.name: path.read_bytes() for path in copies} == before
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_copy_spreads_the_named_script(tmp_path, copies):
+    replace(copies[0], "SCHEMA = 1  # of result.json", "SCHEMA = 2  # of result.json")
+    assert tool(tmp_path, "copy", copies[0].name).returncode == 0
+    assert all("SCHEMA = 2" in path.read_text() for path in copies)
+    done = tool(tmp_path, "copy", "train_nothing.py")
+    assert done.returncode == 1 and "train_nothing.py" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("title", SHARED)
+def test_a_lost_marker_is_found(tmp_path, copies, title):
+    replace(copies[-1], f"# {title} [shared]\n", f"# {title}\n")
+    done = tool(tmp_path, "check")
+    assert done.returncode == 1 and f"{copies[-1].name} lacks the section '{title} [shared]'" in done.stdout, done
+    for path in copies[:-1]:
+        replace(path, f"# {title} [shared]\n", f"# {title}\n")
+    assert tool(tmp_path, "check").returncode == 0, "without any marker the tool has nothing to compare ..."
+    assert unshared(copies) == [f"{path.name} lacks {title}" for path in copies], "... but the list in this file has"
+    done = tool(tmp_path, "copy", copies[0].name)
+    assert done.returncode == 0 and unshared(copies), "copy cannot bring a marker back that no script has"
+
+
+def test_copy_wants_the_title_first(tmp_path, copies):
+    replace(copies[-1], "# Record [shared]\n", "# Record\n")
+    before = copies[-1].read_bytes()
+    done = tool(tmp_path, "copy", copies[0].name)
+    assert done.returncode == 1 and "Record [shared]" in done.stderr and copies[-1].name in done.stderr, done
+    assert copies[-1].read_bytes() == before
+
+
+def test_a_title_given_twice_is_refused(tmp_path, copies):
+    replace(copies[0], "# Learning rate [shared]\n", "# Record [shared]\n")
+    done = tool(tmp_path, "check")
+    assert done.returncode == 1 and "two sections are called 'Record [shared]'" in done.stderr, done
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_limits_and_first_lines(path):
+    text = path.read_text(encoding="utf-8")
+    lines = text.split("\n")[:-1]
+    if path in SCRIPTS:
+        assert len(lines) <= SCRIPT_LINES
+    if "cuda" in path.parts:
+        assert len(lines) <= KERNEL_LINES
+    wide = [f"{path.name}:{i}: {len(line)} columns" for i, line in enumerate(lines, 1) if len(line) > COLUMNS[path.suffix]]
+    assert not wide, wide
+    assert text.endswith("\n") and not any(line != line.rstrip() for line in lines), "blanks at a line's end"
+    if path.suffix == ".py":
+        about = ast.get_docstring(ast.parse(text))
+    else:
+        first = lines[1] if lines[0].startswith("#!") else lines[0]
+        about = re.match(r"(?:#|//|/\*)\s*(.*)", first)
+        about = about and about[1]
+    assert about and len(about.split()) >= 4, "the file does not begin with what it is"
+
+
+WATCH = r"""
+import os, sys
+sys.dont_write_bytecode = True
+import numpy, torch, tqdm, torch.distributed, threading, signal  # what is not the script's own doing
+import torch.library, torch._library.custom_ops, importlib.metadata, concurrent.futures.thread
+seen, on = [], True
+def hook(event, args):
+    if not on:
+        return
+    if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        seen.append(f"{event} {args[0]}")
+    if event in ("subprocess.Popen", "os.system", "os.fork", "os.posix_spawn", "os.mkdir", "os.remove", "os.rename",
+                 "socket.bind", "socket.connect", "tempfile.mkdtemp", "tempfile.mkstemp", "_thread.start_new_thread"):
+        seen.append(f"{event} {args}")
+sys.addaudithook(hook)
+state = torch.get_rng_state(), signal.getsignal(signal.SIGINT), torch.get_num_threads(), torch.get_default_dtype()
+sys.path.insert(0, sys.argv[1])
+module = __import__(sys.argv[2])
+on = False
+assert not seen, seen
+assert torch.equal(state[0], torch.get_rng_state())
+assert state[1:] == (signal.getsignal(signal.SIGINT), torch.get_num_threads(), torch.get_default_dtype())
+assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
+assert threading.active_count() == 1
+assert getattr(module, "LOADED_KERNELS", {"torch"}) == {"torch"}, "a kernel is loaded"
+print("imported", module.__name__)
+"""
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_importing_does_nothing(path, tmp_path):
+    build = ROOT / "cuda" / "build"
+    look = lambda: sorted((p.name, p.stat().st_mtime_ns) for p in build.glob("*")) if build.exists() else None
+    before = look()
+    done = subprocess.run([sys.executable, "-c", WATCH, str(ROOT), path.stem, "--nonsense", "--steps", "many"], cwd=tmp_path,
+                          env=environment(RANK="3", WORLD_SIZE="4"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"imported {path.stem}\n" and done.stderr == "", done
+    assert os.listdir(tmp_path) == []
+    assert look() == before

@@ -1,0 +1,337 @@
+"""setup.sh, run_rwkv7.sh and run_gpt2.sh: which Python they choose, how they launch. No network: in copies of the
+scripts, with a PATH that holds only what a test puts there, and with empty wheels in place of the packages."""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TOOLS = "bash cat cmp cp dirname env grep mkdir rm tail uname".split()
+PINS = dict(re.findall(r"^([\w-]+)==([\w.]+)", "".join(
+    (ROOT / path).read_text() for path in ("requirements.txt", "tests/requirements.txt")), re.MULTILINE))
+SHOW = "import json, sys; print(json.dumps({'argv': sys.argv, 'executable': sys.executable}))\n"
+
+
+class Box:
+    """A copy of the repository's scripts and a PATH of its own."""
+
+    def __init__(self, folder):
+        self.repo, self.bin, self.wheels = folder / "a repo", folder / "stub bin", folder / "wheels"
+        for path in (self.repo / "data", self.repo / "tests", self.bin, self.wheels, folder / "home"):
+            path.mkdir(parents=True)
+        for name in "setup.sh run_rwkv7.sh run_gpt2.sh test.sh requirements.txt tests/requirements.txt".split():
+            shutil.copy(ROOT / name, self.repo / name)
+        (self.repo / "train_rwkv7.py").write_text(SHOW)
+        (self.repo / "train_gpt2.py").write_text(SHOW)
+        (self.repo / "data" / "pydocs.py").write_text("print('corpus made')\n")
+        for tool in TOOLS:
+            (self.bin / tool).symlink_to(shutil.which(tool))
+        self.env = {"PATH": str(self.bin), "HOME": str(folder / "home"), "PIP_CONFIG_FILE": "/dev/null",
+                    "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": self.wheels.as_uri(), "PIP_NO_CACHE_DIR": "1"}
+
+    def stub(self, name, *lines):
+        (self.bin / name).write_text("\n".join([f"#!{shutil.which('bash')}", *lines, ""]))
+        (self.bin / name).chmod(0o755)
+
+    def python(self, name="python3", packages=None):
+        """A Python at hand that sees the standard library (-S) and, if given, {name: version} of empty packages."""
+        calls = shlex.quote(str(self.repo.parent / "calls"))
+        lines = ["all=$*", f"printf '%s\\n' \"$0 ${{all//$'\\n'/ }}\" >>{calls}"]
+        if packages is not None:
+            folder = self.repo.parent / f"packages of {name}"
+            for package, version in packages.items():
+                info = folder / f"{package.replace('-', '_')}-{version}.dist-info"
+                info.mkdir(parents=True)
+                (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+            (folder / "torch" / "distributed").mkdir(parents=True)
+            (folder / "torch" / "distributed" / "run.py").write_text(SHOW)
+            lines.append(f"export PYTHONPATH={shlex.quote(str(folder))}")
+        self.stub(name, *lines, f'exec {shlex.quote(sys.executable)} -S "$@"')
+
+    def not_python(self, name, version):
+        """Answers like a Python of another version: fails the check of packages, says what it is."""
+        self.stub(name, f'case "$2" in *ensurepip*) echo "{version}" ;; *) exit 1 ;; esac')
+
+    def gpus(self, n):
+        self.stub("nvidia-smi", f"for ((i = 0; i < {n}; i++)); do echo \"GPU $i: Stub (UUID: GPU-$i)\"; done")
+
+    def fill_wheels(self):
+        for name, version in PINS.items():
+            module = name.replace("-", "_")
+            info = f"{module}-{version}.dist-info"
+            with zipfile.ZipFile(self.wheels / f"{module}-{version}-py3-none-any.whl", "w") as wheel:
+                wheel.writestr(f"{module}.py", "")
+                wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+                wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+                wheel.writestr(f"{info}/RECORD", "")
+
+    def run(self, *arguments, script="run_rwkv7.sh", cwd="/", **env):
+        return subprocess.run([str(self.repo / script), *arguments], cwd=cwd, env={**self.env, **env},
+                              capture_output=True, text=True)
+
+    def launched(self, *arguments, **options):
+        """-> (sys.argv of what was launched, the lines printed before)"""
+        done = self.run(*arguments, **options)
+        assert done.returncode == 0, done
+        *before, last = done.stdout.splitlines()
+        return json.loads(last)["argv"], before
+
+    def calls(self):
+        return (self.repo.parent / "calls").read_text().splitlines()
+
+
+@pytest.fixture
+def box(tmp_path):
+    return Box(tmp_path)
+
+
+@pytest.fixture
+def ready(box):
+    """A box whose python3 has everything, so that only the launch is left to look at."""
+    box.python(packages=PINS)
+    return box
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A box with a real .venv, made by the first start; its tests leave it intact."""
+    box = Box(tmp_path_factory.mktemp("installed"))
+    box.python()
+    box.fill_wheels()
+    if subprocess.run([sys.executable, "-c", "import ensurepip, venv"], capture_output=True).returncode:
+        pytest.skip("this Python cannot make environments (ensurepip is missing)")
+    done = box.run("first start")
+    assert done.returncode == 0, done
+    assert "making .venv with python3" in done.stderr and "installing requirements.txt" in done.stderr, done.stderr
+    return box
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The Python at hand
+
+def test_takes_the_python_at_hand(ready):
+    argv, before = ready.launched()
+    assert argv == ["train_rwkv7.py"] and before == []
+    assert not (ready.repo / ".venv").exists()
+    assert ready.launched(script="run_gpt2.sh")[0] == ["train_gpt2.py"]
+
+
+def test_takes_python_where_python3_lacks_packages(box):
+    box.python("python3")
+    box.python("python", packages=PINS)
+    box.launched()
+    assert box.calls()[-1].startswith(str(box.bin / "python") + " "), box.calls()
+
+
+def test_takes_the_python_named(ready):
+    ready.python("my python", packages=PINS)
+    ready.launched(PYTHON=str(ready.bin / "my python"))
+    assert all(call.startswith(str(ready.bin / "my python") + " ") for call in ready.calls()), ready.calls()
+    done = ready.run(PYTHON="/nowhere/python3")
+    assert done.returncode == 1 and done.stderr == "setup: PYTHON=/nowhere/python3: no such program\n", done
+
+
+@pytest.mark.parametrize("change, lacks", [
+    ({"torch": "2.10.1"}, "torch 2.11 or newer (has 2.10.1)"), ({"torch": None}, "torch"),
+    ({"numpy": None, "ninja": None}, "numpy, ninja"), ({"huggingface-hub": None}, "huggingface-hub")])
+def test_says_what_the_python_named_lacks(box, change, lacks):
+    box.python("other", packages={k: v for k, v in {**PINS, **change}.items() if v})
+    (box.repo / ".venv" / "bin").mkdir(parents=True)
+    (box.repo / ".venv" / "installed").mkdir()
+    shutil.copy(box.repo / "requirements.txt", box.repo / ".venv" / "installed")
+    (box.repo / ".venv" / "bin" / "python").symlink_to(box.bin / "cat")
+    done = box.run(PYTHON="other")
+    assert done.stderr == f"setup: PYTHON=other lacks {lacks}: using .venv\n" and done.stdout == SHOW, done
+
+
+@pytest.mark.parametrize("change", [{"torch": "2.11.0a0+git1"}, {"torch": "2.14.0+cu130", "numpy": "1.26.0"}])
+def test_other_versions_serve(box, change):
+    box.python(packages={**PINS, **change})
+    assert box.launched()[0] == ["train_rwkv7.py"]
+
+
+def test_ninja_may_be_a_program(box):
+    box.python(packages={k: v for k, v in PINS.items() if k != "ninja"})
+    box.stub("ninja", "exit 0")
+    assert box.launched()[0] == ["train_rwkv7.py"]
+
+
+def test_tests_need_pytest_too(box):
+    box.python("python3", packages={k: v for k, v in PINS.items() if k != "pytest"})
+    box.python("python", packages=PINS)
+    done = box.run("-k", "a or b", script="test.sh")
+    assert "No module named pytest" in done.stderr, done  # the stub has only its metadata
+    assert box.calls()[-1].endswith("/python -m pytest -q --durations=10 tests -k a or b"), box.calls()
+    box.run("tests/requirements.txt::x", script="test.sh")
+    assert box.calls()[-1].endswith("/python -m pytest -q --durations=10 tests/requirements.txt::x"), box.calls()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# .venv
+
+def test_makes_an_environment_and_remembers_it(installed):
+    start = os.times()
+    done = installed.run("second start")
+    seconds = sum(os.times()[2:4]) - sum(start[2:4])  # of the children, on the processor: the same on a busy machine
+    assert done.returncode == 0 and done.stderr == "" and seconds < 1, (seconds, done)
+    shown = json.loads(done.stdout)
+    assert shown["executable"] == str(installed.repo / ".venv" / "bin" / "python")
+    assert shown["argv"] == ["train_rwkv7.py", "second start"]
+
+
+def site_packages(box):
+    return next((box.repo / ".venv" / "lib").glob("python3.*")) / "site-packages"
+
+
+def test_an_interrupted_install_is_repaired(installed):
+    (installed.repo / ".venv" / "installed" / "requirements.txt").unlink()
+    for path in site_packages(installed).glob("tqdm*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = installed.run()
+    assert done.returncode == 0 and "installing" in done.stderr and "making" not in done.stderr, done
+    assert (site_packages(installed) / "tqdm.py").exists()
+    assert installed.run().stderr == ""
+
+
+def test_a_failed_install_is_not_remembered(installed):
+    requirements = installed.repo / "requirements.txt"
+    text = requirements.read_text()
+    requirements.write_text(text + "no-such-package==1.0\n")
+    done = installed.run()
+    assert done.returncode == 1 and "setup: pip failed" in done.stderr and done.stdout == "", done
+    requirements.write_text(text)
+    done = installed.run()
+    assert done.returncode == 0 and "installing" in done.stderr
+    assert installed.run().stderr == ""
+
+
+def test_changed_requirements_are_installed(installed):
+    (installed.repo / "requirements.txt").write_text((installed.repo / "requirements.txt").read_text() + "# changed\n")
+    assert "installing requirements.txt" in installed.run().stderr
+    assert installed.run().stderr == ""
+
+
+def test_test_requirements_come_on_top(installed):
+    done = installed.run(script="test.sh")
+    assert "installing requirements.txt tests/requirements.txt" in done.stderr, done
+    assert (site_packages(installed) / "pytest.py").exists()
+    assert installed.run(script="test.sh").stderr == "" and installed.run().stderr == ""
+
+
+def test_an_environment_without_python_is_made_anew(installed):
+    (installed.repo / ".venv" / "bin" / "python").unlink()  # as after an upgrade of the Python below it
+    done = installed.run()
+    assert done.returncode == 0 and "making .venv" in done.stderr, done
+    assert installed.run().stderr == ""
+
+
+def test_an_environment_made_by_hand_serves_if_whole(box):
+    box.python("python3")
+    box.python("elsewhere", packages=PINS)
+    (box.repo / ".venv" / "bin").mkdir(parents=True)
+    (box.repo / ".venv" / "bin" / "python").symlink_to(box.bin / "elsewhere")
+    done = box.run()
+    assert done.returncode == 0 and done.stderr == "" and not (box.repo / ".venv" / "installed").exists(), done
+
+
+def test_no_python_fits(box):
+    box.not_python("python3", "3.8.10 venv")
+    box.not_python("python", "2.7.18 no-venv")
+    done = box.run()
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == ("setup: no Python 3.10 to 3.13 (python3 is 3.8.10, python is 2.7.18). "
+                           "Install one or name it: PYTHON=/path/to/python3.12\n")
+    (box.bin / "python3").unlink()
+    (box.bin / "python").unlink()
+    assert "(none at all)" in box.run().stderr
+
+
+def test_python_without_venv(box):
+    box.not_python("python3", "3.11.2 no-venv")
+    done = box.run()
+    assert done.returncode == 1 and "Python 3.11.2 cannot make .venv" in done.stderr, done
+    assert "apt install python3-venv" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_newer_python_is_passed_over(box):
+    box.not_python("python3", "3.14.0 venv")
+    box.not_python("python3.13", "3.13.1 venv")
+    assert "making .venv with python3.13 (Python 3.13.1)" in box.run().stderr
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Launch
+
+def test_arguments_pass_untouched(ready):
+    given = ["--a", "two words", "", "*", "$HOME", 'quo"te', "--b=c d"]
+    assert ready.launched(*given)[0] == ["train_rwkv7.py", *given]
+    ready.gpus(2)
+    assert ready.launched(*given)[0][-len(given) - 1:] == ["train_rwkv7.py", *given]
+
+
+@pytest.mark.parametrize("gpus, env, processes", [
+    (None, {}, 1), (0, {}, 1), (1, {}, 1), (2, {}, 2), (8, {}, 8),
+    (8, {"CUDA_VISIBLE_DEVICES": ""}, 1), (8, {"CUDA_VISIBLE_DEVICES": "-1"}, 1), (8, {"CUDA_VISIBLE_DEVICES": "3"}, 1),
+    (8, {"CUDA_VISIBLE_DEVICES": "0,1,2"}, 3), (8, {"CUDA_VISIBLE_DEVICES": "0,1,-1,2"}, 2),
+    (2, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 2), (8, {"CUDA_VISIBLE_DEVICES": "GPU-a, GPU-b"}, 2),
+    (None, {"CUDA_VISIBLE_DEVICES": "0,1"}, 1), (8, {"NPROC": "1"}, 1), (None, {"NPROC": "3"}, 3)])
+def test_one_process_a_gpu(ready, gpus, env, processes):
+    if gpus is not None:
+        ready.gpus(gpus)
+    argv, _ = ready.launched("x", **env)
+    if processes == 1:
+        assert argv == ["train_rwkv7.py", "x"]
+    else:
+        assert argv[0].endswith("run.py")  # torch.distributed.run
+        assert argv[1:] == ["--standalone", f"--nproc_per_node={processes}", "train_rwkv7.py", "x"]
+
+
+def test_nproc_must_be_a_number(ready):
+    done = ready.run(NPROC="two")
+    assert done.returncode == 1 and done.stderr == "setup: NPROC=two is not a number of processes\n"
+
+
+@pytest.mark.parametrize("arguments, made", [
+    (["--track", "tiny"], True), (["--track=tiny"], True), (["--x", "1", "--track", "tiny", "--y"], True),
+    ([], False), (["--track", "fineweb"], False), (["--name", "tiny"], False),
+    (["--track=tiny", "--track=fineweb"], False),
+    (["--track", "tiny", "--help"], False), (["--track", "tiny", "-h"], False),
+    (["--track", "tiny", "--data", "d"], False), (["--data=d", "--track=tiny"], False)])
+def test_corpus_is_made_when_needed(ready, arguments, made):
+    argv, before = ready.launched(*arguments)
+    assert before == (["corpus made"] if made else []) and argv == ["train_rwkv7.py", *arguments]
+
+
+def test_a_failing_corpus_stops_the_run(ready):
+    (ready.repo / "data" / "pydocs.py").write_text("import sys; sys.exit('no text')\n")
+    done = ready.run("--track", "tiny")
+    assert done.returncode == 1 and done.stderr == "no text\n" and done.stdout == ""
+
+
+def test_help_needs_one_process(ready):
+    ready.gpus(8)
+    assert ready.launched("--help")[0] == ["train_rwkv7.py", "--help"]
+
+
+def test_exit_status_passes_through(ready):
+    (ready.repo / "train_rwkv7.py").write_text("import sys; sys.exit(int(sys.argv[1]))\n")
+    assert [ready.run(code).returncode for code in ("0", "1", "37")] == [0, 1, 37]
+    (ready.repo / "train_rwkv7.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)\n")
+    assert ready.run().returncode == -2  # as if Python itself had been called
+
+
+def test_works_from_any_folder(ready, tmp_path):
+    (ready.repo / "train_rwkv7.py").write_text("import os; print(os.getcwd())\n")
+    for cwd, script in (("/", ready.repo / "run_rwkv7.sh"), (ready.repo, "./run_rwkv7.sh"),
+                        (ready.repo.parent, "a repo/run_rwkv7.sh")):
+        done = subprocess.run([shutil.which("bash"), str(script)], cwd=cwd, env={**ready.env, "CDPATH": ".:/"},
+                              capture_output=True, text=True)
+        assert done.stdout.splitlines() == [str(ready.repo)], done

@@ -1,0 +1,388 @@
+"""WKV-7: every form against the float64 recurrence (forward, six gradients), its limits, its build."""
+
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+import train_rwkv7
+from train_rwkv7 import HEAD_SIZES, kernel_sources, load_kernel, wkv7, wkv7_recurrent
+
+NAMES = ("y", "dr", "dw", "dk", "dv", "da", "db")
+FORMS = ("torch", "cpu")
+SLOW, FAST = -5.0, 20.0  # decay before its activation: d = 0.996 and d = 0.5452, the bound
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cpu_kernel():
+    assert load_kernel("cpu") == "cpu", "the C++ kernel does not build here; its message is on stderr"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors this small are no faster on more
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(family, B=2, T=100, H=3, N=64, seed=0):
+    """Inputs r, w, k, v, a, b and dy of an input family, fp32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal():
+        return torch.randn(B, T, H, N, generator=generator)
+
+    def unit(x):
+        return torch.nn.functional.normalize(x, dim=-1)
+
+    r, w, k, v, kappa, alpha, dy = (*(normal() for _ in range(4)), unit(normal()), torch.sigmoid(normal()), normal())
+    if family == "slow":
+        w = w.fill_(SLOW)
+    elif family == "bound":
+        w = w.fill_(FAST)
+    elif family == "correlated":  # cosine 0.9 between the keys, as where a text repeats itself
+        one = unit(normal()[:, :1])
+        kappa, alpha, w = unit(one * 0.9**0.5 + kappa * 0.1**0.5), torch.full_like(alpha, 0.9), w.fill_(SLOW)
+        k = kappa * 8
+    elif family == "identical":
+        kappa, alpha, w = kappa[:, :1].expand_as(kappa).contiguous(), torch.ones_like(alpha), w.fill_(-12.0)
+        k = kappa * 8
+    elif family == "zeros":  # rows of padding, and a head that is zero throughout
+        for x in (r, w, k, v, kappa, dy):
+            x[:, 1::3] = 0
+            x[:, T // 2 :, -1] = 0
+            x[:, :, 0] = 0
+    elif family == "large":
+        k, v = k * 30, v * 30
+    elif family == "tiny dy":
+        dy = dy * 1e-6
+    elif family == "sparse dy":
+        dy[:, torch.arange(T) % 7 != 3] = 0
+    else:
+        assert family == "random"
+    return (r, w, k, v, -kappa, kappa * alpha), dy
+
+
+def run(form, inputs, dy):
+    """y and the six gradients. `form` is a kernel, or "reference" for the recurrence in float64."""
+    dtype = torch.float64 if form == "reference" else inputs[0].dtype
+    leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in inputs]
+    y = wkv7_recurrent(*leaves)[0] if form == "reference" else wkv7(*leaves, kernel=form)
+    y.backward(dy.to(y.dtype))
+    return dict(zip(NAMES, (y.detach(), *(x.grad for x in leaves))))
+
+
+def errors(results, reference):
+    """Relative L2 error of each tensor: over all of it, and the largest of any head of any sequence. A head whose
+    gradient is zero (the first token has no state) is held against the size of its dr instead."""
+    found = {}
+    for name in NAMES:
+        x, ref = results[name].double(), reference[name].double()
+        assert x.shape == ref.shape
+        assert torch.isfinite(x).all(), f"{name} is not finite"
+        wrong, size = (x - ref).norm(dim=(1, 3)), ref.norm(dim=(1, 3))  # (B, H)
+        size = torch.where(size == 0, reference["dr"].norm(dim=(1, 3)), size)
+        assert (wrong[size == 0] == 0).all(), f"{name} is not zero where it must be"
+        found[name] = (wrong.norm() / size.norm()).item()
+        found[f"{name} per head"] = (wrong / size)[size > 0].max().item()
+    return found
+
+
+def check(results, reference, gate, what=""):
+    """Every error within `gate`, and of any single head within 1.5 times that."""
+    found = errors(results, reference)
+    print(what, {name: f"{error:.1e}" for name, error in found.items()})
+    assert len(found) == 2 * len(NAMES)
+    over = {name: error for name, error in found.items() if not error <= gate * (1.5 if "per head" in name else 1)}
+    assert not over, f"{what}: relative errors above {gate:.1e}: " + ", ".join(f"{n} {e:.1e}" for n, e in over.items())
+
+
+def test_recurrence_is_the_equation():
+    """Against loops over single numbers, from a state that is not zero."""
+    (r, w, k, v, a, b), _ = make("random", B=1, T=5, H=2, N=16)
+    start = torch.randn(1, 2, 16, 16, dtype=torch.float64)
+    given = start.clone()
+    y, end = wkv7_recurrent(*(x.double() for x in (r, w, k, v, a, b)), start)
+    assert torch.equal(start, given), "the state passed in was written to"
+    r, w, k, v, a, b = (x.double().numpy() for x in (r, w, k, v, a, b))
+    for h in range(2):
+        S = given[0, h].numpy().copy()
+        for t in range(5):
+            new = numpy.full((16, 16), numpy.nan)
+            for i in range(16):
+                u = sum(S[i, j] * a[0, t, h, j] for j in range(16))
+                for j in range(16):
+                    decay = math.exp(-math.exp(-0.5) / (1 + math.exp(-w[0, t, h, j])))
+                    new[i, j] = S[i, j] * decay + u * b[0, t, h, j] + v[0, t, h, i] * k[0, t, h, j]
+                y_i = sum(new[i, j] * r[0, t, h, j] for j in range(16))
+                assert abs(y[0, t, h, i].item() - y_i) < 1e-12
+            S = new
+        assert numpy.abs(end[0, h].numpy() - S).max() < 1e-12
+
+
+def test_recurrence_in_pieces():
+    inputs, _ = make("random", T=23, N=16)
+    inputs = [x.double() for x in inputs]
+    whole, end = wkv7_recurrent(*inputs)
+    state, pieces = None, []
+    for begin, stop in ((0, 1), (1, 8), (8, 9), (9, 23)):
+        y, state = wkv7_recurrent(*(x[:, begin:stop] for x in inputs), state)
+        pieces.append(y)
+    assert torch.equal(torch.cat(pieces, 1), whole)
+    assert torch.equal(state, end)
+
+
+def test_gradcheck_recurrence():
+    inputs, _ = make("random", B=1, T=3, H=2, N=16)
+    leaves = [x[..., :4].double().requires_grad_() for x in inputs]
+    state = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(wkv7_recurrent, (*leaves, state))
+
+
+def test_gradcheck_torch_form():
+    inputs, _ = make("random", B=1, T=18, H=1, N=16)
+    leaves = [x.double().requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(wkv7, leaves, fast_mode=True)
+
+
+# Relative error of fp32, measured at 2 (random) to 1.5 (the others) times below these gates. What sets the larger ones
+# is d itself, rounded to fp32 and the same for every token.
+FAMILIES = {"random": 7e-7, "bound": 1e-6, "zeros": 7e-7, "large": 7e-7, "tiny dy": 7e-7, "sparse dy": 7e-7,
+            "slow": 1.5e-6, "correlated": 1.8e-6, "identical": 3e-6}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forms_on_every_family(family):
+    inputs, dy = make(family)
+    reference = run("reference", inputs, dy)
+    for form in FORMS:
+        check(run(form, inputs, dy), reference, FAMILIES[family], f"{form}, {family}")
+
+
+def test_torch_form_in_float64():
+    inputs, dy = make("random", T=37)
+    inputs = [x.double() for x in inputs]
+    check(run("torch", inputs, dy), run("reference", inputs, dy), 1e-14)
+
+
+@pytest.mark.parametrize("T", (1, 15, 16, 17, 31, 64, 100))
+@pytest.mark.parametrize("H", (1, 3))
+def test_lengths(T, H):
+    inputs, dy = make("random", T=T, H=H, N=32, seed=T)
+    reference = run("reference", inputs, dy)
+    for form in FORMS:
+        check(run(form, inputs, dy), reference, 7e-7, f"{form}, T {T}, H {H}")
+
+
+@pytest.mark.parametrize("N", HEAD_SIZES)
+def test_head_sizes(N):
+    inputs, dy = make("random", B=1, T=37, H=2, N=N)
+    reference = run("reference", inputs, dy)
+    for form in FORMS:
+        check(run(form, inputs, dy), reference, 1.2e-6, f"{form}, N {N}")
+
+
+def test_bf16():
+    """The result of fp32, rounded: 1.7e-3 is the error of rounding alone."""
+    inputs, dy = make("random", N=32)
+    inputs, dy = [x.bfloat16() for x in inputs], dy.bfloat16()
+    reference = run("reference", inputs, dy)
+    for form in FORMS:
+        results = run(form, inputs, dy)
+        assert {x.dtype for x in results.values()} == {torch.bfloat16}
+        check(results, reference, 2e-3, f"{form}, bf16")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_strided_inputs_and_dy(form):
+    inputs, dy = make("random", T=20, N=16)
+    expected = run(form, inputs, dy)
+    wide = torch.stack(inputs, dim=-1)  # what is a view of one tensor of all six
+    views = [wide[..., i].requires_grad_() for i in range(4)]
+    views += [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs[4:]]
+    assert not any(x.is_contiguous() for x in views)
+    y = wkv7(*views, kernel=form)
+    y.backward(dy.transpose(1, 2).contiguous().transpose(1, 2))
+    for name, x in zip(NAMES, (y, *(x.grad for x in views))):
+        assert torch.equal(x, expected[name]), name
+    ones = run(form, inputs, torch.ones_like(dy))
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    wkv7(*leaves, kernel=form).sum().backward()  # dy is one number, expanded
+    for name, x in zip(NAMES[1:], leaves):
+        assert torch.equal(x.grad, ones[name]), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bitwise_repeatable_on_any_number_of_threads(form):
+    inputs, dy = make("random", T=50, H=3)
+    results = []
+    for count in (2, 3, 1, 1):
+        torch.set_num_threads(count)
+        results.append(run(form, inputs, dy))
+    for other in results[1:]:
+        assert all(torch.equal(other[name], results[0][name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nan_and_inf_are_not_hidden(form):
+    inputs, dy = make("random", B=1, T=20, H=2, N=16)
+    for at in range(6):
+        for value in (math.nan, math.inf):
+            if at == 1 and value == math.inf:  # a decay at its bound, nothing wrong with that
+                continue
+            broken = [x.clone() for x in inputs]
+            broken[at][0, 3, 0, 5] = value
+            y = wkv7(*broken, kernel=form)
+            assert not torch.isfinite(y[0, 3:, 0]).all(), f"{value} in {'rwkvab'[at]}"
+            assert torch.isfinite(y[0, :, 1]).all()
+
+
+def test_refusals():
+    inputs, _ = make("random", B=1, T=3, H=1, N=16)
+    with pytest.raises(ValueError, match="head size 48 is not one of 16, 32, 64, 96, 128, 192"):
+        wkv7(*(torch.zeros(1, 3, 1, 48) for _ in range(6)))
+    with pytest.raises(ValueError, match=r"must be \(B, T, H, N\).*\(1, 2, 1, 16\)"):
+        wkv7(*inputs[:5], inputs[5][:, :2])
+    with pytest.raises(ValueError, match="one floating dtype.*bfloat16"):
+        wkv7(inputs[0].bfloat16(), *inputs[1:])
+    with pytest.raises(ValueError, match="not empty"):
+        wkv7(*(x[:, :0] for x in inputs))
+    with pytest.raises(ValueError, match="'fast' is not loaded .loaded: cpu, torch"):
+        wkv7(*inputs, kernel="fast")
+    with pytest.raises(ValueError, match="cpu computes in fp32"):
+        wkv7(*(x.double() for x in inputs), kernel="cpu")
+    with pytest.raises(RuntimeError, match="differ in shape"):
+        torch.ops.wkv7.cpu_forward(*inputs[:5], inputs[5][:, :2].contiguous())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("T", (16, 19))
+def test_opcheck(form, T):
+    inputs, dy = make("random", B=1, T=T, H=1, N=16)
+    inputs = [x.requires_grad_() for x in inputs]
+    forward, backward = (getattr(torch.ops.wkv7, f"{form}_{way}").default for way in ("forward", "backward"))
+    torch.library.opcheck(forward, tuple(inputs))
+    inputs = tuple(x.detach() for x in inputs)
+    torch.library.opcheck(backward, (*inputs, forward(*inputs)[1], dy))
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, kernel):
+        super().__init__()
+        torch.manual_seed(0)
+        self.project, self.kernel = torch.nn.Linear(32, 6 * 32), kernel
+
+    def forward(self, x):  # (B, T, 2 * 16)
+        r, w, k, v, a, b = (part.unflatten(2, (2, 16)) for part in self.project(x).chunk(6, dim=2))
+        a = torch.nn.functional.normalize(a, dim=-1)
+        return wkv7(r, w, k, v, a, -a * b.sigmoid(), self.kernel).flatten(2)
+
+
+@pytest.mark.parametrize("form, backend", [("torch", "aot_eager"), ("cpu", "aot_eager"), ("cpu", "inductor")])
+def test_compile_in_one_graph(form, backend):
+    x = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(1))
+    results = []
+    for compiled in (False, True):
+        layer = Layer(form)
+        y = (torch.compile(layer, fullgraph=True, backend=backend) if compiled else layer)(x)
+        (y * y).sum().backward()
+        results.append((y.detach(), layer.project.weight.grad))
+    for eager, compiled in zip(*results):
+        assert eager.abs().max() > 0.1
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+# The build. Each test works on a copy of the script and its kernel, in a folder whose name has spaces.
+
+
+@pytest.fixture
+def copy(tmp_path):
+    root = tmp_path / "a path with spaces"
+    for source in (Path(train_rwkv7.__file__).absolute(), *kernel_sources("cpu")):
+        target = root / source.relative_to(Path(train_rwkv7.__file__).absolute().parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+    return root
+
+
+LOAD = """
+import os, pathlib, torch, train_rwkv7
+before = os.path.exists("cuda/build")
+kernel = train_rwkv7.load_kernel("cpu")
+y = train_rwkv7.wkv7(*(torch.ones(1, 2, 1, 16) for _ in range(6)), kernel=kernel)
+print(kernel, train_rwkv7.load_kernel("cpu"), before, y[0, 0, 0, 0].item())
+"""
+
+
+def start(root, code=LOAD, **environment):
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(root), **environment}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=root, env=environment, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process):
+    try:
+        out, err = process.communicate(timeout=100)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, err
+    return out.split(), err
+
+
+def test_a_killed_build_is_in_nobodys_way(copy):
+    build = copy / "cuda" / "build"
+    first = start(copy)
+    deadline = time.monotonic() + 60
+    while not list(build.glob("*/lock")):
+        assert first.poll() is None and time.monotonic() < deadline, "the build did not start"
+        time.sleep(0.01)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert list(build.glob("*/lock")) and not list(build.glob("*.so")), "nothing was left behind: this proves nothing"
+
+    assert finish(start(copy)) == (["cpu", "cpu", "True", "16.0"], "")
+    (library,) = build.glob("*.so")
+    built = library.stat().st_mtime_ns
+    # And now it is built, no compiler is needed.
+    assert finish(start(copy, CXX="/nonexistent")) == (["cpu", "cpu", "True", "16.0"], "")
+    assert library.stat().st_mtime_ns == built
+
+
+def test_no_compiler_or_a_broken_one_gives_the_torch_form(copy):
+    code = """
+import os, torch, train_rwkv7
+def load(): print(train_rwkv7.load_kernel("cpu"), flush=True)
+path = os.environ["PATH"]
+os.environ["CXX"] = "/nonexistent/c++"; load()
+del os.environ["CXX"]; os.environ["PATH"] = ""; load()
+os.environ["PATH"] = path
+with open("cuda/wkv7/wkv7_cpu.cpp", "a") as source: source.write("this is no C++;")
+load()
+print(train_rwkv7.wkv7(*(torch.ones(1, 2, 1, 16) for _ in range(6)))[0, 0, 0, 0].item())
+"""
+    out, err = finish(start(copy, code))
+    assert out == ["torch", "torch", "torch", "16.0"]
+    lines = [line for line in err.splitlines() if line.startswith("WKV-7: ")]
+    assert len(lines) == 6, err
+    assert "no C++ compiler (/nonexistent/c++ not found); install g++ or set CXX" in lines[0]
+    assert "no C++ compiler (c++ not found)" in lines[2]
+    assert "error: " in lines[4] and "this" in lines[4]
+    log = Path(re.search(r"full log: (.*\.log)\)", lines[4])[1])
+    assert "this is no C++" in log.read_text()
+    assert all("--kernel torch" in line for line in lines[1::2])
+    assert [path.suffix for path in (copy / "cuda" / "build").iterdir()] == [".log"]
+
+
+def test_a_checkout_that_cannot_be_written(copy):
+    (copy / "cuda" / "build").write_text("a file where the folder should be")
+    scratch = copy.parent / "tmp"
+    scratch.mkdir()
+    assert finish(start(copy, TMPDIR=str(scratch))) == (["cpu", "cpu", "True", "16.0"], "")
+    assert not list(scratch.glob("wkv7*"))
