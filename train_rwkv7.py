@@ -1,14 +1,14 @@
-"""Train RWKV-7 "Goose" (arXiv 2503.14456), an RNN that trains like a transformer, in the speedrun: 3.28 validation loss on FineWeb.
+"""Train RWKV-7 "Goose" (arXiv 2503.14456), an RNN that trains like a transformer: a race to 3.28 on FineWeb.
 
-Track fineweb: 12 layers, 768 wide, at most 124M parameters active per token, 3200 steps of 524288 tokens, any number of GPUs.
+Track fineweb: 12 layers, 768 wide, at most 124M parameters active per token, 3200 steps of 524288 tokens, on GPUs.
 Track tiny:    the same script on bytes of text, about 1M parameters, two minutes on a laptop's CPU; no GPU, no network.
 
     8 GPUs   ./run_rwkv7.sh --adam_lr 0.0026             (torchrun --standalone --nproc_per_node=8 train_rwkv7.py ...)
     1 GPU    ./run_rwkv7.sh --device_bsz 32              (python train_rwkv7.py ...; the same run, only longer)
     CPU      ./run_rwkv7.sh --track tiny                 (python data/pydocs.py; python train_rwkv7.py --track tiny)
 
-Claims: on fineweb none yet (the public run of this recipe: 3.2756 after 3200 steps); on tiny the table of README.md, from the
-records in records/. The file stands alone: besides itself it reads only its kernel source in cuda/wkv7/.
+Claims: on fineweb none yet (the public run of this recipe reached 3.2756 after 3200 steps); on tiny the table of
+README.md, from the runs in records/. The file stands alone: besides itself it reads only its kernel in cuda/wkv7/.
 """
 
 import argparse
@@ -101,7 +101,7 @@ class Flags:
         for f in fields(cls):
             defaults, choices = f.metadata["defaults"], f.metadata["choices"]
             same = len(set(defaults.values())) == 1
-            shown = str(defaults[TRACKS[0]]) if same else ", ".join(f"{track} {value}" for track, value in defaults.items())
+            shown = str(defaults[TRACKS[0]]) if same else ", ".join(f"{t} {value}" for t, value in defaults.items())
             kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
                 type=f.type, choices=choices, metavar=None if choices else f.type.__name__.upper())
             text = f"{f.metadata['help']} [{shown or 'none'}]".replace("%", "%%")
@@ -129,19 +129,19 @@ def resolve(args, world):
         args.device = "cuda" if cuda else "cpu"
     if args.dtype == "auto":
         args.dtype = ("bf16" if args.device == "cuda" else "mixed") if has_bf16(args.device) else "fp32"
-    low = [f.name for f in fields(args) if f.type in (int, float) and getattr(args, f.name) < (f.name in NOT_ZERO)]
-    if low:
-        raise ValueError(f"--{low[0]} {getattr(args, low[0])} is too small: at least {int(low[0] in NOT_ZERO)}.")
+    counts = ("steps", "bsz", "device_bsz", "seq_len", "epochs", "val_every", "val_tokens", "layers", "width")
+    for low in (f.name for f in fields(args) if f.type in (int, float) and getattr(args, f.name) < (f.name in counts)):
+        raise ValueError(f"--{low} {getattr(args, low)} is too small: at least {int(low in counts)}.")
     share, unit = args.bsz // world, world * min(args.device_bsz, max(1, args.bsz // world))
     if args.bsz % unit:
         fits = [n for n in range(1, args.device_bsz + 1) if share % n == 0] if args.bsz % world == 0 else []
         near = [n for n in (args.bsz // unit * unit, (args.bsz // unit + 1) * unit) if n]
-        raise ValueError(f"--bsz {args.bsz} cannot be reached with {world} device(s) x --device_bsz {unit // world}. Nearest: "
-                         f"--bsz {' or '.join(map(str, near))}{f', or --device_bsz {fits[-1]}' if fits else ''}.")
+        raise ValueError(f"--bsz {args.bsz} cannot be reached with {world} device(s) x --device_bsz {unit // world}. "
+                         f"Nearest: --bsz {' or '.join(map(str, near))}"
+                         f"{f', or --device_bsz {fits[-1]}' if fits else ''}.")
     args.device_bsz = unit // world
 
 
-NOT_ZERO = ("steps", "bsz", "device_bsz", "seq_len", "epochs", "val_every", "val_tokens", "vocab_size", "layers", "width", "headsz")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,10 +150,10 @@ NOT_ZERO = ("steps", "bsz", "device_bsz", "seq_len", "epochs", "val_every", "val
 
 @dataclass
 class Hyperparameters(Flags):
-    """Everything that defines a run. Each field is a flag: help (meaning, unit), then its default, per track if they differ."""
+    """All that defines a run. Each field is a flag: help (meaning, unit) and its default, per track if it differs."""
     # the run
-    track: str = flag("the race: fineweb (124M parameters, GPT-2 tokens) or tiny (1M, bytes)", "fineweb", choices=TRACKS)
-    data: str = flag("folder with the *_train_*.bin and *_val_*.bin shards", fineweb="data/fineweb10B", tiny="data/pydocs")
+    track: str = flag("fineweb (124M parameters, GPT-2 tokens) or tiny (1M, bytes)", "fineweb", choices=TRACKS)
+    data: str = flag("folder of *_train_*.bin and *_val_*.bin shards", fineweb="data/fineweb10B", tiny="data/pydocs")
     name: str = flag("name of the run in its record's folder (default: a short id)", "")
     random_seed: int = flag("seed of the starting weights", 1337)
     records: str = flag("folder that receives the record", "records")
@@ -166,7 +166,7 @@ class Hyperparameters(Flags):
     seq_len: int = flag("tokens a sequence (T)", fineweb=1024, tiny=256)
     epochs: int = flag("how often the train shards may be read over", fineweb=1, tiny=20)
     val_every: int = flag("steps between validations", fineweb=125, tiny=100)
-    val_tokens: int = flag("validation tokens, the first of the val shards (tiny: at most)", fineweb=10485760, tiny=262144)
+    val_tokens: int = flag("validation tokens, the first there are (tiny: at most)", fineweb=10485760, tiny=262144)
     save_every: int = flag("steps between checkpoints, 0 for none", 0)
     # model
     vocab_size: int = flag("token ids in use; tables are padded to a multiple of 128", fineweb=50257, tiny=257)
@@ -424,7 +424,7 @@ class Linear(nn.Linear):
 
 
 class TimeMixing(nn.Module):
-    """att(x) of RWKV-7: S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T, y_t = S_t r_t, gated and projected."""
+    """att(x): S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T, y_t = S_t r_t, then norm, gate, W_o."""
 
     def __init__(self, args, l, compute, kernel):
         super().__init__()
@@ -577,7 +577,7 @@ class RWKV7(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
 
     def flops_per_token(self, active):
-        """Training FLOPs: 6 an active parameter, and of the mixing 9 N forward and 18 N backward a channel and block."""
+        """Training FLOPs: 6 an active parameter; the mixing 9 N forward and 18 N backward a channel and block."""
         return 6 * active + 27 * self.args.headsz * self.args.width * self.args.layers
 
 
@@ -588,7 +588,7 @@ def build_model(args):
         why = f"{args.width} is not a multiple of {args.headsz}" if args.width % args.headsz else "no kernel for it"
         raise ValueError(f"--headsz {args.headsz}: {why}. Allowed: {', '.join(map(str, fits))}.")
     if args.fast_cuda or args.wind_cuda:
-        raise ValueError(f"--{'fast' if args.fast_cuda else 'wind'}_cuda: this version has no CUDA kernel of WKV-7 yet. "
+        raise ValueError(f"--{'fast' if args.fast_cuda else 'wind'}_cuda: there is no CUDA kernel of WKV-7 here yet. "
                          "Go on without it: --kernel torch (any GPU; slower, the same maths).")
     if args.kernel == "cpu" and args.device == "cuda":
         raise ValueError("--kernel cpu runs on a CPU only. Use --kernel torch on a GPU, or --device cpu.")
@@ -603,7 +603,7 @@ def build_model(args):
 
 
 def build_optimizers(model, args):
-    """[Adam, Muon] over every parameter exactly once; each group holds the names of its parameters. Raises ValueError."""
+    """[Adam, Muon] over every parameter exactly once; each group also holds their names. Raises ValueError."""
     def group_of(name):
         leaf = name.split(".")[-2:]
         if name in ("emb.weight", "head.weight"):
@@ -651,11 +651,11 @@ class Muon(torch.optim.Optimizer):
     """Momentum with Nesterov's look-ahead, orthogonalised by Newton-Schulz: W <- W - lr s NS(G + mu M), M <- mu M + G.
 
     params: matrices (rows, cols). scale: "spectral" s = sqrt(max(1, rows/cols)) or "rms" s = sqrt(max(rows, cols)).
-    Matrices of equal shape (up to transposition) go through Newton-Schulz as one batch. Every rank owns an equal share of
-    each batch and its momentum; the updates are gathered in one all_gather a step. Gradients must already be averaged.
+    Matrices of equal shape (up to transposition) go through Newton-Schulz as one batch. Every rank owns a share of each
+    batch and its momentum; the updates are gathered in one all_gather a step. Gradients must already be averaged.
     """
 
-    SCALES = {"spectral": lambda rows, cols: max(1, rows / cols) ** 0.5, "rms": lambda rows, cols: max(rows, cols) ** 0.5}
+    SCALES = dict(spectral=lambda rows, cols: max(1, rows / cols) ** 0.5, rms=lambda rows, cols: max(rows, cols) ** 0.5)
 
     def __init__(self, params, lr, momentum=0.95, scale="spectral"):
         super().__init__(params, dict(lr=lr, momentum=momentum, scale=scale))
@@ -709,7 +709,7 @@ SHARD_MAGIC, SHARD_VERSION = 20240520, 1  # header of 256 int32: magic, version,
 
 
 def open_shard(path):
-    """Memory-map the tokens of a shard: a uint16 array. Raises ValueError with the way out when it is not a whole shard."""
+    """Memory-map the tokens of a shard, uint16. Raises ValueError with the way out when it is not a whole shard."""
     size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
     if size < 1024:
         raise ValueError(f"{path} is truncated: {size} bytes, less than its header. Fetch or make it again.")
@@ -718,15 +718,15 @@ def open_shard(path):
     if header[1] != SHARD_VERSION:
         raise ValueError(f"{path} has shard version {header[1]}; this script reads version {SHARD_VERSION}.")
     if header[2] < 1 or header[2] * 2 + 1024 != size:
-        raise ValueError(f"{path} is damaged: its header counts {header[2]} tokens, the file holds {(size - 1024) / 2:.12g}. "
-                         "Fetch or make it again.")
+        raise ValueError(f"{path} is damaged: its header counts {header[2]} tokens, the file holds "
+                         f"{(size - 1024) / 2:.12g}. Fetch or make it again.")
     return np.memmap(path, dtype="<u2", mode="r", offset=1024)
 
 
 class TokenStream:
-    """The tokens of the sorted shards folder/*_<split>_*.bin as one stream; only the first shards with `need` tokens open.
+    """The tokens of the sorted shards folder/*_<split>_*.bin as one stream; opens only the first with `need` tokens.
 
-    repeat: how often the stream may be read over (position p is token p mod tokens); 0: fewer tokens than needed will do.
+    repeat: how often the stream may be read over (position p is token p mod tokens); 0: fewer tokens will do.
     Raises ValueError with the way out.
     """
 
@@ -747,8 +747,8 @@ class TokenStream:
                 each = max(len(shard) for shard in self.shards)
                 raise ValueError(f"{why} need {-(-need // each)} {split} shards of {millions(each)} tokens, found "
                                  f"{len(found)} ({millions(total)}) in {folder}: {where_from(folder, need)}")
-            raise ValueError(f"{why} need {millions(need)} {split} tokens; {folder} has {millions(total)}, which --epochs "
-                             f"{repeat} reads up to {millions(total * repeat)}. More text, fewer --steps or more --epochs.")
+            raise ValueError(f"{why} need {millions(need)} {split} tokens; {folder} has {millions(total)}, at --epochs "
+                             f"{repeat} {millions(total * repeat)}. More text, fewer --steps or more --epochs.")
 
     def __len__(self):
         return int(self.starts[-1])
@@ -765,7 +765,7 @@ class TokenStream:
         return out
 
     def fingerprint(self, vocab_size):
-        """[{name, tokens, sha256}] of the shards; refuses ids beyond the vocabulary with ValueError. Reads every byte."""
+        """[{name, tokens, sha256}] of the shards, every byte read. ValueError for an id beyond the vocabulary."""
         def scan(path, shard):
             digest, top = hashlib.sha256(np.fromfile(path, np.uint8, 1024)), 0
             for i in range(0, len(shard), 1 << 22):
@@ -840,29 +840,27 @@ def shell(*command):
 
 
 def hardware(device):
-    """The machine of this process: {"name", "count", "text"}, text being nvidia-smi's page or the CPU's facts."""
+    """The machine of this run: {name, count of devices, text}, text being nvidia-smi's page or the CPU's facts."""
     if device.type == "cuda":
         return dict(name=torch.cuda.get_device_name(device), count=world_size(), text=shell("nvidia-smi"))
     info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-    name = re.search(r"^model name\s*: (.*)|\Z", info, re.M)[1] or shell("sysctl", "-n", "machdep.cpu.brand_string")
+    model = re.search(r"^model name\s*: (.*)|\Z", info, re.M)[1] or shell("sysctl", "-n", "machdep.cpu.brand_string")
+    name = f"{model or platform.machine()}, {torch.get_num_threads()} threads"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else math.nan
-    return dict(name=name or platform.machine(), count=world_size(), text=f"{name or platform.machine()}, {os.cpu_count()} "
-                f"cores, {torch.get_num_threads()} threads used, {memory:.1f} GiB of memory")
+    return dict(name=name, count=world_size(), text=f"{name} of {os.cpu_count()} cores, {memory:.1f} GiB of memory")
 
 
 def environment():
     """Versions and git state: what is needed to repeat a run."""
     first_line = lambda text: text.splitlines()[0] if text else "none"
-    packages = sorted(f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions() if d.metadata["Name"])
+    packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
     return dict(
         python=platform.python_version(), platform=platform.platform(), torch=torch.__version__,
-        cuda=torch.version.cuda or "none",
+        cuda=torch.version.cuda or "none", nvcc=first_line(shell("nvcc", "--version")[::-1])[::-1],
         driver=first_line(shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")),
         compiler=first_line(shell(os.environ.get("CXX", "c++"), "--version")),
-        nvcc=(shell("nvcc", "--version").splitlines() or ["none"])[-1],
         git_commit=shell("git", "rev-parse", "HEAD") or "none",
-        git_dirty=bool(shell("git", "status", "--porcelain", "--untracked-files=no")),
-        packages=packages)
+        git_dirty=bool(shell("git", "status", "--porcelain", "--untracked-files=no")), packages=packages)
 
 
 class Record:
@@ -883,34 +881,29 @@ class Record:
         if self.file:
             self.file.write(text + "\n")
 
-    def sources(self, *paths):
-        """[{name, lines, sha256, text}] of the files that run."""
-        texts = [(path.name, path.read_text(encoding="utf-8")) for path in paths]
-        return [dict(name=name, lines=len(text.splitlines()), sha256=hashlib.sha256(text.encode()).hexdigest(), text=text)
-                for name, text in texts]
-
-    def header(self, facts):
-        """The log up to the first step: the configuration, every source that runs, then the facts as JSON lines."""
-        if self.file:
-            self.line(f"config: {json.dumps(facts['config'])}\ncommand: {shlex.join(facts['command'])}")
-            for source in facts["sources"]:
-                text = source.pop("text")
-                self.line(f"{'=' * 100}\nsource: {json.dumps(source)}\n{text.rstrip(chr(10))}")
-            self.line("=" * 100)
-            text = facts["hardware"].pop("text")
-            for key in ("environment", "hardware", "data", "model"):
-                self.line(f"{key}: {json.dumps(facts[key])}")
-            self.line(f"{text}\n{'=' * 100}")
+    def header(self, facts, sources):
+        """The log up to the first step: configuration, sources, facts as JSON. Fills facts["sources"]."""
+        self.line(f"config: {json.dumps(facts['config'])}\ncommand: {shlex.join(facts['command'])}")
+        facts["sources"] = []
+        for path in sources:
+            text = path.read_text(encoding="utf-8")
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            facts["sources"].append(dict(name=path.name, lines=text.count("\n"), sha256=digest))
+            self.line(f"{'=' * 100}\nsource: {json.dumps(facts['sources'][-1])}\n{text.rstrip(chr(10))}")
+        self.line("=" * 100)
+        page = facts["hardware"].pop("text")
+        for key in ("environment", "hardware", "data", "model"):
+            self.line(f"{key}: {json.dumps(facts[key])}")
+        self.line(f"{page}\n{'=' * 100}")
 
     def close(self, reason):
-        """The reason of the end, as the log's last line. Returns the log's path, or None; a full disk is not an error here."""
-        if self.file:
-            with contextlib.suppress(OSError):
-                self.line(f"end: {reason}")
-            with contextlib.suppress(OSError):
-                self.file.close()
-            self.file = None
-            return self.path / "log.txt"
+        """The reason of the end, as the log's last line. Returns the log's path. A full disk is not an error here."""
+        with contextlib.suppress(OSError):
+            self.line(f"end: {reason}")
+        with contextlib.suppress(OSError):
+            self.file and self.file.close()
+        self.file = None
+        return self.path and self.path / "log.txt"
 
     def finish(self, result):
         """Write result.json atomically: the last act of a finished run."""
@@ -920,7 +913,7 @@ class Record:
 
 
 class Clock:
-    """Wall time in seconds, each moment in one phase; switching waits for the device, so that phases hold their own work."""
+    """Wall time in seconds, each moment in one phase. Switching waits for the device: a phase holds its own work."""
 
     def __init__(self):
         self.device, self.phase, self.since = torch.device("cpu"), "rest", time.perf_counter()
@@ -1038,7 +1031,7 @@ def train_step(model, optimizers, inputs, targets, args):
 
 
 def validation_set(stream, args, rank):
-    """This rank's validation sequences on the device, (inputs, targets), padded to whole micro-batches with targets -100."""
+    """This rank's validation (inputs, targets) on the device, padded to whole micro-batches with targets -100."""
     sequences = min(args.val_tokens, len(stream) - 1) // args.seq_len
     first, last = sequences * rank // world_size(), sequences * (rank + 1) // world_size()
     tokens = torch.from_numpy(stream.read(first * args.seq_len, (last - first) * args.seq_len + 1))
@@ -1107,7 +1100,7 @@ def check_cover(model, optimizers):
     count = collections.Counter(id(p) for o in optimizers for group in o.param_groups for p in group["params"])
     wrong = [f"{name} by {count[id(p)]}" for name, p in model.named_parameters() if count[id(p)] != 1]
     if wrong or sum(count.values()) != len(list(model.parameters())):
-        raise ValueError(f"every parameter must be trained by exactly one optimiser; not so: {', '.join(wrong) or 'strangers'}")
+        raise ValueError(f"every parameter must be in exactly one optimiser; not so: {', '.join(wrong) or 'strangers'}")
 
 
 def print_parameters(model, optimizers):
@@ -1118,17 +1111,19 @@ def print_parameters(model, optimizers):
         for group in optimizer.param_groups:
             for name in group["names"]:
                 t = tensors[name].detach().double()
-                print(f"{name:34} {'x'.join(map(str, t.shape)):16} {type(optimizer).__name__.lower():9} {group['lr']:8g} "
-                      f"{t.mean():11.4e} {t.std(correction=0):11.4e}")
+                print(f"{name:34} {'x'.join(map(str, t.shape)):16} {type(optimizer).__name__.lower():9} "
+                      f"{group['lr']:8g} {t.mean():11.4e} {t.std(correction=0):11.4e}")
 
 
 def open_data(args, rank):
-    """(train stream, val stream, their description for the record), every token checked by rank 0. Raises ValueError."""
-    train = TokenStream(args.data, "train", args.steps * args.bsz * args.seq_len + 1, f"{args.steps} steps", args.epochs)
+    """(train stream, val stream, their facts for the record), every token checked by rank 0. Raises ValueError."""
+    need = args.steps * args.bsz * args.seq_len + 1
+    train = TokenStream(args.data, "train", need, f"{args.steps} steps", args.epochs)
     exactly = 1 if args.track == "fineweb" else 0
     val = TokenStream(args.data, "val", args.val_tokens + 1, f"{args.val_tokens} validation tokens", exactly)
     if len(val) <= args.seq_len:
-        raise ValueError(f"the val shards in {args.data} hold {len(val)} tokens, less than one sequence of {args.seq_len}.")
+        raise ValueError(f"the val shards in {args.data} hold {len(val)} tokens, not one sequence of {args.seq_len}. "
+                         "Give them more text, or a smaller --seq_len.")
     manifest = Path(args.data) / "manifest.json"
     return train, val, dict(
         folder=str(args.data), train=train.fingerprint(args.vocab_size), val=val.fingerprint(args.vocab_size),
@@ -1136,7 +1131,7 @@ def open_data(args, rank):
 
 
 def set_up(args, rank):
-    """Device, data, model and optimisers, all checked before anything is written or timed. Raises ValueError, OSError."""
+    """Device, data, model and optimisers, checked before anything is written or timed. Raises ValueError, OSError."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*|", args.name):
         raise ValueError(f"--name {args.name!r}: letters, digits, '-', '_' and '.' only; it becomes a folder's name.")
@@ -1159,23 +1154,23 @@ def set_up(args, rank):
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["initial_lr"] = group["lr"]
     sizes = {name: p.numel() for name, p in model.named_parameters()}
-    counts = dict(parameters=sum(sizes.values()), active=sum(n for name, n in sizes.items() if name not in model.lookups))
-    if args.track == "fineweb" and counts["active"] > ACTIVE_LIMIT:
-        raise ValueError(f"{counts['active']:,} parameters are active per token; track fineweb allows {ACTIVE_LIMIT:,}. "
+    active = sum(size for name, size in sizes.items() if name not in model.lookups)
+    if args.track == "fineweb" and active > ACTIVE_LIMIT:
+        raise ValueError(f"{active:,} parameters are active per token; track fineweb allows {ACTIVE_LIMIT:,}. "
                          "Make --width, --layers or --ffn_ratio smaller.")
-    return device, data, model, optimizers, counts
+    return device, data, model, optimizers, dict(parameters=sum(sizes.values()), active=active)
 
 
 def run(args, rank, record, clock, data, model, optimizers, counts):
     """Warm-up, training and validation, and the record of it."""
     (train, val, described), share, tokens_a_step = data, args.bsz // world_size(), args.bsz * args.seq_len
     say = tqdm.write if rank == 0 else lambda text: None
-    facts = dict(
-        schema=SCHEMA, run=record.path.name, script=Path(__file__).name, command=[Path(__file__).name, *sys.argv[1:]],
-        config=asdict(args), seed=args.random_seed, environment=environment(), hardware=hardware(clock.device), data=described,
-        model=dict(counts, flops_per_token=model.flops_per_token(counts["active"])),
-        sources=record.sources(Path(__file__), *model.sources)) if rank == 0 else {}
-    record.header(facts)
+    if rank == 0:
+        facts = dict(
+            schema=SCHEMA, run=record.path.name, script=Path(__file__).name, seed=args.random_seed, config=asdict(args),
+            command=[Path(__file__).name, *sys.argv[1:]], environment=environment(), hardware=hardware(clock.device),
+            data=described, model=dict(counts, flops_per_token=model.flops_per_token(counts["active"])))
+        record.header(facts, [Path(__file__), *model.sources])
     say(f"{counts['parameters']:,} parameters, {counts['active']:,} active per token; {args.steps} steps of "
                 f"{tokens_a_step:,} tokens on {world_size()} x {args.device} in {args.dtype}")
 
@@ -1186,8 +1181,8 @@ def run(args, rank, record, clock, data, model, optimizers, counts):
     loader = DataLoader(train, args, rank * share, (rank + 1) * share)
     gc.collect()
     clock.switch("rest")
-    record.line(f"warm-up: 2 steps and a validation batch on tokens that are not data, {clock.seconds['warm-up']:.1f} s; "
-                f"parameters, optimisers and random state restored; sha256 of the parameters before and after: {digest}")
+    record.line(f"warm-up: 2 steps and a validation batch of random tokens in {clock.seconds['warm-up']:.1f} s; parameters, "
+                f"optimisers and random state restored; sha256 of the parameters before and after: {digest}")
     say(f"ready after {clock.seconds['rest'] + clock.seconds['warm-up']:.1f} s, none of them counted as training")
 
     lines, curve = StepLines(record, args.steps), []
@@ -1256,8 +1251,8 @@ def farewell(result, record):
     print(f"validation loss {final['val_loss']:.4f} nats per token{bits} after {final['tokens'] / 1e6:.1f}M tokens\n"
           f"{final['train_seconds']:.1f} s of training, {final['tokens_per_second']:,.0f} tokens/s, "
           f"{final['flops_per_second'] / 1e12:.3g} TFLOP/s{''.join(extras)}\nrecord: {record.path}/\n"
-          f"next: ./run_{rival}.sh --track {args['track']} (its rival), --random_seed {args['random_seed'] + 1} (the noise), "
-          "python records/report.py (all runs), --help")
+          f"next: ./run_{rival}.sh --track {args['track']} (its rival), --random_seed {args['random_seed'] + 1} (the "
+          "noise), python records/report.py (all runs), --help (all flags)")
 
 
 def main(argv=None):
@@ -1279,7 +1274,7 @@ def main(argv=None):
         if record:
             record.close(f"failed: {error}")
         if isinstance(error, OSError):
-            stop(f"{error}. Make room or set permissions there, or choose --records FOLDER; earlier runs are untouched.")
+            stop(f"{error}. Make room or set permissions, or choose --records FOLDER; earlier runs are untouched.")
         if record:
             raise
         stop(error)

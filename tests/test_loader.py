@@ -78,14 +78,6 @@ def test_splits_and_order_of_names(folder):
     assert script.TokenStream(folder, "train", 3, "1 steps").read(0, 3).tolist() == [4, 5, 1000]
 
 
-def test_an_empty_shard_is_passed_over(tmp_path):
-    for i, tokens in enumerate(([7, 8], [], [9], [])):
-        write_shard(tmp_path / f"toy_train_{i:06d}.bin", tokens)
-    stream = script.TokenStream(tmp_path, "train", 12, "3 steps", repeat=5)
-    assert stream.read(0, 7).tolist() == [7, 8, 9, 7, 8, 9, 7]
-    assert [shard["tokens"] for shard in stream.fingerprint(10)] == [2, 0, 1, 0]
-
-
 def refusal(call, *parts):
     with pytest.raises(ValueError) as caught:
         call()
@@ -127,13 +119,24 @@ def damage_magic(path):
     return "20240801", "20240520", "data/README.md"
 
 
+def damage_no_tokens(path):
+    write_shard(path, [])
+    return ["0 tokens"]
+
+
+def damage_negative(path):
+    write_shard(path, range(100), count=-100)
+    return "-100", "100"
+
+
 def damage_version(path):
     write_shard(path, range(100), version=7)
     return "version 7", "version 1"
 
 
 @pytest.mark.parametrize("damage", (damage_header_cut, damage_no_bytes, damage_tail_cut, damage_half_a_token,
-                                    damage_tail_added, damage_magic, damage_version))
+                                    damage_tail_added, damage_no_tokens, damage_negative, damage_magic,
+                                    damage_version))
 def test_bad_shards(tmp_path, damage):
     path = write_shard(tmp_path / "toy_train_000000.bin", range(100))
     assert len(script.open_shard(path)) == 100
@@ -190,11 +193,6 @@ def test_too_few_tokens_for_the_epochs(folder):
     refusal(lambda: script.TokenStream(folder, "train", 3 * TOTAL + 1, "9 steps", repeat=3), "9 steps need", folder,
             "--epochs 3", "fewer --steps")
     assert len(script.TokenStream(folder, "train", 10 * TOTAL, "as many as there are", repeat=0)) == TOTAL
-
-
-def test_only_empty_shards(tmp_path):
-    write_shard(tmp_path / "toy_train_000000.bin", [])
-    refusal(lambda: script.TokenStream(tmp_path, "train", 10, "1 steps"), tmp_path)
 
 
 def test_a_read_error_reaches_the_training_loop(folder):

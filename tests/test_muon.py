@@ -45,25 +45,25 @@ def test_the_band_is_what_the_iteration_gives():
     assert quintic(torch.tensor(REACH / 2, dtype=torch.float64)) < BAND[0], "a smaller share reaches the band as well"
 
 
-@pytest.mark.parametrize("dtype, error", ((torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.12)))
+@pytest.mark.parametrize("dtype, error", ((torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 0.1)))
 @pytest.mark.parametrize("rows, cols", ((48, 48), (24, 96), (1, 40), (128, 448)))
 def test_against_an_svd(rows, cols, dtype, error):
     """Well-conditioned, ill-conditioned over six decades, and of half the rank; sizes from 1e-6 to 1e6."""
     n = min(rows, cols)
-    spectra = (torch.linspace(0.2, 1, n), torch.logspace(-6, 0, n), torch.cat((torch.zeros(n // 2), torch.ones(n - n // 2))))
+    half = torch.arange(n) <= n // 2
+    spectra = (torch.linspace(1, 0.2, n), torch.logspace(0, -6, n), half)
     for seed, (spectrum, size) in enumerate(zip(spectra, (1.0, 1e-6, 1e6))):
         spectrum = spectrum.double()
         G, U, V = matrix(rows, cols, spectrum * size, seed)
         O = newton_schulz(G.to(dtype)[None])[0]
         assert O.dtype == dtype and O.shape == (rows, cols)
         core = U.mT @ O.double() @ V  # diagonal where the singular vectors are G's
-        share = spectrum / spectrum.norm()
+        share = spectrum * size / (spectrum.norm() * size + 1e-7)
         assert (core - quintic(share).diag()).abs().max() < error, f"spectrum {seed}, {dtype}"
         reached = share >= REACH
         assert reached.sum() >= n / 3
         got = core.diagonal()[reached]
-        slack = error if dtype == torch.bfloat16 else 0
-        assert BAND[0] - slack < got.min() and got.max() < BAND[1] + slack, f"spectrum {seed}, {dtype}"
+        assert BAND[0] < got.min() and got.max() < BAND[1], f"spectrum {seed}, {dtype}"
 
 
 def test_random_matrices_of_training():
@@ -129,9 +129,9 @@ def test_steps_against_a_plain_loop(scale, monkeypatch):
         optimizer.step()
         for i, (p, g) in enumerate(zip(parameters, gradients(step))):
             error = (p.detach().double() - W[i]).abs().max().item()
-            assert error < 2e-5, f"step {step}, matrix {i} {tuple(p.shape)}: {error:.1e}"
+            assert error < 1e-6, f"step {step}, matrix {i} {tuple(p.shape)}: {error:.1e}"
             assert torch.equal(p.grad, g), "the gradient was written to"
-            assert torch.allclose(optimizer.state[p]["M"].double(), M[i], rtol=1e-6, atol=1e-6)
+            assert (optimizer.state[p]["M"] - M[i]).abs().max() < 5e-7 * M[i].abs().max()
 
 
 def test_bf16_where_the_hardware_has_it(monkeypatch):
@@ -191,7 +191,8 @@ def work(folder):
 def worlds(tmp_path_factory):
     from helpers import environment
     folder = tmp_path_factory.mktemp("muon")
-    done = subprocess.run([sys.executable, __file__, str(folder)], env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, __file__, str(folder)], env=environment(), capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 0, done.stderr
     return {world: [torch.load(folder / f"{world}_{rank}.pt") for rank in range(world)] for world in (1, 2, 3)}
 
