@@ -576,7 +576,7 @@ def environment():
     packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
     return dict(
         python=platform.python_version(), platform=platform.platform(), torch=torch.__version__,
-        cuda=torch.version.cuda or "none", nvcc=first_line(shell("nvcc", "--version")[::-1])[::-1],
+        cuda=torch.version.cuda or "none", nvcc=(shell("nvcc", "--version").splitlines() or ["none"])[-1],
         driver=first_line(shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")),
         compiler=first_line(shell(os.environ.get("CXX", "c++"), "--version")),
         git_commit=shell("git", "rev-parse", "HEAD") or "none",
@@ -901,7 +901,7 @@ def run(args, rank, record, clock, data, model, optimizers, counts):
     loader = DataLoader(train, args, rank * share, (rank + 1) * share)
     gc.collect()
     clock.switch("rest")
-    record.line(f"warm-up: 2 steps and a validation batch of random tokens in {clock.seconds['warm-up']:.1f} s; parameters, "
+    record.line(f"warm-up: 2 steps and a validation batch of random tokens in {clock.seconds['warm-up']:.1f} s; model, "
                 f"optimisers and random state restored; sha256 of the parameters before and after: {digest}")
     say(f"ready after {clock.seconds['rest'] + clock.seconds['warm-up']:.1f} s, none of them counted as training")
 

@@ -1,9 +1,9 @@
 """The sections that the training scripts share: find drift, or spread one script's version to the others.
 
     python dev/sections.py check                     lists every difference; exit status 1 if there is one
-    python dev/sections.py copy train_rwkv7.py       overwrites the [shared] sections of the other scripts with this one's
+    python dev/sections.py copy train_rwkv7.py       gives its [shared] sections to the other scripts
 
-A section is a rule line of dashes, a line "# Title" or "# Title [shared]", and all that follows up to the next rule line.
+A section is a rule line of dashes, a line "# Title" or "# Title [shared]", and all that follows up to the next rule.
 """
 import difflib
 import os
@@ -36,7 +36,7 @@ def shared(text):
 
 
 def check(paths):
-    """A list of complaints, one for each shared section that is missing somewhere or differs from the first script's."""
+    """A list of complaints, one for each shared section that a script lacks or has otherwise than the first script."""
     complaints, parts = [], {path: shared(path.read_text(encoding="utf-8")) for path in paths}
     for title in sorted({title for part in parts.values() for title in part}):
         bodies = {path: part.get(title) for path, part in parts.items()}
@@ -46,8 +46,8 @@ def check(paths):
             if a is None or b is None:
                 complaints.append(f"{(first if a is None else path).name} lacks the section {title!r}")
             elif a != b:
-                lines = list(difflib.unified_diff(a.splitlines(), b.splitlines(), first.name, path.name, n=0, lineterm=""))
-                complaints.append(f"section {title!r} differs:\n" + "\n".join(lines[:12]))
+                diff = difflib.unified_diff(a.splitlines(), b.splitlines(), first.name, path.name, n=0, lineterm="")
+                complaints.append(f"section {title!r} differs:\n" + "\n".join(list(diff)[:12]))
     return complaints
 
 
@@ -58,7 +58,7 @@ def copy(source, paths):
         if path != source:
             old = sections(path.read_text(encoding="utf-8"))
             if missing := new.keys() - old.keys():
-                raise ValueError(f"{path.name} has no section {', '.join(sorted(missing))} to overwrite; put the title there")
+                raise ValueError(f"{path.name} has no section {', '.join(sorted(missing))} to overwrite; add its title")
             text = "".join({**old, **new}[title] for title in old)
             temporary = path.with_suffix(".part")
             temporary.write_text(text, encoding="utf-8")

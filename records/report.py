@@ -3,8 +3,8 @@
     python records/report.py                 prints the table
     python records/report.py --write         writes it into README.md, between its markers
 
-A run is finished when its folder holds result.json. Runs that differ in more than seed and name are different rows; a seed
-counts once (its first run); runs on different hardware are never put together. Figures are mean +- sd over the seeds.
+A run is finished when its folder holds result.json. Runs that differ in more than seed and name are different rows, and
+so are different machines; a seed counts once (its first run). Figures are mean ± sd over the seeds.
 """
 import argparse
 import hashlib
@@ -31,13 +31,14 @@ def finished(folder):
 
 
 def group(results):
-    """{key: [runs with distinct seeds]}; a key is track, script, configuration, sources, data and hardware."""
+    """{key: [runs with distinct seeds]}; a key is track, script and a hash of settings, sources, data and machine."""
     groups = {}
     for result in results:
         config = {name: value for name, value in result["config"].items() if name not in OWN}
         shards = [shard["sha256"] for split in ("train", "val") for shard in result["data"][split]]
-        rest = json.dumps([config, result["sources"], shards, result["hardware"], result["environment"]["torch"]], sort_keys=True)
-        runs = groups.setdefault((result["config"]["track"], result["script"], hashlib.sha256(rest.encode()).hexdigest()), [])
+        rest = config, result["sources"], shards, result["hardware"], result["environment"]["torch"]
+        digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+        runs = groups.setdefault((config["track"], result["script"], digest), [])
         if result["seed"] not in [run["seed"] for run in runs]:
             runs.append(result)
     return groups
@@ -53,15 +54,15 @@ def table(results):
     """The Markdown table, best loss first inside each track."""
     rows = []
     for (track, script, _), runs in group(results).items():
-        final = lambda key: [run["final"][key] for run in runs]
-        bits = spread(final("bits_per_byte"), 4) if final("bits_per_byte")[0] else "–"
-        hardware = f"{runs[0]['hardware']['count']} × {runs[0]['hardware']['name']} ({runs[0]['config']['device']}, {runs[0]['config']['dtype']})"
+        first, final = runs[0], lambda key: [run["final"][key] for run in runs]
+        machine = f"{first['hardware']['count']} × {first['hardware']['name']}, {first['config']['dtype']}"
         rows.append((track, statistics.mean(final("val_loss")), (
-            track, script, f"{runs[0]['model']['active']:,}", f"{runs[0]['final']['tokens'] / 1e6:.2f}M", str(len(runs)),
-            spread(final("val_loss"), 4), bits, spread(final("train_seconds"), 1), f"{statistics.mean(final('tokens_per_second')):,.0f}",
-            hardware, runs[-1]["run"][:10])))
-    head = ("track", "script", "active parameters", "tokens", "seeds", "val loss (nats/token)", "bits/byte", "training s",
-            "tokens/s", "hardware", "date")
+            track, script, f"{first['model']['active']:,}", f"{first['final']['tokens'] / 1e6:.2f}M", str(len(runs)),
+            spread(final("val_loss"), 4), spread(final("bits_per_byte"), 4) if final("bits_per_byte")[0] else "–",
+            spread(final("train_seconds"), 1), f"{statistics.mean(final('tokens_per_second')):,.0f}", machine,
+            runs[-1]["run"][:10])))
+    head = ("track", "script", "active parameters", "tokens", "seeds", "nats/token", "bits/byte", "training s",
+            "tokens/s", "machine", "date")
     lines = [head, ["---"] * len(head), *(row for _, _, row in sorted(rows, key=lambda row: row[:2]))]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -1,0 +1,352 @@
+"""Who trains what and where it starts: every parameter of each model at full size against a table made from the papers'
+formulas, without a look at the scripts. Wrong groups and wrong starts fail silently, so nothing here is a tolerance for
+the reader to trust: shapes, optimisers, rates and zeros exactly, vectors to 1e-6, random ones by bound, mean and sd.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt2
+import train_rwkv7
+from helpers import make_corpus, run_here, tiny
+
+V, C, L, N = 50304, 768, 12, 64  # 50257 ids padded to a multiple of 128; width; layers; RWKV-7's head size
+HIDDEN = 2688  # 3.5 C
+
+ZERO = ("zero",)
+NORMAL = ("normal",)  # mean 0, sd 1
+
+
+def values(array):
+    return "values", np.asarray(array, dtype=np.float64)
+
+
+def uniform(bound):
+    return "uniform", bound
+
+
+def orthogonal(rows, cols, gain):
+    return "orthogonal", gain * math.sqrt(max(1, rows / cols))
+
+
+def rwkv7_table(L=L, V=V, x070=False):
+    """{name: (shape, optimiser, rate, start)} of RWKV-7, C = 768, N = 64."""
+    i, root = np.arange(C), math.sqrt(C)
+    lin = i / (C - 1) - 0.5
+    z = (i % N - (N - 1) / 2) / ((N - 1) / 2)
+    zig = z * np.abs(z)
+    vector = lambda array: ((1, 1, C), "Adam", 0.0026, values(array))
+    norm = lambda weight, bias: {weight: ((C,), "Adam", 0.0090, values(np.ones(C))), bias: ((C,), "Adam", 0.0090, ZERO)}
+    matrix = lambda rows, cols, start: ((rows, cols), "Muon", 0.02, start)
+
+    table = {"emb.weight": ((V, C), "Adam", 0.3, uniform(1e-4) if x070 else NORMAL)}
+    for l in range(L):
+        rho0, rho1 = l / (L - 1), 1 - l / L
+        b = f"blocks.{l}."
+        if x070 and l == 0:
+            table |= norm(b + "ln0.weight", b + "ln0.bias")
+        if not x070:
+            table[b + "lambdas"] = (2,), "Adam", 0.02, values([1, 0])
+        table |= norm(b + "ln1.weight", b + "ln1.bias") | norm(b + "ln2.weight", b + "ln2.bias")
+        for name, power in dict(x_r=0.2, x_g=0.2, x_w=0.9, x_a=0.9, x_k=0.7, x_v=0.7).items():
+            table[b + f"att.{name}"] = vector(1 - (i / C) ** (power * rho1))
+        table[b + "att.w0"] = vector(-6 + 6 * (i / (C - 1)) ** (1 + rho0 ** 0.3) + 0.5 + 2.5 * zig)
+        if x070:
+            shape, optimiser, rate, start = table[b + "att.w0"]
+            table[b + "att.w0"] = shape, optimiser, 2 * rate, start
+        table[b + "att.a0"] = vector(-0.19 + 0.3 * zig + 0.4 * lin)
+        table[b + "att.k_k"] = vector(0.71 - 0.1 * lin)
+        table[b + "att.k_a"] = vector(np.full(C, 1.02))
+        table[b + "att.r_k"] = (C // N, N), "Adam", 0.0026, values(np.full((C // N, N), -0.04))
+        ranks = dict(w=64, a=64, g=128)
+        if l > 0:  # block 0 gives the values that the others mix in: it has nothing to mix
+            table[b + "att.v0"] = vector(0.73 - 0.4 * lin)
+            ranks["v"] = 32
+        for letter, rank in ranks.items():
+            table[b + f"att.{letter}1"] = (C, rank), "Adam", 0.0026, ZERO
+            table[b + f"att.{letter}2"] = (rank, C), "Adam", 0.0026, orthogonal(rank, C, 0.1)
+        for name, start in dict(receptance=uniform(0.5 / root), key=uniform(0.05 / root), value=uniform(0.5 / root),
+                                output=ZERO).items():
+            table[b + f"att.{name}.weight"] = matrix(C, C, start)
+        table |= norm(b + "att.ln_x.weight", b + "att.ln_x.bias")
+        table[b + "att.ln_x.weight"] = (C,), "Adam", 0.0090, values(np.full(C, ((1 + l) / L) ** 0.7))
+        table[b + "ffn.x_k"] = vector(1 - (i / C) ** (rho1 ** 4))
+        table[b + "ffn.key.weight"] = matrix(HIDDEN, C, uniform(0.5 / root))
+        table[b + "ffn.value.weight"] = matrix(C, HIDDEN, ZERO)
+    if x070:
+        table |= norm("ln_out.weight", "ln_out.bias")
+    table["head.weight"] = (V, C), "Adam", 0.002, ("orthogonal", 0.5 * math.sqrt(V / C)) if x070 else ZERO
+    return table
+
+
+def gpt2_table(L=L, V=V):
+    """The same of the speedrun's GPT-2: hidden width 4 C, plain uniform starts of torch's linear layers."""
+    bound = uniform(1 / math.sqrt(C))
+    table = {"wte.weight": ((V, C), "Adam", 0.3, NORMAL), "head.weight": ((V, C), "Adam", 0.002, ZERO)}
+    for l in range(L):
+        b = f"blocks.{l}."
+        table[b + "lambdas"] = (2,), "Adam", 0.02, values([1, 0])
+        table[b + "att.mix"] = (), "Adam", 0.02, values(0.5)
+        for name, start in dict(query=bound, key=bound, value=bound, output=ZERO).items():
+            table[b + f"att.{name}.weight"] = (C, C), "Muon", 0.02, start
+        table[b + "mlp.key.weight"] = (4 * C, C), "Muon", 0.02, bound
+        table[b + "mlp.value.weight"] = (C, 4 * C), "Muon", 0.02, ZERO
+    return table
+
+
+CASES = {
+    "rwkv7": (train_rwkv7, ["--kernel", "torch"], lambda **size: rwkv7_table(**size)),
+    "rwkv7 x070": (train_rwkv7, ["--kernel", "torch", "--x070"], lambda **size: rwkv7_table(x070=True, **size)),
+    "gpt2": (train_gpt2, [], lambda **size: gpt2_table(**size)),
+}
+
+
+def build(script, *flags):
+    args = script.Hyperparameters.parse(["--track", "fineweb", "--device", "cpu", "--dtype", "fp32", *flags])
+    torch.manual_seed(args.random_seed)
+    return args, script.build_model(args)
+
+
+def full_size(script, flags):
+    """The model of track fineweb without its 500 MB: shapes on the meta device, then memory that nobody touches."""
+    with torch.device("meta"):
+        args, model = build(script, *flags)
+    model.to_empty(device="cpu")
+    return args, model
+
+
+def trained_by(model, optimizers):
+    """{name: (optimiser, rate)}; fails when a parameter has two or none."""
+    names, found = {id(p): name for name, p in model.named_parameters()}, {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            assert [names[id(p)] for p in group["params"]] == group["names"]
+            for p in group["params"]:
+                assert names[id(p)] not in found, f"{names[id(p)]} is trained twice"
+                found[names[id(p)]] = type(optimizer).__name__, group["lr"]
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_names_shapes_optimisers_and_rates(case):
+    script, flags, table = CASES[case]
+    args, model = full_size(script, flags)
+    expected = table()
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert shapes.keys() == expected.keys(), sorted(shapes.keys() ^ expected.keys())
+    assert shapes == {name: row[0] for name, row in expected.items()}
+    assert not list(model.buffers()), "a buffer would be in the checkpoint and not in this table"
+    adam, muon = optimizers = script.build_optimizers(model, args)
+    script.check_cover(model, optimizers)
+    assert trained_by(model, optimizers) == {name: row[1:3] for name, row in expected.items()}
+    for group in adam.param_groups:
+        assert (tuple(group["betas"]), group["weight_decay"], group["eps"]) == ((0.9, 0.95), 0, 1e-8), group["names"]
+    assert [group["scale"] for group in muon.param_groups] == ["spectral"]
+
+
+def test_rates_come_from_the_flags():
+    flags = dict(muon_lr=0.5, adam_lr=0.25, ln_lr=0.125, emb_lr=0.0625, head_lr=2.0, lambda_lr=4.0)
+    args, model = full_size(train_rwkv7, ["--kernel", "torch"] + [f"--{name}={lr}" for name, lr in flags.items()])
+    found = trained_by(model, train_rwkv7.build_optimizers(model, args))
+    renamed = {0.02: 4.0, 0.0026: 0.25, 0.0090: 0.125, 0.3: 0.0625, 0.002: 2.0}
+    for name, (_, optimiser, rate, _) in rwkv7_table().items():
+        assert found[name] == (optimiser, 0.5 if optimiser == "Muon" else renamed[rate]), name
+    flags = dict(muon_lr=0.5, adam_lr=4.0, emb_lr=0.0625, head_lr=2.0)
+    args, model = full_size(train_gpt2, ["--muon_scale=rms"] + [f"--{name}={lr}" for name, lr in flags.items()])
+    optimizers = train_gpt2.build_optimizers(model, args)
+    for name, (_, optimiser, rate, _) in gpt2_table().items():
+        assert trained_by(model, optimizers)[name] == (optimiser, 0.5 if optimiser == "Muon" else renamed[rate]), name
+    assert optimizers[1].param_groups[0]["scale"] == "rms"
+
+
+def check_start(name, p, start):
+    kind, x = start[0], p.detach().double()
+    if kind == "zero":
+        assert not x.any(), f"{name} does not start at zero"
+    elif kind == "values":
+        error = np.abs(x.numpy().reshape(-1) - start[1].reshape(-1)).max()
+        assert error <= 1e-6, f"{name}: {error:.1e} off"
+    elif kind == "uniform":
+        bound, n = start[1], x.numel()
+        sd = bound / math.sqrt(3)
+        assert 0.999 * bound < x.max() <= bound * (1 + 1e-6) and 0.999 * bound < -x.min() <= bound * (1 + 1e-6), name
+        assert abs(x.mean()) < 5 * sd / math.sqrt(n), f"{name}: mean {x.mean():.1e}"
+        assert abs(x.std() / sd - 1) < 5 / math.sqrt(n), f"{name}: sd {x.std():.3e}, not {sd:.3e}"
+    elif kind == "normal":
+        n = x.numel()
+        assert abs(x.mean()) < 5 / math.sqrt(n) and abs(x.std() - 1) < 5 / math.sqrt(2 * n), name
+        assert 4 < x.abs().max() < 7, f"{name}: {x.abs().max()}"
+    else:
+        short = x @ x.mT if x.shape[0] <= x.shape[1] else x.mT @ x
+        error = (short / start[1] ** 2 - torch.eye(len(short))).abs().max()
+        assert kind == "orthogonal" and error < 1e-5, f"{name}: W W^T / gain^2 is {error:.1e} off the identity"
+
+
+@pytest.mark.parametrize("case, layers", (("rwkv7", 4), ("rwkv7 x070", 3), ("gpt2", 2)))
+def test_starts(case, layers):
+    """At full width; the vocabulary shrinks to 1000 ids, padded to 1024, and where a formula's layers are covered, depth."""
+    script, flags, table = CASES[case]
+    _, model = build(script, *flags, "--layers", str(layers), "--vocab_size", "1000")
+    expected, parameters = table(L=layers, V=1024), dict(model.named_parameters())
+    assert parameters.keys() == expected.keys()
+    for name, (shape, _, _, start) in expected.items():
+        assert parameters[name].shape == shape, name
+        check_start(name, parameters[name], start)
+    second = build(script, *flags, "--layers", "2", "--vocab_size", "100")[1]
+    again = build(script, *flags, "--layers", "2", "--vocab_size", "100")[1]
+    other = build(script, *flags, "--layers", "2", "--vocab_size", "100", "--random_seed", "5")[1]
+    for (name, a), b, c in zip(second.named_parameters(), again.parameters(), other.parameters()):
+        assert torch.equal(a, b), f"{name}: the same seed gives another start"
+        drawn = table(L=2, V=128)[name][3][0] in ("uniform", "normal", "orthogonal")
+        assert torch.equal(a, c) != drawn, f"{name}: the seed matters where it must not, or not where it must"
+
+
+def test_low_rank_sizes_of_other_widths():
+    for width, w, v, g in ((128, 32, 32, 64), (512, 64, 32, 128), (1024, 64, 64, 160), (2048, 128, 64, 224)):
+        with torch.device("meta"):
+            model = build(train_rwkv7, "--kernel=torch", "--layers=2", f"--width={width}", "--vocab_size=100")[1]
+        att = model.blocks[1].att
+        assert [tuple(p.shape) for p in (att.w1, att.a1, att.v1, att.g1)] == [(width, n) for n in (w, w, v, g)]
+        assert [tuple(p.shape) for p in (att.w2, att.a2, att.v2, att.g2)] == [(n, width) for n in (w, w, v, g)]
+
+
+@pytest.mark.parametrize("flag", ("x0_lambdas", "rms_norm", "zero_head"))
+def test_each_addition_has_a_switch(flag):
+    flags = ("--kernel=torch", "--layers=2", "--vocab_size=100")
+    plain, without = rwkv7_table(L=2, V=128), rwkv7_table(L=2, V=128, x070=True)
+    names = {name for name, _ in build(train_rwkv7, *flags, f"--no-{flag}")[1].named_parameters()}
+    gone = {name for name in plain if "lambdas" in name} if flag == "x0_lambdas" else set()
+    come = {name for name in without if "ln0" in name or "ln_out" in name} if flag == "rms_norm" else set()
+    assert names == (plain.keys() - gone) | come
+    model = build(train_rwkv7, *flags, f"--no-{flag}")[1]
+    check_start("head.weight", model.head.weight, (without if flag == "zero_head" else plain)["head.weight"][3])
+    check_start("emb.weight", model.emb.weight, (without if flag == "rms_norm" else plain)["emb.weight"][3])
+
+
+def test_precision_of_the_parameters():
+    """RWKV-7 keeps all in fp32; of the GPT only the linear layers' weights, the rest is bf16 under --dtype bf16."""
+    for script, flags, keep in ((train_rwkv7, ["--kernel=torch"], lambda name: True),
+                                (train_gpt2, [], lambda name: name.split(".")[-2] not in ("wte",) and "lambdas" not in name
+                                 and "mix" not in name)):
+        for dtype in ("fp32", "mixed", "bf16"):
+            model = build(script, *flags, "--layers=2", "--vocab_size=100", "--dtype", dtype)[1]
+            for name, p in model.named_parameters():
+                half = dtype == "bf16" and not keep(name)
+                assert p.dtype == (torch.bfloat16 if half else torch.float32), f"{name} with --dtype {dtype}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_active_parameters(case):
+    """All but the embedding, of which a token uses one row: within the 124M of the rules, and not far below."""
+    script, flags, table = CASES[case]
+    _, model = full_size(script, flags)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    active = sum(math.prod(row[0]) for name, row in table().items() if name not in ("emb.weight", "wte.weight"))
+    assert sum(n for name, n in sizes.items() if name not in model.lookups) == active
+    assert script.ACTIVE_LIMIT == 124_000_000
+    assert 120_000_000 < active <= 124_000_000, f"{active:,}"
+
+
+@pytest.mark.parametrize("name", ("train_rwkv7", "train_gpt2"))
+def test_more_than_the_limit_is_refused(name, tmp_path, monkeypatch, capsys):
+    """Exactly the limit runs, one less does not; on track tiny the rule does not hold."""
+    script = {"train_rwkv7": train_rwkv7, "train_gpt2": train_gpt2}[name]
+    data = make_corpus(tmp_path / "data")
+    flags = tiny(name, data, tmp_path / "records", "--track", "fineweb", "--vocab_size", 300, "--print_params")
+    args = script.Hyperparameters.parse(flags)
+    model = script.build_model(args)
+    active = sum(p.numel() for p in model.parameters()) - 384 * 32
+    monkeypatch.setattr(script, "ACTIVE_LIMIT", active)
+    run_here(name, *flags)
+    monkeypatch.setattr(script, "ACTIVE_LIMIT", active - 1)
+    with pytest.raises(SystemExit) as ended:
+        run_here(name, *flags)
+    message = capsys.readouterr().err
+    assert ended.value.code == 1 and message.count("\n") == 1, message
+    assert f"{active:,} parameters" in message and f"{active - 1:,}" in message and "--width" in message, message
+    run_here(name, *flags, "--track", "tiny")
+
+
+def ended(name, flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_here(name, *flags)
+    message = capsys.readouterr().err
+    assert end.value.code == 1 and message.count("\n") == 1, message
+    return message
+
+
+@pytest.mark.parametrize("name", ("train_rwkv7", "train_gpt2"))
+@pytest.mark.parametrize("where", ("", "blocks.1", "blocks.1.att"))
+def test_an_unassigned_parameter_is_named(name, where, tmp_path, monkeypatch, capsys):
+    script = {"train_rwkv7": train_rwkv7, "train_gpt2": train_gpt2}[name]
+    make = script.build_model
+
+    def with_a_stray(args):
+        model = make(args)
+        model.get_submodule(where).stray = torch.nn.Parameter(torch.zeros(3))
+        return model
+
+    monkeypatch.setattr(script, "build_model", with_a_stray)
+    message = ended(name, tiny(name, make_corpus(tmp_path / "data"), tmp_path / "records"), capsys)
+    assert f"{where}.stray".lstrip(".") in message and "optimiser" in message, message
+    assert not (tmp_path / "records").exists()
+
+
+def add_twice(optimizers, model):
+    optimizers.append(torch.optim.SGD([model.head.weight, model.blocks[1].lambdas], lr=1.0))
+    return "head.weight by 2", "blocks.1.lambdas by 2"
+
+
+def leave_out(optimizers, model):
+    group = next(g for o in optimizers for g in o.param_groups if "blocks.0.att.key.weight" in g["names"])
+    del group["params"][group["names"].index("blocks.0.att.key.weight")]
+    return ["blocks.0.att.key.weight by 0"]
+
+
+def add_a_stranger(optimizers, model):
+    optimizers.append(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0))
+    return ["strangers"]
+
+
+@pytest.mark.parametrize("name", ("train_rwkv7", "train_gpt2"))
+@pytest.mark.parametrize("spoil", (add_twice, leave_out, add_a_stranger))
+def test_exactly_one_optimiser_each(name, spoil, tmp_path, monkeypatch, capsys):
+    script = {"train_rwkv7": train_rwkv7, "train_gpt2": train_gpt2}[name]
+    make, named = script.build_optimizers, []
+
+    def spoilt(model, args):
+        optimizers = make(model, args)
+        named.extend(spoil(optimizers, model))
+        return optimizers
+
+    monkeypatch.setattr(script, "build_optimizers", spoilt)
+    message = ended(name, tiny(name, make_corpus(tmp_path / "data"), tmp_path / "records"), capsys)
+    assert named and all(part in message for part in named), message
+    assert "exactly one optimiser" in message and not (tmp_path / "records").exists()
+
+
+@pytest.mark.parametrize("name, flags", (("train_rwkv7", ()), ("train_rwkv7", ("--x070",)), ("train_gpt2", ())))
+def test_the_printed_table(name, flags, tmp_path, capsys):
+    script = {"train_rwkv7": train_rwkv7, "train_gpt2": train_gpt2}[name]
+    flags = tiny(name, tmp_path / "no data", tmp_path / "records", "--print_params", *flags)
+    run_here(name, *flags)
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["name", "shape", "optimiser", "lr", "mean", "sd"]
+    args = script.Hyperparameters.parse(flags)
+    torch.manual_seed(args.random_seed)
+    model = script.build_model(args)
+    expected = {n: p.detach().double() for n, p in model.named_parameters()}
+    by = trained_by(model, script.build_optimizers(model, args))
+    assert sorted(row.split()[0] for row in rows) == sorted(expected)
+    for row in rows:
+        parts = row.split()
+        values = expected[parts[0]]
+        shape = "x".join(map(str, values.shape))
+        assert parts[1:-3] == ([shape] if shape else []) + [by[parts[0]][0].lower()], row
+        sd = (values - values.mean()).square().mean().sqrt().item()
+        for printed, true in zip(parts[-3:], (by[parts[0]][1], values.mean().item(), sd)):
+            assert math.isclose(float(printed), true, rel_tol=1e-4, abs_tol=1e-12), row
+    assert not (tmp_path / "records").exists()
