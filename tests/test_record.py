@@ -1,0 +1,358 @@
+"""What a run leaves behind: log.txt and result.json of a finished run, of a killed one and of an interrupted one."""
+
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import time
+import types
+
+import numpy
+import pytest
+import torch
+
+from helpers import ROOT, SCRIPTS, command, environment, make_corpus, only_record, run_here, run_script, tiny, tree
+
+RULE = "=" * 100
+STEP = re.compile(r"step:(\d+)/(\d+) train_loss:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d\d)ms")
+VAL = re.compile(r"step:(\d+)/(\d+) val_loss:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d\d)ms")
+NAME = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\dZ_(train_\w+?)_([\w.-]+)")
+
+
+def parse(log):
+    """The parts of a log.txt: {key: JSON} of the lines before the first source and after the last, the sources as
+    {name: (facts, bytes)}, and all other lines in order. Sources are cut out by the line counts in their headers."""
+    lines, facts, sources, rest, i = log.split("\n"), {}, {}, [], 0
+    while i < len(lines):
+        key, _, value = lines[i].partition(": ")
+        if key == "source":
+            assert lines[i - 1] == RULE
+            header = json.loads(value)
+            body = lines[i + 1:i + 1 + header["lines"]]
+            sources[header["name"]] = header, "".join(line + "\n" for line in body).encode()
+            i += header["lines"]
+        elif value.startswith("{"):
+            facts[key] = json.loads(value)
+        elif lines[i] != RULE:
+            rest.append(lines[i])
+        i += 1
+    return facts, sources, rest
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def finished(request, tmp_path_factory):
+    """One run of each script to its end, in a folder of its own, with everything on that a record can hold."""
+    script, folder = request.param, tmp_path_factory.mktemp("record")
+    data = make_corpus(folder / "data", train=(300, 400, 10**4))
+    (data / "manifest.json").write_text('{"dataset": "toy", "fingerprint": "abc"}')
+    kernel = ["--kernel", "cpu"] if script == "train_rwkv7" else []
+    flags = tiny(script, data, folder / "records", "--name", "first-run_1.0", "--save_every", 4, "--usd_per_hour", 36.0,
+                 "--random_seed", 7, *kernel)
+    files = [ROOT / f"{script}.py"] + ([ROOT / "cuda" / "wkv7" / "wkv7_cpu.cpp"] if kernel else [])
+    files = {path.name: path.read_bytes() for path in files}
+    begin = time.time()
+    done = run_script(script, *flags, cwd=folder)
+    seconds = time.time() - begin
+    assert done.returncode == 0, done.stderr
+    path, log, result = only_record(folder / "records")
+    facts, sources, rest = parse(log)
+    return types.SimpleNamespace(script=script, folder=folder, data=data, flags=flags, files=files, done=done, path=path,
+                                 log=log, result=result, facts=facts, sources=sources, rest=rest, seconds=seconds)
+
+
+def test_folder(finished):
+    assert NAME.fullmatch(finished.path.name).groups() == (finished.script, "first-run_1.0")
+    assert sorted(path.name for path in finished.path.iterdir()) == ["log.txt", "result.json"]
+    assert finished.result["run"] == finished.path.name
+    stamp = time.strptime(finished.path.name[:20], "%Y-%m-%dT%H-%M-%SZ")
+    assert abs(time.mktime(time.gmtime()) - time.mktime(stamp)) < 3600, "the stamp is not UTC"
+
+
+def test_configuration_comes_first(finished):
+    first, second = finished.log.split("\n")[:2]
+    config = json.loads(first.removeprefix("config: "))
+    hyperparameters = importlib.import_module(finished.script).Hyperparameters.parse(finished.flags)
+    assert config == vars(hyperparameters) == finished.result["config"], "every field, resolved"
+    assert shlex.split(second.removeprefix("command: ")) == [f"{finished.script}.py", *finished.flags]
+    assert finished.result["command"] == [f"{finished.script}.py", *finished.flags]
+    assert finished.result["seed"] == config["random_seed"] == 7
+
+
+def test_sources_are_the_files(finished):
+    assert finished.sources.keys() == finished.files.keys()
+    for name, (header, text) in finished.sources.items():
+        assert text == finished.files[name], f"{name} in the log is not the file"
+        assert header["sha256"] == hashlib.sha256(finished.files[name]).hexdigest()
+    assert finished.result["sources"] == [header for header, _ in finished.sources.values()]
+
+
+def test_environment(finished):
+    environment = finished.facts["environment"]
+    assert environment == finished.result["environment"]
+    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert environment["git_commit"] == (git("rev-parse", "HEAD") or "none")
+    assert isinstance(environment["git_dirty"], bool)
+    assert (environment["python"], environment["torch"]) == (platform.python_version(), torch.__version__)
+    assert environment["cuda"] == (torch.version.cuda or "none")
+    for key in ("platform", "driver", "compiler", "nvcc"):
+        assert isinstance(environment[key], str) and environment[key], key
+    packages = environment["packages"]
+    assert packages["torch"].split("+")[0] == torch.__version__.split("+")[0] and packages["numpy"] == numpy.__version__
+
+
+def test_hardware(finished):
+    hardware = finished.facts["hardware"]
+    assert hardware == finished.result["hardware"]
+    assert hardware["count"] == 1 and hardware["name"]
+    text, = [line for line in finished.rest if line.startswith(hardware["name"])]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    assert f"{os.cpu_count()} cores" in text and f"{memory:.1f} GiB" in text and "1 threads" in text, text
+
+
+def test_data(finished):
+    data = finished.facts["data"]
+    assert data == finished.result["data"]
+    assert data["folder"] == str(finished.data) and data["manifest"] == {"dataset": "toy", "fingerprint": "abc"}
+    shards = {split: [dict(name=path.name, tokens=(path.stat().st_size - 1024) // 2,
+                           sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+                      for path in sorted(finished.data.glob(f"*_{split}_*"))] for split in ("train", "val")}
+    assert data["val"] == shards["val"]
+    assert data["train"] == shards["train"][:3], "6 steps of 128 tokens and one target more reach into the third shard"
+
+
+def test_model(finished):
+    model = finished.facts["model"]
+    assert model == finished.result["model"]
+    checkpoint = torch.load(finished.folder / "checkpoints" / finished.path.name / "step000006.pt", weights_only=True)
+    sizes = {name: tensor.numel() for name, tensor in checkpoint["model"].items()}
+    assert model["parameters"] == sum(sizes.values())
+    assert model["active"] == sum(sizes.values()) - 384 * 32, "all but the embedding: 257 ids padded to 384, 32 wide"
+    mixing = 27 * 16 * 32 * 2 if finished.script == "train_rwkv7" else 6 * 32 * 32 * 2  # see flops_per_token
+    assert model["flops_per_token"] == 6 * model["active"] + mixing
+
+
+def test_step_lines(finished):
+    steps = [STEP.fullmatch(line).groups() for line in finished.rest if "train_loss" in line]
+    assert [(int(step), int(of)) for step, of, *_ in steps] == [(step, 6) for step in range(1, 7)]
+    times = [int(ms) for _, _, _, ms, _ in steps]
+    assert times == sorted(times) and times[0] >= 0 and all(0 < float(loss) < 20 for _, _, loss, _, _ in steps)
+    for step, _, _, ms, average in steps:
+        assert abs(float(average) * int(step) - int(ms)) <= 0.5 + 0.005 * int(step) + 1e-6, (step, ms, average)
+
+
+def test_val_lines_agree_with_the_result(finished):
+    lines = [VAL.fullmatch(line).groups() for line in finished.rest if "val_loss" in line]
+    curve = finished.result["curve"]
+    assert [point["step"] for point in curve] == [0, 2, 4, 6]
+    assert lines == [(str(point["step"]), "6", f"{point['val_loss']:.4f}", f"{point['train_ms']:.0f}",
+                      f"{point['train_ms'] / max(1, point['step']):.2f}") for point in curve]
+    assert [point["tokens"] for point in curve] == [128 * point["step"] for point in curve]
+    order = [re.match(r"step:(\d+)/6 (\w+)_loss", line).groups() for line in finished.rest if "_loss:" in line]
+    assert order == [(str(step), split) for step in range(7) for split in ("train", "val")
+                     if (split == "val" and step % 2 == 0) or (split == "train" and step)]
+
+
+def test_final_figures(finished):
+    final, clock = finished.result["final"], finished.result["clock"]
+    assert finished.facts["result"] == final and finished.facts["clock"] == clock
+    assert final["val_loss"] == finished.result["curve"][-1]["val_loss"]
+    assert (final["steps"], final["tokens"], final["val_tokens"]) == (6, 6 * 128, 352)
+    assert final["epochs"] == 6 * 128 / 10700
+    assert final["train_seconds"] == clock["train"] > 0
+    assert math.isclose(final["train_seconds"] * 1e3, finished.result["curve"][-1]["train_ms"])
+    assert math.isclose(final["step_avg_ms"], 1e3 * clock["train"] / 6)
+    assert math.isclose(final["tokens_per_second"], 768 / clock["train"])
+    assert math.isclose(final["flops_per_second"], finished.facts["model"]["flops_per_token"] * 768 / clock["train"])
+    assert math.isclose(final["usd"], 36.0 * clock["train"] / 3600)
+    assert final["peak_memory"]["resident"] > 50 * 2**20 and final["mfu"] is None
+    tokens = torch.frombuffer(bytearray((finished.data / "toy_val_000000.bin").read_bytes()[1024:]), dtype=torch.uint16)
+    in_text = int((tokens[1:353].int() < 256).sum())
+    assert math.isclose(final["bits_per_byte"], final["val_loss"] * 352 / in_text / math.log(2))
+    assert (final["target"], final["reached"]) == (None, None), "track tiny has no target"
+    assert finished.result["schema"] == 1 and finished.result["end"] == "finished"
+    assert finished.result["script"] == f"{finished.script}.py"
+    assert finished.log.endswith("\nend: finished\n")
+
+
+def test_clock_counts_every_second_once(finished):
+    clock = finished.result["clock"]
+    assert clock.keys() == {"warm-up", "train", "validation", "saving", "rest"}
+    assert all(seconds > 0 for seconds in clock.values()), clock
+    assert sum(clock.values()) < finished.seconds
+
+
+def test_warm_up_line(finished):
+    line, = [line for line in finished.rest if line.startswith("warm-up: ")]
+    assert re.search(r"\b[0-9a-f]{64}$", line) and "restored" in line
+    assert f"{finished.result['clock']['warm-up']:.1f} s" in line
+    assert finished.rest.index(line) < min(i for i, text in enumerate(finished.rest) if text.startswith("step:"))
+
+
+def test_checkpoints(finished):
+    folder = finished.folder / "checkpoints" / finished.path.name
+    assert sorted(path.name for path in folder.iterdir()) == ["step000004.pt", "step000006.pt"]
+    for step in (4, 6):
+        checkpoint = torch.load(folder / f"step{step:06d}.pt", weights_only=True)
+        assert checkpoint.keys() == {"model", "config", "step"}
+        assert checkpoint["step"] == step and checkpoint["config"] == finished.result["config"]
+    script = importlib.import_module(finished.script)
+    model = script.build_model(script.Hyperparameters(**checkpoint["config"]))
+    assert list(checkpoint["model"]) == [name for name, _ in model.named_parameters()]
+    model.load_state_dict(checkpoint["model"])
+    args = script.Hyperparameters.parse(finished.flags)
+    stream = script.TokenStream(finished.data, "val", 353, "352 validation tokens")
+    loss = script.validate(model, script.validation_set(stream, args, 0), args)
+    assert math.isclose(loss, finished.result["final"]["val_loss"], rel_tol=1e-6), "not the model that was validated last"
+
+
+def test_console(finished):
+    out, final = finished.done.stdout, finished.result["final"]
+    assert finished.done.stderr == ""
+    for part in (f"validation loss {final['val_loss']:.4f}", f"{final['bits_per_byte']:.4f} bits per byte", "tokens/s",
+                 str(finished.path), "next:"):
+        assert part in out, part
+
+
+def wait_for_step(process, records, step):
+    end = time.time() + 120
+    while time.time() < end and process.poll() is None:
+        logs = list(records.glob("*/log.txt"))
+        if logs and f"\nstep:{step}/" in logs[0].read_text(encoding="utf-8"):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step} in the log: {process.communicate()}")
+
+
+def end_in_the_middle(script, folder, number):
+    """Start a run of many steps and send it a signal at step 3. Returns exit status, stderr, log and record's folder."""
+    flags = tiny(script, make_corpus(folder / "data"), folder / "records", "--steps", 20000, "--epochs", 10**5,
+                 "--val_every", 10**6)
+    process = subprocess.Popen(command(script, *flags), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
+    try:
+        wait_for_step(process, folder / "records", 3)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    path, log, result = only_record(folder / "records")
+    assert result is None and [p.name for p in path.iterdir()] == ["log.txt"]
+    return process.returncode, stderr, log, path
+
+
+def test_a_killed_run_leaves_its_log(tmp_path):
+    status, _, log, _ = end_in_the_middle("train_rwkv7", tmp_path, signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    facts, sources, rest = parse(log)
+    assert log.endswith("\n") and "train_rwkv7.py" in sources and facts["config"]["steps"] == 20000
+    steps = [int(STEP.fullmatch(line)[1]) for line in rest if "train_loss" in line]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 3
+    assert "end: " not in "\n".join(rest)
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_an_interrupted_run_says_so(tmp_path, number):
+    status, stderr, log, path = end_in_the_middle("train_gpt2", tmp_path, number)
+    assert status == 130
+    message, = stderr.strip().splitlines()
+    assert message == f"train_gpt2.py: interrupted; the log so far: {path}/log.txt"
+    assert log.endswith("\nend: interrupted\n")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_nothing_is_overwritten(script, tmp_path, monkeypatch, capsys):
+    """Two runs of one name in one second: the second ends in one line, the first stays as it is."""
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module.time, "strftime", lambda *_: "2026-01-02T03-04-05Z")
+    flags = tiny(script, make_corpus(tmp_path / "data"), tmp_path / "records", "--name", "twin", "--steps", 1)
+    run_here(script, *flags)
+    before = tree(tmp_path / "records")
+    assert list(before) == [f"2026-01-02T03-04-05Z_{script}_twin/{name}" for name in ("log.txt", "result.json")]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run_here(script, *flags)
+    message = capsys.readouterr().err
+    assert ended.value.code == 1 and message.count("\n") == 1 and "2026-01-02T03-04-05Z" in message, message
+    assert tree(tmp_path / "records") == before
+    with pytest.raises(OSError):
+        module.Record(module.Hyperparameters.parse(flags), 0)
+    assert tree(tmp_path / "records") == before
+
+
+def test_short_ids_tell_runs_apart(tmp_path):
+    script = importlib.import_module("train_gpt2")
+    args = script.Hyperparameters(records=str(tmp_path))
+    records = [script.Record(args, 0) for _ in range(3)]
+    assert len({record.path for record in records}) == 3
+    assert all(NAME.fullmatch(record.path.name) for record in records)
+    for record in records:
+        record.line("as it happens")
+        assert (record.path / "log.txt").read_text() == "as it happens\n", "a line must be on the disk at once"
+        assert record.close("tested") == record.path / "log.txt"
+        assert (record.path / "log.txt").read_text() == "as it happens\nend: tested\n"
+    silent = script.Record(args, 1)
+    silent.line("nothing")
+    assert silent.close("nothing") is None and len(list(tmp_path.iterdir())) == 3, "only rank 0 writes"
+
+
+def test_result_is_whole_or_not_there(tmp_path, monkeypatch):
+    script = importlib.import_module("train_gpt2")
+    record = script.Record(script.Hyperparameters(records=str(tmp_path)), 0)
+    replace = os.replace
+    moved = []
+
+    def watched(source, target):
+        assert json.loads(open(source).read()) == {"final": 1.5} and not os.path.exists(target)
+        moved.append(str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(script.os, "replace", watched)
+    record.finish({"final": 1.5})
+    assert moved == [str(record.path / "result.json")]
+    assert sorted(path.name for path in record.path.iterdir()) == ["log.txt", "result.json"]
+
+
+def test_clock_with_a_watch_of_its_own(monkeypatch):
+    script = importlib.import_module("train_gpt2")
+    now = [100.0]
+    monkeypatch.setattr(script.time, "perf_counter", lambda: now[0])
+    clock = script.Clock()
+    for phase, seconds in (("rest", 1.0), ("warm-up", 20.0), ("train", 3.0), ("validation", 5.0), ("train", 4.0),
+                           ("saving", 0.5), ("train", 2.0), ("rest", 0.25)):
+        clock.switch(phase)
+        now[0] += seconds
+        assert clock.train_ms() == 1e3 * (clock.seconds["train"] + (seconds if phase == "train" else 0))
+    clock.switch("rest")
+    assert clock.seconds == {"warm-up": 20.0, "train": 9.0, "validation": 5.0, "saving": 0.5, "rest": 1.25}
+
+
+def test_lines_wait_for_no_loss():
+    """The line of a step is written when its loss has arrived, in order; a flush that waits writes the rest."""
+    script = importlib.import_module("train_gpt2")
+    written = []
+    lines = script.StepLines(types.SimpleNamespace(line=written.append), 9)
+
+    class Event:
+        arrived = waited = False
+        query = lambda self: self.arrived
+
+        def synchronize(self):
+            self.waited = True
+
+    first, second = Event(), Event()
+    lines.pending.extend([(1, torch.tensor(2.0), first, 10.0), (2, torch.tensor(1.0), second, 25.0)])
+    second.arrived = True
+    lines.flush()
+    assert written == [], "step 1 comes first"
+    first.arrived = True
+    second.arrived = False
+    lines.flush()
+    assert written == ["step:1/9 train_loss:2.0000 train_time:10ms step_avg:10.00ms"] and lines.last == 2.0
+    lines.flush(wait=True)
+    assert written[1:] == ["step:2/9 train_loss:1.0000 train_time:25ms step_avg:12.50ms"] and second.waited
