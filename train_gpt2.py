@@ -15,6 +15,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import ctypes
 import difflib
 import gc
 import hashlib
@@ -36,8 +37,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C while torch loads ends the program quietly
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends the program quietly
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # on a busy machine, OpenMP's threads spinning longer stall each other
 
 import numpy as np
 import torch
@@ -179,6 +181,7 @@ class Hyperparameters(Flags):
     adam_lr: float = flag("Adam: scalars (lambdas and value mixes)", 0.02)
     emb_lr: float = flag("Adam: embedding", 0.3)
     head_lr: float = flag("Adam: head", 0.002)
+    adam_beta2: float = flag("Adam: decay of the mean square", fineweb=0.95, tiny=0.99)
     # machine
     device: str = flag("where to train", "auto", choices=("auto", "cuda", "cpu"))
     dtype: str = flag("bf16 (activations and products), mixed (products bf16, the rest fp32) or fp32", "auto",
@@ -201,7 +204,7 @@ def rms(x):
 
 
 class Linear(nn.Linear):
-    """y = W x without bias, the product in `compute` dtype, y in x's dtype; W starts at zero if asked."""
+    """y = W x without bias, in `compute` dtype; W starts at zero if asked."""
 
     def __init__(self, rows_in, rows_out, compute, zero=False):
         super().__init__(rows_in, rows_out, bias=False)
@@ -210,7 +213,7 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.weight)
 
     def forward(self, x):
-        return F.linear(x.to(self.compute), self.weight.to(self.compute)).to(x.dtype)
+        return F.linear(x.to(self.compute), self.weight.to(self.compute))
 
 
 class Attention(nn.Module):
@@ -219,7 +222,7 @@ class Attention(nn.Module):
     def __init__(self, args, compute):
         super().__init__()
         C = args.width
-        self.N, self.compute = args.headsz, compute
+        self.N = args.headsz
         self.query, self.key, self.value = (Linear(C, C, compute) for _ in range(3))
         self.output = Linear(C, C, compute, zero=True)
         self.mix = nn.Parameter(torch.tensor(0.5))  # m: v becomes (1 - m) v + m v_first
@@ -228,11 +231,10 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = (linear(x).view(B, T, -1, self.N) for linear in (self.query, self.key, self.value))  # (B, T, H, N)
         v_first = v if v_first is None else v_first
-        v = torch.lerp(v, v_first, self.mix.to(x.dtype))
+        v = torch.lerp(v, v_first, self.mix.to(v.dtype))
         q, k = (self.rotate(rms(t), rotary) for t in (q, k))
-        heads = (t.transpose(1, 2).to(self.compute) for t in (q, k, v))  # (B, H, T, N)
-        y = F.scaled_dot_product_attention(*heads, is_causal=True)
-        return self.output(y.transpose(1, 2).reshape(B, T, C).to(x.dtype)), v_first
+        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)  # (B, H, T, N)
+        return self.output(y.transpose(1, 2).reshape(B, T, C)), v_first
 
     @staticmethod
     def rotate(x, rotary):
@@ -346,7 +348,7 @@ def build_optimizers(model, args):
         groups[group_of(name)]["params"].append(p)
         groups[group_of(name)]["names"].append(name)
     muon = groups.pop("muon")
-    adam = torch.optim.Adam(list(groups.values()), betas=(0.9, 0.95), fused=True)
+    adam = torch.optim.Adam(list(groups.values()), betas=(0.9, args.adam_beta2), fused=True)
     return [adam, Muon([muon], lr=args.muon_lr, scale=args.muon_scale)]
 
 
@@ -850,6 +852,14 @@ def open_data(args, rank):
         manifest=json.loads(manifest.read_text()) if manifest.exists() else None) if rank == 0 else {}
 
 
+def keep_memory():
+    """Have glibc keep freed tensors: giving them back costs a page fault per 4 KB of every step, a fifth of it on a CPU."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+        for option, value in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26), (M_MMAP_MAX, 0)):
+            ctypes.CDLL(None).mallopt(option, value)
+
+
 def set_up(args, rank):
     """Device, data, model and optimisers, checked before anything is written or timed. Raises ValueError, OSError."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -859,6 +869,8 @@ def set_up(args, rank):
     device = torch.device(args.device, local_rank) if args.device == "cuda" else torch.device("cpu")
     if args.device == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_memory()
     if world_size() > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     data = None if args.print_params else open_data(args, rank)

@@ -24,7 +24,7 @@ def data(tmp_path_factory):
 def losses(records):
     """(train losses as printed in the log, validation losses in full)."""
     _, log, result = only_record(records)
-    return re.findall(r"train_loss:(\S+)", log), [point["val_loss"] for point in result["curve"]]
+    return re.findall(r"^step:\d+/\d+ train_loss:(\S+)", log, re.M), [point["val_loss"] for point in result["curve"]]
 
 
 def load(script, *flags):
@@ -36,15 +36,16 @@ def load(script, *flags):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_same_seed_same_figures(script, data, tmp_path):
     """Bitwise, from two processes of two threads each; another seed gives others."""
-    for name, seed in (("first", 3), ("again", 3), ("other", 4)):
-        kernel = ("--kernel", "cpu") if script == "train_rwkv7" else ()
-        done = run_script(script, *tiny(script, data, tmp_path / name, "--dtype", "mixed", "--random_seed", seed, *kernel),
-                          OMP_NUM_THREADS="2")
+    kernel = ("--kernel", "cpu") if script == "train_rwkv7" else ()
+    flags = lambda name, seed: tiny(script, data, tmp_path / name, "--dtype", "mixed", "--random_seed", seed, *kernel)
+    for name in ("first", "again"):
+        done = run_script(script, *flags(name, 3), OMP_NUM_THREADS="2")
         assert done.returncode == 0, done.stderr
+    run_here(script, *flags("other", 4))
     first, again, other = (losses(tmp_path / name) for name in ("first", "again", "other"))
     assert len(first[0]) == 6 and len(first[1]) == 4
     assert first == again
-    assert first[0] != other[0] and all(a != b for a, b in zip(first[1][1:], other[1][1:]))
+    assert first[0] != other[0] and all(abs(a - b) > 1e-5 for a, b in zip(first[1][1:], other[1][1:])), (first, other)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -111,10 +112,16 @@ def test_train_loss_is_the_global_batch_mean(script, data, tmp_path):
             optimizer.step = lambda: seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
         loss = module.train_step(model, optimizers, x, y, args)
         assert math.isclose(loss.item(), expected.item(), rel_tol=1e-6), device_bsz
+        worst = 0.0
         assert all(p.grad is None for p in model.parameters()), "gradients are left over for the next step"
         for name, g in by_hand.items():
+            if name == "blocks.0.att.mix":  # the GPT's first block mixes its values with themselves
+                assert g == 0 and seen[name].abs() < 1e-9
+                continue
             error = (seen[name] - g).norm() / g.norm()
+            worst = max(worst, error)
             assert g.norm() > 0 and error < 2e-5, f"{name}: gradient {error:.1e} off with micro-batches of {device_bsz}"
+        print(script, device_bsz, f"loss {abs(loss.item() / expected.item() - 1):.1e}, gradients {worst:.1e}")
 
 
 def snapshot(model, optimizers):
@@ -210,8 +217,8 @@ def test_loss_falls_on_text_that_repeats(script, flags, tmp_path):
     train, val = losses(tmp_path / "records")
     print(script, flags, val)
     assert 5.5 < val[0] < 7.5, "it knew something before the first step"
-    assert val[-1] < 1.0 < val[1] < val[0], val
-    assert float(train[-1]) < 1.0, train
+    assert val[3] < val[2] < val[1] < 2 and val[3] < 0.7, val
+    assert float(train[-1]) < 0.7, train
 
 
 @pytest.mark.parametrize("script, kernel, dtype", [(script, kernel, dtype) for script in SCRIPTS for kernel in KERNELS[script]

@@ -1,0 +1,264 @@
+"""What users get wrong: one or two lines that name the fault and the way out, an exit status that is not 0, no traceback,
+no record begun and none of an earlier run touched.
+
+Most cases call main() in this process, where any error but SystemExit fails the test; the rest are processes.
+"""
+
+import errno
+import importlib
+import os
+import re
+import resource
+
+import pytest
+import torch
+
+from helpers import SCRIPTS, make_corpus, run_here, run_script, tiny, tree, write_shard
+
+LIMIT = 24 * 1024  # bytes a file may grow to on the "full disk": less than a log's first part, the script's own source
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    return request.param
+
+
+@pytest.fixture
+def records(tmp_path):
+    """A folder of records with an earlier run in it, which must be the same afterwards and alone."""
+    folder = tmp_path / "records"
+    (folder / "earlier").mkdir(parents=True)
+    (folder / "earlier" / "log.txt").write_text("an earlier run\n")
+    yield folder
+    assert tree(folder) == {"earlier/log.txt": b"an earlier run\n"}
+    assert [path.name for path in folder.iterdir()] == ["earlier"]
+
+
+def check_message(script, status, stderr, parts):
+    assert status not in (0, None), "the exit status says that all is well"
+    assert stderr.startswith(f"{script}.py: "), stderr
+    assert 1 <= stderr.count("\n") <= 2 and stderr.endswith("\n"), f"not one or two lines:\n{stderr}"
+    assert "Traceback" not in stderr
+    for part in map(str, parts):
+        assert part in stderr, f"{part!r} is not in: {stderr}"
+
+
+@pytest.fixture
+def refused(capfd):
+    def call(script, flags, *parts):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run_here(script, *flags)
+        check_message(script, ended.value.code, capfd.readouterr().err, parts)
+    return call
+
+
+# (flags after those of a sound run, what the message must contain)
+COMMAND_LINE = {
+    "unknown flag": (["--adam_rl", 0.1], ["--adam_rl", "Did you mean --adam_lr?", "--help"]),
+    "unknown flag with =": (["--stepz=3"], ["--stepz", "Did you mean --steps?"]),
+    "unknown flag like no other": (["--qqqq"], ["--qqqq", "--help"]),
+    "flag cut short": (["--step", 3], ["--step", "--steps"]),
+    "stray word": (["train"], ["train", "--help"]),
+    "no value": (["--steps"], ["--steps", "--help"]),
+    "word for a number": (["--steps", "many"], ["--steps", "many"]),
+    "fraction for a whole number": (["--bsz", "1.5"], ["--bsz", "1.5"]),
+    "choice": (["--track", "fineweb11"], ["--track", "fineweb11", "tiny"]),
+    "dtype": (["--dtype", "fp16"], ["--dtype", "fp16", "bf16"]),
+}
+VALUES = {
+    "head size that does not divide": (["--headsz", 24], ["--headsz 24", "32 is not a multiple of 24", "Allowed: 16, 32"]),
+    "head size 0": (["--headsz", 0], ["--headsz 0", "Allowed: 16, 32"]),
+    "head size 1": (["--headsz", 1], ["--headsz 1", "Allowed: 16, 32"]),
+    "head size below 0": (["--headsz", -16], ["--headsz -16", "Allowed: 16, 32"]),
+    "no steps": (["--steps", 0], ["--steps", "at least 1"]),
+    "steps below 0": (["--steps", -5], ["--steps", "at least 1"]),
+    "no sequences": (["--bsz", 0], ["--bsz", "at least 1"]),
+    "no micro-batch": (["--device_bsz", 0], ["--device_bsz", "at least 1"]),
+    "no tokens in a sequence": (["--seq_len", 0], ["--seq_len", "at least 1"]),
+    "no validations": (["--val_every", 0], ["--val_every", "at least 1"]),
+    "no validation tokens": (["--val_tokens", 0], ["--val_tokens"]),
+    "validation tokens below a sequence": (["--val_tokens", 31], ["--val_tokens", "31", "32"]),
+    "no epochs": (["--epochs", 0], ["--epochs"]),
+    "batch that cannot be dealt out": (["--bsz", 5, "--device_bsz", 2], ["--bsz 5", "--device_bsz 1", "--bsz 4 or 6"]),
+    "name with folders": (["--name", "../x"], ["--name", "../x", "letters"]),
+    "name with a blank": (["--name", "my run"], ["--name", "my run"]),
+    "hidden name": (["--name", ".x"], ["--name", ".x"]),
+    "name that no disk takes": (["--name", "x" * 300], ["File name too long"]),
+    "small vocabulary": (["--vocab_size", 200], ["token id 25", "vocabulary of 200", "toy_train_000000.bin"]),
+    "too few tokens": (["--steps", 400], ["400 steps need", "--epochs 20"]),
+    "CUDA where there is none": (["--device", "cuda"], ["--device cuda", "no CUDA device", "--device cpu"]),
+}
+
+
+@pytest.fixture
+def no_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("case", COMMAND_LINE)
+def test_command_line(case, script, data, records, refused):
+    flags, parts = COMMAND_LINE[case]
+    refused(script, tiny(script, data, records, *flags), *parts)
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_values(case, script, data, records, refused, no_cuda):
+    flags, parts = VALUES[case]
+    refused(script, tiny(script, data, records, *flags), *parts)
+
+
+def test_all_at_once_is_one_line(script, tmp_path):
+    """As a process, from a folder where nothing is: what main() does in here, it does out there."""
+    done = run_script(script, "--no-such", "--flag", cwd=tmp_path)
+    check_message(script, done.returncode, done.stderr, ["--no-such"])
+    done = run_script(script, "--track", "tiny", "--device", "cpu", "--steps", 0, cwd=tmp_path)
+    check_message(script, done.returncode, done.stderr, ["--steps"])
+    assert done.stdout == "" and os.listdir(tmp_path) == []
+
+
+def test_fineweb_without_a_gpu(script, data, records, refused, no_cuda):
+    refused(script, ["--data", data, "--records", records], "track fineweb needs a CUDA device", "--track tiny", "--device cpu")
+
+
+def test_batches_of_several_devices(script):
+    module = importlib.import_module(script)
+    for flags, world, parts in (
+            (["--bsz=4", "--device_bsz=4"], 3, ["--bsz 4", "3 devices", "--bsz 3 or 6"]),
+            (["--bsz=1", "--device_bsz=1"], 2, ["--bsz 1", "2 devices", "--bsz 2"]),
+            (["--bsz=512", "--device_bsz=64"], 7, ["--bsz 512", "7 devices", "--bsz 511 or 518"]),
+            (["--bsz=36", "--device_bsz=8"], 2, ["--bsz 36", "--device_bsz 6", "--bsz 32 or 48"])):
+        with pytest.raises(ValueError) as caught:
+            module.resolve(module.Hyperparameters.parse(["--track=tiny", "--device=cpu", *flags]), world)
+        assert all(part in str(caught.value) for part in parts), caught.value
+    args = module.Hyperparameters.parse(["--track=tiny", "--device=cpu", "--bsz=512", "--device_bsz=1000"])
+    module.resolve(args, 8)
+    assert args.device_bsz == 64, "more than its share is no fault: a device takes its share"
+
+
+@pytest.mark.parametrize("name, way_out", (("fineweb10B", "python data/cached_fineweb10B.py 1"), ("pydocs", "python data/pydocs.py"),
+                                           ("mine", "data/README.md")))
+def test_missing_shards(script, name, way_out, tmp_path, records, refused):
+    refused(script, tiny(script, tmp_path / name, records), "no train shards", tmp_path / name, way_out)
+    write_shard(tmp_path / name / "toy_train_000000.bin", range(200))
+    refused(script, tiny(script, tmp_path / name, records), "no val shards", tmp_path / name, way_out)
+
+
+def test_small_validation_set(script, tmp_path, records, refused):
+    write_shard(tmp_path / "d" / "toy_train_000000.bin", range(250))
+    write_shard(tmp_path / "d" / "toy_val_000000.bin", range(32))
+    refused(script, tiny(script, tmp_path / "d", records), "val shards", tmp_path / "d", "32")
+    write_shard(tmp_path / "d" / "toy_val_000000.bin", range(200))
+    fineweb = ["--track", "fineweb", "--vocab_size", 300, "--steps", 1, "--val_tokens", 1000]
+    refused(script, tiny(script, tmp_path / "d", records, *fineweb), "1000 validation tokens need", tmp_path / "d", "found 1")
+
+
+def test_bad_shards(script, tmp_path, records, refused):
+    good = write_shard(tmp_path / "d" / "toy_train_000000.bin", range(250))
+    val = write_shard(tmp_path / "d" / "toy_val_000000.bin", range(250))
+    os.truncate(val, 1100)
+    refused(script, tiny(script, tmp_path / "d", records), val, "250", "38", "again")
+    write_shard(val, range(250))
+    write_shard(good, range(250), magic=20240801)
+    refused(script, tiny(script, tmp_path / "d", records), good, "20240801", "data/README.md")
+    write_shard(good, range(250))
+    (tmp_path / "d" / "manifest.json").write_text("{ cut sho")
+    refused(script, tiny(script, tmp_path / "d", records), tmp_path / "d" / "manifest.json")
+
+
+@pytest.mark.parametrize("flag", ("--fast_cuda", "--wind_cuda"))
+def test_kernels_that_are_not_there(flag, data, records, refused):
+    refused("train_rwkv7", tiny("train_rwkv7", data, records, flag), flag, "--kernel torch")
+    refused("train_gpt2", tiny("train_gpt2", data, records, flag), flag, "--help")
+
+
+def test_cpu_kernel_on_a_gpu():
+    import train_rwkv7
+    args = train_rwkv7.Hyperparameters.parse(["--track=tiny", "--device=cuda", "--kernel=cpu"])
+    with pytest.raises(ValueError, match="--kernel cpu .*--kernel torch.*--device cpu"):
+        train_rwkv7.build_model(args)
+
+
+def test_head_sizes_of_rwkv7(data, records, refused):
+    refused("train_rwkv7", tiny("train_rwkv7", data, records, "--width", 96, "--headsz", 48), "--headsz 48", "16, 32, 96")
+
+
+def test_records_is_a_file(script, data, tmp_path, refused):
+    path = tmp_path / "records"
+    path.write_text("a file, not a folder")
+    for records in (path, path / "deeper"):
+        refused(script, tiny(script, data, records), records, "--records")
+    assert path.read_text() == "a file, not a folder"
+
+
+def test_more_parameters_than_the_race_allows(script, tmp_path, records, refused):
+    """At full size, on a shard small enough to be read at once: refused before anything is trained or written."""
+    for split in ("train", "val"):
+        write_shard(tmp_path / "d" / f"toy_{split}_000000.bin", range(100))
+    refused(script, tiny(script, tmp_path / "d", records, "--track", "fineweb", "--vocab_size", 300, "--layers", 1, "--width", 64,
+                         "--ffn_ratio", 15200, "--steps", 1, "--bsz", 1, "--val_tokens", 64),
+            "124,", "parameters are active", "124,000,000", "--width")
+
+
+def full(folder):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
+
+
+def test_full_disk_while_logging(script, data, tmp_path):
+    done = run_script(script, *tiny(script, data, tmp_path / "records", "--name", "big"), limit=lambda: full(tmp_path))
+    folder, = (tmp_path / "records").iterdir()
+    check_message(script, done.returncode, done.stderr, ["File too large", folder, "--records"])
+    assert [path.name for path in folder.iterdir()] == ["log.txt"], "a run that failed has no result"
+    assert (folder / "log.txt").stat().st_size <= LIMIT
+
+
+@pytest.mark.parametrize("moment", ("a step", "the checkpoint", "the result"))
+def test_full_disk_later(moment, script, data, tmp_path, monkeypatch, capfd):
+    """No room for a step's line, a checkpoint, result.json: still one message that says where, and no result.json."""
+    module = importlib.import_module(script)
+    monkeypatch.chdir(tmp_path)
+    no_room = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    replace, line = os.replace, module.Record.line
+
+    def failing_line(self, text):
+        if self.file and text.startswith("step:2/6 train_loss"):
+            raise no_room
+        return line(self, text)
+
+    def failing_write(*_, **__):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")  # what torch makes of ENOSPC
+
+    def failing_replace(source, target):
+        if str(target).endswith("result.json"):
+            raise no_room
+        return replace(source, target)
+
+    if moment == "a step":
+        monkeypatch.setattr(module.Record, "line", failing_line)
+    elif moment == "the checkpoint":
+        monkeypatch.setattr(torch, "save", failing_write)
+    else:
+        monkeypatch.setattr(module.os, "replace", failing_replace)
+    with pytest.raises(SystemExit) as ended:
+        run_here(script, *tiny(script, data, tmp_path / "records", "--save_every", 3))
+    folder, = (tmp_path / "records").iterdir()
+    where = "checkpoints" if moment == "the checkpoint" else folder
+    check_message(script, ended.value.code, capfd.readouterr().err, [where])
+    assert not (folder / "result.json").exists()
+    log = (folder / "log.txt").read_text()
+    assert re.search(r"\nend: failed: .*\n\Z", log) and "\nend: finished" not in log, log[-200:]
+
+
+def test_torch_reports_a_full_disk_so(tmp_path, data):
+    """What the case above takes for granted: with real limits, a checkpoint that does not fit."""
+    script = "train_gpt2"
+    big = 130 * 1024  # a log fits, the 200 KB of parameters do not
+    done = run_script(script, *tiny(script, data, tmp_path / "records", "--save_every", 3), cwd=tmp_path,
+                      limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (big, big)))
+    check_message(script, done.returncode, done.stderr, ["checkpoints"])
+    assert "\nend: failed: " in next((tmp_path / "records").glob("*/log.txt")).read_text()
