@@ -42,7 +42,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends the program quietly
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # on a busy machine, OpenMP's threads spinning longer stall each other
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # longer, OpenMP threads stall each other on a busy machine
 
 import numpy as np
 import torch
@@ -1134,7 +1134,7 @@ def open_data(args, rank):
 
 
 def keep_memory():
-    """Have glibc keep freed tensors: giving them back costs a page fault per 4 KB of every step, a fifth of it on a CPU."""
+    """Have glibc keep freed tensors: giving them back costs a page fault per 4 KB at every step, a fifth of it."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
         for option, value in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26), (M_MMAP_MAX, 0)):

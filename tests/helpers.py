@@ -1,5 +1,6 @@
 """What the tests share: shards to train on, runs of the scripts and what a run leaves behind."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 
 import numpy as np
+import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_rwkv7", "train_gpt2")
@@ -42,11 +44,11 @@ def make_corpus(folder, train=(1500, 700), val=(450,), vocab=257, text=None):
 
 def tiny(script, data, records, *more):
     """Flags of a run of a few seconds; the later of two equal flags counts."""
-    flags = dict(track="tiny", device="cpu", dtype="fp32", data=data, records=records, width=32, layers=2, headsz=16, bsz=4,
-                 device_bsz=4, seq_len=32, steps=6, warmdown_steps=3, muon_warmup=4, val_every=2, val_tokens=352)
+    flags = dict(track="tiny", device="cpu", dtype="fp32", data=data, records=records, width=32, layers=2, headsz=16,
+                 bsz=4, device_bsz=4, seq_len=32, steps=6, warmdown_steps=3, muon_warmup=4, val_every=2, val_tokens=352)
     if "rwkv" in script:
         flags["kernel"] = "torch"
-    return [str(part) for name, value in flags.items() for part in (f"--{name}", value)] + [str(part) for part in more]
+    return [str(part) for name, value in flags.items() for part in (f"--{name}", value)] + list(map(str, more))
 
 
 def command(script, *flags, ranks=1):
@@ -66,11 +68,23 @@ def run_script(script, *flags, ranks=1, cwd=ROOT, limit=None, **env):
                           capture_output=True, text=True, timeout=300)
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Models this small are slower on two, and much slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def run_here(script, *flags):
     """Run a script's main() in this process: spares the seconds that loading torch takes."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return importlib.import_module(script).main([str(flag) for flag in flags])
+        with one_thread():
+            return importlib.import_module(script).main([str(flag) for flag in flags])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -79,8 +93,8 @@ def run_here(script, *flags):
 def only_record(records):
     """The one run under `records`: its folder, the log's text and result.json (None if there is none)."""
     folder, = pathlib.Path(records).iterdir()
-    result = folder / "result.json"
-    return folder, (folder / "log.txt").read_text(encoding="utf-8"), json.loads(result.read_text()) if result.exists() else None
+    log, result = (folder / "log.txt").read_text(encoding="utf-8"), folder / "result.json"
+    return folder, log, json.loads(result.read_text()) if result.exists() else None
 
 
 def tree(folder):

@@ -10,10 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import SCRIPTS, make_corpus, only_record, run_here, run_script, tiny
+from helpers import SCRIPTS, make_corpus, one_thread, only_record, run_here, run_script, tiny
 
 KERNELS = {"train_rwkv7": ("torch", "cpu"), "train_gpt2": (None,)}
 SPLIT = ("--bsz", 8, "--device_bsz", 8, "--val_every", 1)  # 11 validation sequences: no split here deals them out evenly
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +95,18 @@ def test_validation_sequences_of_any_number_of_ranks(data, monkeypatch):
         expected = torch.from_numpy(stream.read(0, 32 * sequences + 1))
         assert torch.equal(torch.cat([x for x, _ in kept]).flatten(), expected[:-1]), (sequences, ranks)
         assert torch.equal(torch.cat([y for _, y in kept]).flatten(), expected[1:])
+
+        totals = []  # (sum, count) of every rank, as they go into the sum over all of them
+        monkeypatch.setattr(script, "all_sum", lambda total: totals.append(total.clone()) or total.new_ones(2))
+
+        def mean_target(inputs, targets):
+            assert len(inputs) == device_bsz and (targets >= 0).any(), "its mean would be no number"
+            return targets[targets >= 0].double().mean()
+
+        for part in parts:
+            script.validate(mean_target, part, args)
+        total, count = sum(totals).tolist()
+        assert count == 32 * sequences and math.isclose(total, expected[1:].sum().item(), rel_tol=1e-12)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -211,9 +229,10 @@ def test_learning_rate_and_momentum():
 
 @pytest.mark.parametrize("script, flags", (("train_rwkv7", ()), ("train_rwkv7", ("--x070",)), ("train_gpt2", ())))
 def test_loss_falls_on_text_that_repeats(script, flags, tmp_path):
-    corpus = make_corpus(tmp_path / "data", train=(6000,), val=(450,), text=b"The quick brown fox jumps over the lazy dog. ")
-    run_here(script, *tiny(script, corpus, tmp_path / "records", "--steps", 30, "--warmdown_steps", 15, "--val_every", 10,
-                           "--head_lr", 0.02, *flags))
+    fox = b"The quick brown fox jumps over the lazy dog. "
+    corpus = make_corpus(tmp_path / "data", train=(6000,), val=(450,), text=fox)
+    run_here(script, *tiny(script, corpus, tmp_path / "records", "--steps", 30, "--warmdown_steps", 15,
+                           "--val_every", 10, "--head_lr", 0.02, *flags))
     train, val = losses(tmp_path / "records")
     print(script, flags, val)
     assert 5.5 < val[0] < 7.5, "it knew something before the first step"
@@ -221,8 +240,8 @@ def test_loss_falls_on_text_that_repeats(script, flags, tmp_path):
     assert float(train[-1]) < 0.7, train
 
 
-@pytest.mark.parametrize("script, kernel, dtype", [(script, kernel, dtype) for script in SCRIPTS for kernel in KERNELS[script]
-                                                   for dtype in ("fp32", "mixed", "bf16")])
+@pytest.mark.parametrize("script, kernel, dtype", [
+    (script, kernel, dtype) for script in SCRIPTS for kernel in KERNELS[script] for dtype in ("fp32", "mixed", "bf16")])
 def test_every_kernel_and_precision(script, kernel, dtype, data, tmp_path):
     """Two steps each; all of them near the fp32 figures of the script."""
     flags = ["--dtype", dtype, "--steps", 2, "--val_tokens", 64] + (["--kernel", kernel] if kernel else [])
@@ -233,7 +252,7 @@ def test_every_kernel_and_precision(script, kernel, dtype, data, tmp_path):
     run_here(script, *tiny(script, data, tmp_path / "fp32", *flags, "--dtype", "fp32"))
     far = max(abs(a - b) for a, b in zip(val, losses(tmp_path / "fp32")[1], strict=True))
     print(script, kernel, dtype, val, f"{far:.1e}")
-    assert all(map(math.isfinite, val)) and far < (0.02 if dtype != "fp32" else 1e-12), far
+    assert all(map(math.isfinite, val)) and far < (2e-4 if dtype != "fp32" else 1e-12), far
 
 
 @pytest.mark.parametrize("script, kernel", [(script, kernel) for script in SCRIPTS for kernel in KERNELS[script]])
@@ -269,11 +288,12 @@ def test_help(script):
         about, defaults = field.metadata["help"], field.metadata["defaults"]
         assert re.search(rf"--{name}\b", text), name
         assert " ".join(about.split()) in text and len(about.split()) >= 2, name
-        fineweb, both_ways = defaults["fineweb"], f"[fineweb {defaults['fineweb']}, tiny {defaults['tiny']}]"
-        shown = both_ways if fineweb != defaults["tiny"] else f"[{fineweb}]"
-        at = text.index(" ".join(about.split()))
+        fineweb, shown = defaults["fineweb"], f"[{defaults['fineweb']}]"
+        if fineweb != defaults["tiny"]:
+            shown = f"[fineweb {fineweb}, tiny {defaults['tiny']}]"
         if fineweb != "":
-            assert text[at + len(" ".join(about.split())):].strip().startswith(shown), f"--{name} hides its default {shown}"
+            after = text[text.index(" ".join(about.split())) + len(" ".join(about.split())):]
+            assert after.strip().startswith(shown), f"--{name} hides its default {shown}"
 
 
 def test_defaults_of_the_tracks():

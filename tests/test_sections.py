@@ -15,7 +15,7 @@ from helpers import ROOT, environment
 SHARED = ("Command line", "Muon optimizer", "Data loader", "Record", "Learning rate", "Main")
 SCRIPT_LINES = 1250  # a training script; raising it is a change with a reason
 KERNEL_LINES = 400  # a file under cuda/
-COLUMNS = {".py": 120, ".sh": 120, ".cpp": 140, ".cu": 140, ".cuh": 140, ".h": 140}  # C++ carries types and vector names
+COLUMNS = {".py": 120, ".sh": 120, ".cpp": 140, ".cu": 140, ".cuh": 140, ".h": 140}  # C++ spells out its types
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
 SOURCES = sorted(path for folder in (".", "data", "dev", "tests", "records", "cuda", "cuda/wkv7", "cuda/wkv6")
                  for path in (ROOT / folder).glob("*") if path.suffix in COLUMNS and path.is_file())
@@ -34,8 +34,9 @@ sections = load_sections()
 def unshared(paths):
     """What the scripts do not share although they must. The list above says what they must: markers alone could not."""
     parts = {path.name: sections.sections(path.read_text(encoding="utf-8")) for path in paths}
-    faults = [f"{name} lacks {title}" for name, part in parts.items() for title in SHARED if f"{title} [shared]" not in part]
-    return faults + [f"{title} differs" for title in SHARED if len({part.get(f"{title} [shared]") for part in parts.values()}) > 1]
+    bodies = {title: {name: part.get(f"{title} [shared]") for name, part in parts.items()} for title in SHARED}
+    lacking = [f"{name} lacks {title}" for title in SHARED for name in bodies[title] if bodies[title][name] is None]
+    return lacking + [f"{title} differs" for title in SHARED if len(set(bodies[title].values())) > 1]
 
 
 @pytest.fixture
@@ -136,8 +137,8 @@ def test_limits_and_first_lines(path):
         assert len(lines) <= SCRIPT_LINES
     if "cuda" in path.parts:
         assert len(lines) <= KERNEL_LINES
-    wide = [f"{path.name}:{i}: {len(line)} columns" for i, line in enumerate(lines, 1) if len(line) > COLUMNS[path.suffix]]
-    assert not wide, wide
+    wide = [(i, len(line)) for i, line in enumerate(lines, 1) if len(line) > COLUMNS[path.suffix]]
+    assert not wide, f"(line, columns): {wide}"
     assert text.endswith("\n") and not any(line != line.rstrip() for line in lines), "blanks at a line's end"
     if path.suffix == ".py":
         about = ast.get_docstring(ast.parse(text))
