@@ -183,6 +183,7 @@ launch() {  # SCRIPT ARGS...
     n=${NPROC:-$(count_gpus)}
     case $n in *[!0-9]*) setup_say "NPROC=$n is not a number of processes"; return 1 ;; esac
     if [ "$n" -gt 1 ]; then
+        WORLD_SIZE=$n "$PYTHON" "$@" --check >/dev/null || return  # bad input is one line here, n tracebacks below
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # torch.distributed.run's own default, without its warning
         exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$n" "$@"
     fi

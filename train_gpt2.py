@@ -188,6 +188,7 @@ class Hyperparameters(Flags):
                       choices=("auto", "bf16", "mixed", "fp32"))
     compile: bool = flag("torch.compile the model on a GPU", True)
     # report
+    check: bool = flag("only check flags, machine and data, for WORLD_SIZE ranks, and stop", False)
     print_params: bool = flag("print every parameter with its optimiser, rate, mean and sd, and stop", False)
     usd_per_hour: float = flag("price of the whole machine in dollars an hour, for the cost in the record", 0.0)
 
@@ -846,10 +847,12 @@ def open_data(args, rank):
     if len(val) <= args.seq_len:
         raise ValueError(f"the val shards in {args.data} hold {len(val)} tokens, not one sequence of {args.seq_len}. "
                          "Give them more text, or a smaller --seq_len.")
+    if rank != 0 or args.check:
+        return train, val, {}
     manifest = Path(args.data) / "manifest.json"
     return train, val, dict(
         folder=str(args.data), train=train.fingerprint(args.vocab_size), val=val.fingerprint(args.vocab_size),
-        manifest=json.loads(manifest.read_text()) if manifest.exists() else None) if rank == 0 else {}
+        manifest=json.loads(manifest.read_text()) if manifest.exists() else None)
 
 
 def keep_memory():
@@ -862,7 +865,7 @@ def keep_memory():
 
 def set_up(args, rank):
     """Device, data, model and optimisers, checked before anything is written or timed. Raises ValueError, OSError."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank, alone = int(os.environ.get("LOCAL_RANK", 0)), world_size() == 1 or args.check
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*|", args.name):
         raise ValueError(f"--name {args.name!r}: letters, digits, '-', '_' and '.' only; it becomes a folder's name.")
     resolve(args, world_size())
@@ -871,14 +874,14 @@ def set_up(args, rank):
         torch.cuda.set_device(device)
     else:
         keep_memory()
-    if world_size() > 1:
+    if not alone:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     data = None if args.print_params else open_data(args, rank)
-    if world_size() > 1 and local_rank > 0:
+    if not alone and local_rank > 0:
         dist.barrier()  # local rank 0 builds kernels, if there are any to build; the others load them
     torch.manual_seed(args.random_seed)
     model = build_model(args)
-    if world_size() > 1 and local_rank == 0:
+    if not alone and local_rank == 0:
         dist.barrier()
     model.to(device)
     optimizers = build_optimizers(model, args)
@@ -996,6 +999,8 @@ def main(argv=None):
         clock.device, data, model, optimizers, counts = set_up(args, rank)
         if args.print_params:
             return print_parameters(model, optimizers) if rank == 0 else None
+        if args.check:
+            return None
         record = Record(args, rank)
         run(args, rank, record, clock, data, model, optimizers, counts)
     except KeyboardInterrupt:

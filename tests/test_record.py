@@ -62,8 +62,9 @@ def finished(request, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     path, log, result = only_record(folder / "records")
     facts, sources, rest = parse(log)
-    return types.SimpleNamespace(script=script, folder=folder, data=data, flags=flags, files=files, done=done, path=path,
-                                 log=log, result=result, facts=facts, sources=sources, rest=rest, seconds=seconds)
+    return types.SimpleNamespace(script=script, folder=folder, data=data, flags=flags, files=files, done=done,
+                                 path=path, log=log, result=result, facts=facts, sources=sources, rest=rest,
+                                 seconds=seconds)
 
 
 def test_folder(finished):
@@ -208,7 +209,7 @@ def test_checkpoints(finished):
     args = script.Hyperparameters.parse(finished.flags)
     stream = script.TokenStream(finished.data, "val", 353, "352 validation tokens")
     loss = script.validate(model, script.validation_set(stream, args, 0), args)
-    assert math.isclose(loss, finished.result["final"]["val_loss"], rel_tol=1e-6), "not the model that was validated last"
+    assert math.isclose(loss, finished.result["final"]["val_loss"], rel_tol=1e-6), "not the model last validated"
 
 
 def test_console(finished):
@@ -230,11 +231,11 @@ def wait_for_step(process, records, step):
 
 
 def end_in_the_middle(script, folder, number):
-    """Start a run of many steps and send it a signal at step 3. Returns exit status, stderr, log and record's folder."""
+    """Start a run of many steps, send it a signal at step 3. Returns exit status, stderr, log and record's folder."""
     flags = tiny(script, make_corpus(folder / "data"), folder / "records", "--steps", 20000, "--epochs", 10**5,
                  "--val_every", 10**6)
-    process = subprocess.Popen(command(script, *flags), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True)
+    process = subprocess.Popen(command(script, *flags), env=environment(), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
     try:
         wait_for_step(process, folder / "records", 3)
         process.send_signal(number)

@@ -48,7 +48,8 @@ def copies(tmp_path):
 
 
 def tool(folder, *arguments):
-    return subprocess.run([sys.executable, str(folder / "dev" / "sections.py"), *arguments], capture_output=True, text=True)
+    program = [sys.executable, str(folder / "dev" / "sections.py")]
+    return subprocess.run([*program, *arguments], capture_output=True, text=True)
 
 
 def replace(path, old, new):
@@ -183,8 +184,8 @@ def test_importing_does_nothing(path, tmp_path):
     build = ROOT / "cuda" / "build"
     look = lambda: sorted((p.name, p.stat().st_mtime_ns) for p in build.glob("*")) if build.exists() else None
     before = look()
-    done = subprocess.run([sys.executable, "-c", WATCH, str(ROOT), path.stem, "--nonsense", "--steps", "many"], cwd=tmp_path,
-                          env=environment(RANK="3", WORLD_SIZE="4"), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", WATCH, str(ROOT), path.stem, "--nonsense", "--steps", "many"],
+                          cwd=tmp_path, env=environment(RANK="3", WORLD_SIZE="4"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"imported {path.stem}\n" and done.stderr == "", done
     assert os.listdir(tmp_path) == []

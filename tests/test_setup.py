@@ -294,6 +294,14 @@ def test_one_process_a_gpu(ready, gpus, env, processes):
         assert argv[1:] == ["--standalone", f"--nproc_per_node={processes}", "train_rwkv7.py", "x"]
 
 
+def test_bad_input_stops_before_many_processes_start(ready):
+    (ready.repo / "train_rwkv7.py").write_text(
+        "import os, sys\nif sys.argv[1:] == ['x', '--check']: sys.exit('no shards for ' + os.environ['WORLD_SIZE'])\n")
+    ready.gpus(2)
+    done = ready.run("x")
+    assert (done.returncode, done.stderr, done.stdout) == (1, "no shards for 2\n", ""), done
+
+
 def test_nproc_must_be_a_number(ready):
     done = ready.run(NPROC="two")
     assert done.returncode == 1 and done.stderr == "setup: NPROC=two is not a number of processes\n"
