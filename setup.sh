@@ -6,7 +6,7 @@
 #
 # Environment:
 #   PYTHON=/path/to/python3   the Python to use, or, where it lacks packages, to make .venv with
-#   NPROC=4                   processes to launch; default: one a GPU, at least one
+#   NPROC=4                   processes to launch; default: one a GPU, at least one; one for the tiny track
 #   CUDA_VISIBLE_DEVICES=0,1  the GPUs to use; empty or -1: none
 #   PIP_EXTRA_INDEX_URL=...   read by pip. On a machine without a GPU let it name the index of torch's CPU wheels:
 #                             they are a tenth of the default Linux wheels, which bring the CUDA libraries.
@@ -180,7 +180,7 @@ launch() {  # SCRIPT ARGS...
     if [ -n "$tiny" ] && [ -z "$data" ]; then
         "$PYTHON" data/pydocs.py
     fi
-    n=${NPROC:-$(count_gpus)}
+    n=${NPROC:-$([ -n "$tiny" ] && echo 1 || count_gpus)}  # tiny steps are too small to be shared out
     case $n in *[!0-9]*) setup_say "NPROC=$n is not a number of processes"; return 1 ;; esac
     if [ "$n" -gt 1 ]; then
         WORLD_SIZE=$n "$PYTHON" "$@" --check >/dev/null || return  # bad input is one line here, n tracebacks below

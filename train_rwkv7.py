@@ -141,7 +141,6 @@ def resolve(args, world):
         raise ValueError(f"--bsz {args.bsz} cannot be reached with {world} device(s) x --device_bsz {unit // world}. "
                          f"Nearest: --bsz {' or '.join(map(str, near))}"
                          f"{f', or --device_bsz {fits[-1]}' if fits else ''}.")
-    args.device_bsz = unit // world
 
 
 
@@ -160,20 +159,20 @@ class Hyperparameters(Flags):
     random_seed: int = flag("seed of the starting weights", 1337)
     records: str = flag("folder that receives the record", "records")
     # length and batch
-    steps: int = flag("optimiser steps", fineweb=3200, tiny=600)
-    warmdown_steps: int = flag("last steps, over which every learning rate falls linearly to 0", fineweb=914, tiny=300)
+    steps: int = flag("optimiser steps", fineweb=3200, tiny=4800)
+    warmdown_steps: int = flag("last steps, over which every learning rate falls linearly to 0", fineweb=914, tiny=4800)
     warmup_steps: int = flag("first steps, over which every learning rate rises linearly", fineweb=0, tiny=0)
-    bsz: int = flag("sequences a step, over all devices and micro-batches", fineweb=512, tiny=16)
+    bsz: int = flag("sequences a step, over all devices and micro-batches", fineweb=512, tiny=2)
     device_bsz: int = flag("sequences a device takes at once, at most", fineweb=32, tiny=16)
     seq_len: int = flag("tokens a sequence (T)", fineweb=1024, tiny=256)
     epochs: int = flag("how often the train shards may be read over", fineweb=1, tiny=20)
-    val_every: int = flag("steps between validations", fineweb=125, tiny=100)
+    val_every: int = flag("steps between validations", fineweb=125, tiny=600)
     val_tokens: int = flag("validation tokens, the first there are (tiny: at most)", fineweb=10485760, tiny=262144)
     save_every: int = flag("steps between checkpoints, 0 for none", 0)
     # model
     vocab_size: int = flag("token ids in use; tables are padded to a multiple of 128", fineweb=50257, tiny=257)
-    layers: int = flag("blocks (L)", fineweb=12, tiny=4)
-    width: int = flag("channels (C)", fineweb=768, tiny=128)
+    layers: int = flag("blocks (L)", fineweb=12, tiny=2)
+    width: int = flag("channels (C)", fineweb=768, tiny=192)
     headsz: int = flag("channels a head (N)", fineweb=64, tiny=32)
     ffn_ratio: float = flag("hidden width of channel mixing / C", 3.5)
     x070: bool = flag("plain RWKV-7 x070: turns off the next four additions of the speedrun", False)
@@ -182,13 +181,13 @@ class Hyperparameters(Flags):
     softcap: float = flag("logits become c tanh(z / c); 0 for none", 30.0)
     zero_head: bool = flag("the head starts at zero", True)
     # learning rates
-    muon_lr: float = flag("Muon: matrices of the blocks", 0.02)
+    muon_lr: float = flag("Muon: matrices of the blocks", fineweb=0.02, tiny=0.01)
     muon_scale: str = flag("Muon's scale of an update", "spectral", choices=("spectral", "rms"))
     muon_warmup: int = flag("steps over which Muon's momentum rises from 0.85 to 0.95", fineweb=500, tiny=100)
     adam_lr: float = flag("Adam: low-rank pairs and vectors", 0.0026)
     ln_lr: float = flag("Adam: weights and biases of LayerNorm and GroupNorm", 0.0090)
-    emb_lr: float = flag("Adam: embedding", 0.3)
-    head_lr: float = flag("Adam: head", 0.002)
+    emb_lr: float = flag("Adam: embedding", fineweb=0.3, tiny=0.02)
+    head_lr: float = flag("Adam: head", fineweb=0.002, tiny=0.005)
     lambda_lr: float = flag("Adam: lambdas", 0.02)
     adam_beta2: float = flag("Adam: decay of the mean square", fineweb=0.95, tiny=0.99)
     # machine

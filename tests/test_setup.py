@@ -294,6 +294,12 @@ def test_one_process_a_gpu(ready, gpus, env, processes):
         assert argv[1:] == ["--standalone", f"--nproc_per_node={processes}", "train_rwkv7.py", "x"]
 
 
+def test_the_tiny_track_takes_one_process(ready):
+    ready.gpus(8)
+    assert ready.launched("--track", "tiny")[0] == ["train_rwkv7.py", "--track", "tiny"]
+    assert "--nproc_per_node=2" in ready.launched("--track", "tiny", NPROC="2")[0]
+
+
 def test_bad_input_stops_before_many_processes_start(ready):
     (ready.repo / "train_rwkv7.py").write_text(
         "import os, sys\nif sys.argv[1:] == ['x', '--check']: sys.exit('no shards for ' + os.environ['WORLD_SIZE'])\n")
