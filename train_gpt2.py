@@ -17,6 +17,7 @@ import contextlib
 import copy
 import ctypes
 import difflib
+import errno
 import gc
 import hashlib
 import importlib.metadata
@@ -156,14 +157,14 @@ class Hyperparameters(Flags):
     random_seed: int = flag("seed of the starting weights", 1337)
     records: str = flag("folder that receives the record", "records")
     # length and batch
-    steps: int = flag("optimiser steps", fineweb=3242, tiny=4800)
-    warmdown_steps: int = flag("last steps, over which every learning rate falls linearly to 0", fineweb=926, tiny=4800)
+    steps: int = flag("optimiser steps", fineweb=3242, tiny=4400)
+    warmdown_steps: int = flag("last steps, over which every learning rate falls linearly to 0", fineweb=926, tiny=4400)
     warmup_steps: int = flag("first steps, over which every learning rate rises linearly", fineweb=0, tiny=0)
     bsz: int = flag("sequences a step, over all devices and micro-batches", fineweb=512, tiny=2)
     device_bsz: int = flag("sequences a device takes at once, at most", fineweb=64, tiny=16)
     seq_len: int = flag("tokens a sequence (T)", fineweb=1024, tiny=256)
     epochs: int = flag("how often the train shards may be read over", fineweb=1, tiny=20)
-    val_every: int = flag("steps between validations", fineweb=125, tiny=600)
+    val_every: int = flag("steps between validations", fineweb=125, tiny=1100)
     val_tokens: int = flag("validation tokens, the first there are (tiny: at most)", fineweb=10485760, tiny=262144)
     save_every: int = flag("steps between checkpoints, 0 for none", 0)
     # model
@@ -336,9 +337,10 @@ def build_optimizers(model, args):
     def group_of(name):
         if name in ("wte.weight", "head.weight"):
             return name.split(".")[0]
-        if name.split(".")[-2] in ("query", "key", "value", "output"):
+        leaf = f".{name}".split(".")[-2:]
+        if leaf[0] in ("query", "key", "value", "output"):
             return "muon"
-        if name.split(".")[-1] in ("lambdas", "mix"):
+        if leaf[1] in ("lambdas", "mix"):
             return "scalars"
         raise ValueError(f"parameter {name} belongs to no optimiser group: name it in build_optimizers")
 
@@ -432,7 +434,7 @@ SHARD_MAGIC, SHARD_VERSION = 20240520, 1  # header of 256 int32: magic, version,
 
 def open_shard(path):
     """Memory-map the tokens of a shard, uint16. Raises ValueError with the way out when it is not a whole shard."""
-    size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
+    size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256).tolist()
     if size < 1024:
         raise ValueError(f"{path} is truncated: {size} bytes, less than its header. Fetch or make it again.")
     if header[0] != SHARD_MAGIC:
@@ -628,7 +630,10 @@ class Record:
         return self.path and self.path / "log.txt"
 
     def finish(self, result):
-        """Write result.json atomically: the last act of a finished run."""
+        """Close the log and write result.json atomically: the last act of a finished run."""
+        self.line("end: finished")
+        self.file.close()
+        self.file = None
         temporary = self.path / "result.json.part"
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, self.path / "result.json")
@@ -766,7 +771,7 @@ def validation_set(stream, args, rank):
 def validate(model, val, args):
     """Mean loss in nats a token over the validation sequences of all ranks."""
     total = torch.zeros(2, dtype=torch.float64, device=args.device)  # sum of losses, number of targets
-    for x, y in zip(*(t.split(args.device_bsz) for t in val)):
+    for x, y in zip(*(t.split(args.device_bsz) for t in val)) if len(val[0]) else ():  # more ranks than sequences
         count = (y >= 0).sum()
         total += torch.stack([model(x, y).double() * count, count.double()])
     loss, count = all_sum(total).tolist()
@@ -813,7 +818,11 @@ def save(model, args, record, step):
     if record.path:
         path = Path("checkpoints") / record.path.name / f"step{step:06d}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(model=model.state_dict(), config=asdict(args), step=step), f"{path}.part")
+        try:
+            torch.save(dict(model=model.state_dict(), config=asdict(args), step=step), f"{path}.part")
+        except RuntimeError as error:  # torch's word for a full disk
+            os.remove(f"{path}.part")
+            raise OSError(errno.ENOSPC, str(error).splitlines()[0], str(path)) from error
         os.replace(f"{path}.part", path)
 
 
@@ -843,15 +852,18 @@ def open_data(args, rank):
     train = TokenStream(args.data, "train", need, f"{args.steps} steps", args.epochs)
     exactly = 1 if args.track == "fineweb" else 0
     val = TokenStream(args.data, "val", args.val_tokens + 1, f"{args.val_tokens} validation tokens", exactly)
-    if len(val) <= args.seq_len:
-        raise ValueError(f"the val shards in {args.data} hold {len(val)} tokens, not one sequence of {args.seq_len}. "
-                         "Give them more text, or a smaller --seq_len.")
+    if min(args.val_tokens, len(val) - 1) < args.seq_len:
+        raise ValueError(f"--val_tokens {args.val_tokens} of the {len(val)} in the val shards of {args.data} make no "
+                         f"sequence of {args.seq_len}. Give more text, a larger --val_tokens or a smaller --seq_len.")
     if rank != 0 or args.check:
         return train, val, {}
     manifest = Path(args.data) / "manifest.json"
-    return train, val, dict(
-        folder=str(args.data), train=train.fingerprint(args.vocab_size), val=val.fingerprint(args.vocab_size),
-        manifest=json.loads(manifest.read_text()) if manifest.exists() else None)
+    try:
+        about = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{manifest} is damaged ({error}). Make the data again, or delete this file.") from error
+    return train, val, dict(folder=str(args.data), train=train.fingerprint(args.vocab_size),
+                            val=val.fingerprint(args.vocab_size), manifest=about)
 
 
 def keep_memory():
@@ -948,7 +960,6 @@ def run(args, rank, record, clock, data, model, optimizers, counts):
         result = report(facts, clock, curve, val, len(train), args)
         record.line(f"clock: {json.dumps(result['clock'])}")
         record.line(f"result: {json.dumps(result['final'])}")
-        record.close("finished")
         record.finish(result)
         farewell(result, record)
 
@@ -1010,7 +1021,8 @@ def main(argv=None):
         if record:
             record.close(f"failed: {error}")
         if isinstance(error, OSError):
-            stop(f"{error}. Make room or set permissions, or choose --records FOLDER; earlier runs are untouched.")
+            where = "" if error.filename or not record else f" (writing {record.path})"
+            stop(f"{error}{where}. Make room, set permissions or choose --records FOLDER; earlier runs are untouched.")
         if record:
             raise
         stop(error)

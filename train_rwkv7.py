@@ -17,6 +17,7 @@ import contextlib
 import copy
 import ctypes
 import difflib
+import errno
 import gc
 import hashlib
 import importlib.metadata
@@ -159,14 +160,14 @@ class Hyperparameters(Flags):
     random_seed: int = flag("seed of the starting weights", 1337)
     records: str = flag("folder that receives the record", "records")
     # length and batch
-    steps: int = flag("optimiser steps", fineweb=3200, tiny=4800)
-    warmdown_steps: int = flag("last steps, over which every learning rate falls linearly to 0", fineweb=914, tiny=4800)
+    steps: int = flag("optimiser steps", fineweb=3200, tiny=4400)
+    warmdown_steps: int = flag("last steps, over which every learning rate falls linearly to 0", fineweb=914, tiny=4400)
     warmup_steps: int = flag("first steps, over which every learning rate rises linearly", fineweb=0, tiny=0)
     bsz: int = flag("sequences a step, over all devices and micro-batches", fineweb=512, tiny=2)
     device_bsz: int = flag("sequences a device takes at once, at most", fineweb=32, tiny=16)
     seq_len: int = flag("tokens a sequence (T)", fineweb=1024, tiny=256)
     epochs: int = flag("how often the train shards may be read over", fineweb=1, tiny=20)
-    val_every: int = flag("steps between validations", fineweb=125, tiny=600)
+    val_every: int = flag("steps between validations", fineweb=125, tiny=1100)
     val_tokens: int = flag("validation tokens, the first there are (tiny: at most)", fineweb=10485760, tiny=262144)
     save_every: int = flag("steps between checkpoints, 0 for none", 0)
     # model
@@ -588,7 +589,8 @@ def build_model(args):
     """The model on the default device, seeded by the caller. Raises ValueError when the flags do not fit together."""
     fits = [n for n in HEAD_SIZES if args.width % n == 0]
     if args.headsz not in fits:
-        why = f"{args.width} is not a multiple of {args.headsz}" if args.width % args.headsz else "no kernel for it"
+        divides = args.headsz > 0 and args.width % args.headsz == 0
+        why = "no kernel for it" if divides else f"{args.width} is not a multiple of {args.headsz}"
         raise ValueError(f"--headsz {args.headsz}: {why}. Allowed: {', '.join(map(str, fits))}.")
     if args.fast_cuda or args.wind_cuda:
         raise ValueError(f"--{'fast' if args.fast_cuda else 'wind'}_cuda: there is no CUDA kernel of WKV-7 here yet. "
@@ -608,7 +610,7 @@ def build_model(args):
 def build_optimizers(model, args):
     """[Adam, Muon] over every parameter exactly once; each group also holds their names. Raises ValueError."""
     def group_of(name):
-        leaf = name.split(".")[-2:]
+        leaf = f".{name}".split(".")[-2:]
         if name in ("emb.weight", "head.weight"):
             return name.split(".")[0]
         if leaf[0] in ("receptance", "key", "value", "output"):
@@ -713,7 +715,7 @@ SHARD_MAGIC, SHARD_VERSION = 20240520, 1  # header of 256 int32: magic, version,
 
 def open_shard(path):
     """Memory-map the tokens of a shard, uint16. Raises ValueError with the way out when it is not a whole shard."""
-    size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
+    size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256).tolist()
     if size < 1024:
         raise ValueError(f"{path} is truncated: {size} bytes, less than its header. Fetch or make it again.")
     if header[0] != SHARD_MAGIC:
@@ -909,7 +911,10 @@ class Record:
         return self.path and self.path / "log.txt"
 
     def finish(self, result):
-        """Write result.json atomically: the last act of a finished run."""
+        """Close the log and write result.json atomically: the last act of a finished run."""
+        self.line("end: finished")
+        self.file.close()
+        self.file = None
         temporary = self.path / "result.json.part"
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, self.path / "result.json")
@@ -1047,7 +1052,7 @@ def validation_set(stream, args, rank):
 def validate(model, val, args):
     """Mean loss in nats a token over the validation sequences of all ranks."""
     total = torch.zeros(2, dtype=torch.float64, device=args.device)  # sum of losses, number of targets
-    for x, y in zip(*(t.split(args.device_bsz) for t in val)):
+    for x, y in zip(*(t.split(args.device_bsz) for t in val)) if len(val[0]) else ():  # more ranks than sequences
         count = (y >= 0).sum()
         total += torch.stack([model(x, y).double() * count, count.double()])
     loss, count = all_sum(total).tolist()
@@ -1094,7 +1099,11 @@ def save(model, args, record, step):
     if record.path:
         path = Path("checkpoints") / record.path.name / f"step{step:06d}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(model=model.state_dict(), config=asdict(args), step=step), f"{path}.part")
+        try:
+            torch.save(dict(model=model.state_dict(), config=asdict(args), step=step), f"{path}.part")
+        except RuntimeError as error:  # torch's word for a full disk
+            os.remove(f"{path}.part")
+            raise OSError(errno.ENOSPC, str(error).splitlines()[0], str(path)) from error
         os.replace(f"{path}.part", path)
 
 
@@ -1124,15 +1133,18 @@ def open_data(args, rank):
     train = TokenStream(args.data, "train", need, f"{args.steps} steps", args.epochs)
     exactly = 1 if args.track == "fineweb" else 0
     val = TokenStream(args.data, "val", args.val_tokens + 1, f"{args.val_tokens} validation tokens", exactly)
-    if len(val) <= args.seq_len:
-        raise ValueError(f"the val shards in {args.data} hold {len(val)} tokens, not one sequence of {args.seq_len}. "
-                         "Give them more text, or a smaller --seq_len.")
+    if min(args.val_tokens, len(val) - 1) < args.seq_len:
+        raise ValueError(f"--val_tokens {args.val_tokens} of the {len(val)} in the val shards of {args.data} make no "
+                         f"sequence of {args.seq_len}. Give more text, a larger --val_tokens or a smaller --seq_len.")
     if rank != 0 or args.check:
         return train, val, {}
     manifest = Path(args.data) / "manifest.json"
-    return train, val, dict(
-        folder=str(args.data), train=train.fingerprint(args.vocab_size), val=val.fingerprint(args.vocab_size),
-        manifest=json.loads(manifest.read_text()) if manifest.exists() else None)
+    try:
+        about = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{manifest} is damaged ({error}). Make the data again, or delete this file.") from error
+    return train, val, dict(folder=str(args.data), train=train.fingerprint(args.vocab_size),
+                            val=val.fingerprint(args.vocab_size), manifest=about)
 
 
 def keep_memory():
@@ -1229,7 +1241,6 @@ def run(args, rank, record, clock, data, model, optimizers, counts):
         result = report(facts, clock, curve, val, len(train), args)
         record.line(f"clock: {json.dumps(result['clock'])}")
         record.line(f"result: {json.dumps(result['final'])}")
-        record.close("finished")
         record.finish(result)
         farewell(result, record)
 
@@ -1291,7 +1302,8 @@ def main(argv=None):
         if record:
             record.close(f"failed: {error}")
         if isinstance(error, OSError):
-            stop(f"{error}. Make room or set permissions, or choose --records FOLDER; earlier runs are untouched.")
+            where = "" if error.filename or not record else f" (writing {record.path})"
+            stop(f"{error}{where}. Make room, set permissions or choose --records FOLDER; earlier runs are untouched.")
         if record:
             raise
         stop(error)
