@@ -179,7 +179,7 @@ class Hyperparameters(Flags):
     muon_scale: str = flag("Muon's scale of an update", "spectral", choices=("spectral", "rms"))
     muon_warmup: int = flag("steps over which Muon's momentum rises from 0.85 to 0.95", fineweb=500, tiny=100)
     adam_lr: float = flag("Adam: scalars (lambdas and value mixes)", 0.02)
-    emb_lr: float = flag("Adam: embedding", fineweb=0.3, tiny=0.02)
+    emb_lr: float = flag("Adam: embedding", fineweb=0.3, tiny=0.1)
     head_lr: float = flag("Adam: head", fineweb=0.002, tiny=0.005)
     adam_beta2: float = flag("Adam: decay of the mean square", fineweb=0.95, tiny=0.99)
     # machine
