@@ -1199,7 +1199,7 @@ def run(args, rank, record, clock, data, model, optimizers, counts):
             data=described, model=dict(counts, flops_per_token=model.flops_per_token(counts["active"])))
         record.header(facts, [Path(__file__), *model.sources])
     say(f"{counts['parameters']:,} parameters, {counts['active']:,} active per token; {args.steps} steps of "
-                f"{tokens_a_step:,} tokens on {world_size()} x {args.device} in {args.dtype}")
+        f"{tokens_a_step:,} tokens on {world_size()} x {args.device} in {args.dtype}")
 
     clock.switch("warm-up")
     val_batches = validation_set(val, args, rank)
@@ -1298,15 +1298,15 @@ def main(argv=None):
         log = record.close("interrupted") if record else None
         print(f"\n{Path(__file__).name}: interrupted{f'; the log so far: {log}' if log else ''}", file=sys.stderr)
         raise SystemExit(130)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         if record:
-            record.close(f"failed: {error}")
+            record.close(f"failed: {type(error).__name__}: {error}")
         if isinstance(error, OSError):
             where = "" if error.filename or not record else f" (writing {record.path})"
             stop(f"{error}{where}. Make room, set permissions or choose --records FOLDER; earlier runs are untouched.")
-        if record:
-            raise
-        stop(error)
+        if isinstance(error, ValueError) and not record:
+            stop(error)
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
