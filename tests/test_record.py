@@ -45,6 +45,11 @@ def parse(log):
     return facts, sources, rest
 
 
+def git_head():
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "none"
+
+
 @pytest.fixture(scope="module", params=SCRIPTS)
 def finished(request, tmp_path_factory):
     """One run of each script to its end, in a folder of its own, with everything on that a record can hold."""
@@ -56,15 +61,16 @@ def finished(request, tmp_path_factory):
                  "--random_seed", 7, *kernel)
     files = [ROOT / f"{script}.py"] + ([ROOT / "cuda" / "wkv7" / "wkv7_cpu.cpp"] if kernel else [])
     files = {path.name: path.read_bytes() for path in files}
-    begin = time.time()
+    begin, commits = time.time(), [git_head()]
     done = run_script(script, *flags, cwd=folder)
     seconds = time.time() - begin
+    commits.append(git_head())
     assert done.returncode == 0, done.stderr
     path, log, result = only_record(folder / "records")
     facts, sources, rest = parse(log)
     return types.SimpleNamespace(script=script, folder=folder, data=data, flags=flags, files=files, done=done,
                                  path=path, log=log, result=result, facts=facts, sources=sources, rest=rest,
-                                 seconds=seconds)
+                                 seconds=seconds, commits=commits)
 
 
 def test_folder(finished):
@@ -96,8 +102,7 @@ def test_sources_are_the_files(finished):
 def test_environment(finished):
     environment = finished.facts["environment"]
     assert environment == finished.result["environment"]
-    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    assert environment["git_commit"] == (git("rev-parse", "HEAD") or "none")
+    assert environment["git_commit"] in finished.commits, "before and after the run: one and the same, as a rule"
     assert isinstance(environment["git_dirty"], bool)
     assert (environment["python"], environment["torch"]) == (platform.python_version(), torch.__version__)
     assert environment["cuda"] == (torch.version.cuda or "none")
