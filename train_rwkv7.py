@@ -135,6 +135,8 @@ def resolve(args, world):
     counts = ("steps", "bsz", "device_bsz", "seq_len", "epochs", "val_every", "val_tokens", "layers", "width")
     for low in (f.name for f in fields(args) if f.type in (int, float) and getattr(args, f.name) < (f.name in counts)):
         raise ValueError(f"--{low} {getattr(args, low)} is too small: at least {int(low in counts)}.")
+    if args.random_seed >= 2**63:
+        raise ValueError(f"--random_seed {args.random_seed} is too large: below 2^63.")
     share, unit = args.bsz // world, world * min(args.device_bsz, max(1, args.bsz // world))
     if args.bsz % unit:
         fits = [n for n in range(1, args.device_bsz + 1) if share % n == 0] if args.bsz % world == 0 else []
@@ -698,7 +700,7 @@ class Muon(torch.optim.Optimizer):
             if self.world > 1:
                 flat = torch.cat([out.flatten() for out in local])
                 gathered = flat.new_empty(self.world, flat.numel())
-                dist.all_gather_into_tensor(gathered.view(-1), flat)
+                getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(gathered.view(-1), flat)  # new name, old
                 parts = gathered.split([out.numel() for out in local], dim=1)
                 local = [part.reshape(-1, *out.shape[1:]) for part, out in zip(parts, local)]
             for matrices, updates in zip(batches.values(), local):
@@ -912,11 +914,9 @@ class Record:
 
     def finish(self, result):
         """Close the log and write result.json atomically: the last act of a finished run."""
-        self.line("end: finished")
-        self.file.close()
-        self.file = None
         temporary = self.path / "result.json.part"
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        self.close("finished")
         os.replace(temporary, self.path / "result.json")
 
 
@@ -1314,3 +1314,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
+    if world_size() > 1:  # all is written; now and then a thread of the process group aborts the interpreter's shutdown
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -11,8 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = dict(
     run="2026-01-02T03-04-05Z_train_rwkv7_a", script="train_rwkv7.py", seed=1,
     config=dict(track="tiny", name="a", random_seed=1, steps=10, device="cpu", dtype="fp32", muon_lr=0.02),
-    sources=[dict(name="train_rwkv7.py", sha256="00")], environment=dict(torch="2.13.0"), hardware=dict(name="a CPU", count=1),
-    data=dict(train=[dict(name="t", sha256="1")], val=[dict(name="v", sha256="2")]), model=dict(active=123456),
+    sources=[dict(name="train_rwkv7.py", sha256="00")], environment=dict(torch="2.13.0"),
+    hardware=dict(name="a CPU", count=1), model=dict(active=123456),
+    data=dict(train=[dict(name="t", sha256="1")], val=[dict(name="v", sha256="2")]),
     final=dict(val_loss=1.5, bits_per_byte=2.25, train_seconds=100.0, tokens=2_000_000, tokens_per_second=20_000.0))
 
 
@@ -27,7 +28,8 @@ def put(folder, run, seed, loss, **config):
 
 
 def report(*flags):
-    return subprocess.run([sys.executable, ROOT / "records" / "report.py", *map(str, flags)], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "records" / "report.py", *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_seeds_share_a_row_and_count_once(tmp_path):
@@ -67,8 +69,8 @@ def test_readme_shows_the_committed_records():
     """The table in README.md is what the program writes from the records that are committed."""
     sys.path.append(str(ROOT / "records"))
     import report as module
-    committed = subprocess.run(["git", "ls-files", "records/*/result.json"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    results = [json.loads((ROOT / path).read_text()) for path in committed]
+    listed = subprocess.run(["git", "ls-files", "records/*/result.json"], cwd=ROOT, capture_output=True, text=True)
+    results = [json.loads((ROOT / path).read_text()) for path in sorted(listed.stdout.split())]
     assert results, "no record is committed"
     page = (ROOT / "README.md").read_text()
     assert f"{module.MARKERS[0]}\n{module.table(results)}\n{module.MARKERS[1]}" in page

@@ -13,7 +13,7 @@ import pytest
 from helpers import ROOT, environment
 
 SHARED = ("Command line", "Muon optimizer", "Data loader", "Record", "Learning rate", "Main")
-SCRIPT_LINES = 1250  # a training script; raising it is a change with a reason
+SCRIPT_LINES = 1350  # a training script; raising it is a change with a reason (dev/LOG.md)
 KERNEL_LINES = 400  # a file under cuda/
 COLUMNS = {".py": 120, ".sh": 120, ".cpp": 140, ".cu": 140, ".cuh": 140, ".h": 140}  # C++ spells out its types
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
