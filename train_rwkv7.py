@@ -700,7 +700,7 @@ class Muon(torch.optim.Optimizer):
             if self.world > 1:
                 flat = torch.cat([out.flatten() for out in local])
                 gathered = flat.new_empty(self.world, flat.numel())
-                gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13's name, the older one
+                gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the name since 2.13, before
                 gather(gathered.view(-1), flat)
                 parts = gathered.split([out.numel() for out in local], dim=1)
                 local = [part.reshape(-1, *out.shape[1:]) for part, out in zip(parts, local)]
