@@ -9,4 +9,5 @@ for argument in "$@"; do
     [ -e "${argument%%::*}" ] && named=1
 done
 [ -n "$named" ] || set -- tests "$@"
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}"  # OpenMP threads that spin long stall each other on a busy machine
 exec "$PYTHON" -m pytest -q --durations=10 "$@"
