@@ -358,6 +358,7 @@ def build_kernel(kernel):
         work = tempfile.mkdtemp(prefix=f"{name}.", dir=folder)
     except OSError:  # a checkout that cannot be written: build for this process alone
         work, log = tempfile.mkdtemp(prefix=f"{name}."), None
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(str(Path(torch.__file__).parent / "lib"))  # its -L breaks on spaces
     try:
         cpp_extension.load(name, sources, extra_cflags=flags, build_directory=work, is_python_module=False)
         if log:

@@ -298,7 +298,7 @@ def test_compile_in_one_graph(form, backend):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
-# The build. Each test works on a copy of the script and its kernel, in a folder whose name has spaces.
+# The build. Each test works on a copy of the script and its kernel, in a folder whose name has spaces; so has torch's.
 
 
 @pytest.fixture
@@ -308,6 +308,8 @@ def copy(tmp_path):
         target = root / source.relative_to(Path(train_rwkv7.__file__).absolute().parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, target)
+    (tmp_path / "site packages").mkdir()
+    (tmp_path / "site packages" / "torch").symlink_to(Path(torch.__file__).parent)
     return root
 
 
@@ -321,7 +323,8 @@ print(kernel, train_rwkv7.load_kernel("cpu"), before, y[0, 0, 0, 0].item())
 
 
 def start(root, code=LOAD, **environment):
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(root), **environment}
+    path = os.pathsep.join((str(root), str(root.parent / "site packages")))
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": path, **environment}
     return subprocess.Popen([sys.executable, "-c", code], cwd=root, env=environment, text=True, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
