@@ -286,6 +286,8 @@ class Layer(torch.nn.Module):
 
 @pytest.mark.parametrize("form, backend", [("torch", "aot_eager"), ("cpu", "aot_eager"), ("cpu", "inductor")])
 def test_compile_in_one_graph(form, backend):
+    if backend == "inductor" and " " in torch.__file__:
+        pytest.skip("torch's inductor compiles nothing for the CPU where torch lies below a path with spaces")
     x = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(1))
     results = []
     for compiled in (False, True):
