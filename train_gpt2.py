@@ -21,7 +21,6 @@ import errno
 import gc
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import math
 import os
@@ -508,7 +507,7 @@ class TokenStream:
 
 
 def millions(count):
-    return f"{count / 1e6:.3g}M"
+    return f"{count / 1e6:,.0f}M" if count >= 1e8 else f"{count / 1e6:.3g}M"
 
 
 def where_from(folder, need):
@@ -782,7 +781,7 @@ def validate(model, val, args):
 def state_hash(model):
     """sha256 over the names and bytes of all parameters and buffers."""
     digest = hashlib.sha256()
-    for name, t in itertools.chain(model.named_parameters(), model.named_buffers()):
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(name.encode())
         digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
