@@ -323,3 +323,14 @@ def test_tiny_models_are_of_one_size():
         active.append(sum(p.numel() for name, p in model.named_parameters() if name not in model.lookups))
     assert max(active) / min(active) < 1.03, active
     assert 0.8e6 < min(active) and max(active) < 1.25e6, active
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_check_looks_at_everything_and_writes_nothing(script, data, tmp_path):
+    """What run_*.sh asks for before it starts several ranks: one process speaks for WORLD_SIZE of them."""
+    flags = tiny(script, data, tmp_path / "records", "--check")
+    done = run_script(script, *flags, WORLD_SIZE="2")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not (tmp_path / "records").exists()
+    for wrong, named in (("--bsz=3", "2 device(s)"), ("--headsz=24", "--headsz 24"), (f"--data={tmp_path}", "no train")):
+        done = run_script(script, *flags, wrong, WORLD_SIZE="2")
+        assert done.returncode == 1 and named in done.stderr and done.stderr.count("\n") == 1, done.stderr
