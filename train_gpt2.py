@@ -385,6 +385,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr, momentum=0.95, scale="spectral"):
         super().__init__(params, dict(lr=lr, momentum=momentum, scale=scale))
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.dtype = torch.bfloat16 if has_bf16(self.param_groups[0]["params"][0].device) else torch.float32
 
     @staticmethod
     def batches(params):
@@ -396,14 +397,13 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        wide = lambda m: m if m.shape[0] <= m.shape[1] else m.mT
         for group in self.param_groups:
-            wide = lambda m: m if m.shape[0] <= m.shape[1] else m.mT
             batches, local = self.batches(group["params"]), []
             for (rows, cols), matrices in batches.items():
                 share = -(-len(matrices) // self.world)  # matrices a rank, the last rank's padded
                 own = matrices[self.rank * share:(self.rank + 1) * share]
-                dtype = torch.bfloat16 if has_bf16(matrices[0].device) else torch.float32
-                out = matrices[0].new_zeros(share, rows, cols, dtype=dtype)
+                out = matrices[0].new_zeros(share, rows, cols, dtype=self.dtype)
                 if own:
                     grads = [p.grad for p in own]
                     for p in own:
@@ -413,12 +413,12 @@ class Muon(torch.optim.Optimizer):
                     torch._foreach_mul_(M, group["momentum"])
                     torch._foreach_add_(M, grads)
                     G = torch._foreach_add(grads, M, alpha=group["momentum"])
-                    out[:len(own)] = newton_schulz(torch.stack([wide(g) for g in G]).to(dtype))
+                    out[:len(own)] = newton_schulz(torch.stack([wide(g) for g in G]).to(self.dtype))
                 local.append(out)
             if self.world > 1:
                 flat = torch.cat([out.flatten() for out in local])
                 gathered = flat.new_empty(self.world, flat.numel())
-                gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the name since 2.13, before
+                gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13's name, 2.11's
                 gather(gathered.view(-1), flat)
                 parts = gathered.split([out.numel() for out in local], dim=1)
                 local = [part.reshape(-1, *out.shape[1:]) for part, out in zip(parts, local)]

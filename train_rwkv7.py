@@ -447,23 +447,20 @@ class TimeMixing(nn.Module):
         mu = lambda power: vector(1 - position ** (power * rho1))
         self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g = map(mu, (0.2, 0.9, 0.7, 0.7, 0.9, 0.2))
 
-        rank = lambda factor: max(32, round(factor * C ** 0.5 / 32) * 32)
-        self.decay_rank = self.alpha_rank = 64 if C == 768 else rank(2.5)
-        self.value_rank, self.gate_rank = (32, 128) if C == 768 else (rank(1.7), rank(5))
-
-        def low_rank(size):
+        def low_rank(factor):  # C = 768: factor 2.5 is rank 64, 1.7 is 32, 5 is 128
+            size = max(32, round(factor * C ** 0.5 / 32) * 32)
             second = torch.empty(size, C)
             nn.init.orthogonal_(second, gain=0.1 * max(1, size / C) ** 0.5)
             return nn.Parameter(torch.zeros(C, size)), nn.Parameter(second)
 
         self.w0 = vector(-6 + 6 * (i / (C - 1)) ** (1 + rho0 ** 0.3) + 0.5 + 2.5 * zig)
-        self.w1, self.w2 = low_rank(self.decay_rank)
+        self.w1, self.w2 = low_rank(2.5)
         self.a0 = vector(-0.19 + 0.3 * zig + 0.4 * lin)
-        self.a1, self.a2 = low_rank(self.alpha_rank)
+        self.a1, self.a2 = low_rank(2.5)
         if l > 0:  # layer 0 defines v_first and mixes nothing in
             self.v0 = vector(0.73 - 0.4 * lin)
-            self.v1, self.v2 = low_rank(self.value_rank)
-        self.g1, self.g2 = low_rank(self.gate_rank)
+            self.v1, self.v2 = low_rank(1.7)
+        self.g1, self.g2 = low_rank(5)
         self.k_k = vector(0.71 - 0.1 * lin)
         self.k_a = vector(torch.tensor(1.02))
         self.r_k = nn.Parameter(torch.full((H, N), -0.04))
@@ -667,6 +664,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr, momentum=0.95, scale="spectral"):
         super().__init__(params, dict(lr=lr, momentum=momentum, scale=scale))
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.dtype = torch.bfloat16 if has_bf16(self.param_groups[0]["params"][0].device) else torch.float32
 
     @staticmethod
     def batches(params):
@@ -678,14 +676,13 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        wide = lambda m: m if m.shape[0] <= m.shape[1] else m.mT
         for group in self.param_groups:
-            wide = lambda m: m if m.shape[0] <= m.shape[1] else m.mT
             batches, local = self.batches(group["params"]), []
             for (rows, cols), matrices in batches.items():
                 share = -(-len(matrices) // self.world)  # matrices a rank, the last rank's padded
                 own = matrices[self.rank * share:(self.rank + 1) * share]
-                dtype = torch.bfloat16 if has_bf16(matrices[0].device) else torch.float32
-                out = matrices[0].new_zeros(share, rows, cols, dtype=dtype)
+                out = matrices[0].new_zeros(share, rows, cols, dtype=self.dtype)
                 if own:
                     grads = [p.grad for p in own]
                     for p in own:
@@ -695,12 +692,12 @@ class Muon(torch.optim.Optimizer):
                     torch._foreach_mul_(M, group["momentum"])
                     torch._foreach_add_(M, grads)
                     G = torch._foreach_add(grads, M, alpha=group["momentum"])
-                    out[:len(own)] = newton_schulz(torch.stack([wide(g) for g in G]).to(dtype))
+                    out[:len(own)] = newton_schulz(torch.stack([wide(g) for g in G]).to(self.dtype))
                 local.append(out)
             if self.world > 1:
                 flat = torch.cat([out.flatten() for out in local])
                 gathered = flat.new_empty(self.world, flat.numel())
-                gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the name since 2.13, before
+                gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13's name, 2.11's
                 gather(gathered.view(-1), flat)
                 parts = gathered.split([out.numel() for out in local], dim=1)
                 local = [part.reshape(-1, *out.shape[1:]) for part, out in zip(parts, local)]

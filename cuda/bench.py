@@ -10,10 +10,8 @@ recurrence itself (9 N^2 a token and head forward, 19 N^2 backward): the same ya
 import argparse
 import json
 import os
-import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -98,22 +96,11 @@ def time_kernels(kernels, shape, repeats):
     return times
 
 
-def first_line(*command):
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.partition("\n")[0].strip()
-    except OSError:
-        return ""
-
-
 def describe():
-    info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-    cpu = re.search(r"model name\s*: (.*)", info)
-    commit = first_line("git", "rev-parse", "--short", "HEAD") or "unknown"
-    if first_line("git", "status", "--porcelain", "--", "cuda", "train_rwkv7.py"):
-        commit += " and changes"
-    return {"cpu": f"{cpu[1] if cpu else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})",
-            "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "compiler": first_line(os.environ.get("CXX", "c++"), "--version"), "commit": commit}
+    cpu, versions = train_rwkv7.hardware(torch.device("cpu"))["name"], train_rwkv7.environment()
+    return {"cpu": f"{cpu} ({torch.backends.cpu.get_cpu_capability()})", "cores": os.cpu_count(),
+            "torch": versions["torch"], "compiler": versions["compiler"],
+            "commit": versions["git_commit"][:7] + (" and changes" if versions["git_dirty"] else "")}
 
 
 def quartiles(times):
