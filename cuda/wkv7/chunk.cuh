@@ -34,11 +34,11 @@ struct Thread {
 };
 
 // Where row, column of a matrix in shared memory lies, in bf16. Segments of 8 are permuted in each row, so that the 8
-// rows of a tile lie in different banks.
+// rows of a tile lie in different banks. `block`, a multiple of 16, is the part of the column that is known when compiled
+// or the same in all lanes: the rest is computed once for all blocks of a row.
 template <int COLUMNS>
-__device__ inline int offset(int row, int column) {
-  const int swap = COLUMNS == 16 ? row / 4 % 2 : row % 8;
-  return row * COLUMNS + ((column / 8) ^ swap) * 8 + column % 8;
+__device__ inline int offset(int row, int column, int block = 0) {
+  return (row * COLUMNS + (column ^ ((COLUMNS == 16 ? row / 4 % 2 : row % 8) * 8))) ^ block;
 }
 
 __device__ inline uint32_t& pair_at(bf16* p) { return *reinterpret_cast<uint32_t*>(p); }
@@ -48,19 +48,19 @@ __device__ inline const uint32_t& pair_at(const bf16* p) { return *reinterpret_c
 template <int COLUMNS>
 __device__ inline void load(Block& x, const bf16* X, int row, int column) {
   const int lane = threadIdx.x % 32;
-  load_tiles(x, X + offset<COLUMNS>(row + lane % 16, column + lane / 16 * 8));
+  load_tiles(x, X + row * COLUMNS + offset<COLUMNS>(lane % 16, lane / 16 * 8, column));
 }
 
 template <int COLUMNS>
 __device__ inline void load_transpose(Block& x, const bf16* X, int row, int column) {
   const int lane = threadIdx.x % 32;
-  load_tiles_transposed(x, X + offset<COLUMNS>(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
+  load_tiles_transposed(x, X + row * COLUMNS + offset<COLUMNS>(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8, column));
 }
 
 template <int COLUMNS>
 __device__ inline void store(bf16* X, int row, int column, const Block& x, const Thread& at) {
   for (int i = 0; i < 4; ++i)
-    pair_at(X + offset<COLUMNS>(row + at.g + i % 2 * 8, column + i / 2 * 8 + 2 * at.q)) = x[i];
+    pair_at(X + (row + i % 2 * 8) * COLUMNS + (offset<COLUMNS>(at.g, 2 * at.q, column) ^ (i / 2 * 8))) = x[i];
 }
 
 __device__ inline void add_product(Sum& c, const Block& x, const Block& y) {  // c += x y^T
@@ -148,8 +148,10 @@ __device__ inline void scale(bf16* tile, const Elements& by, const Thread& at) {
   store<N>(tile, 0, 16 * at.warp, x, at);
 }
 
+enum { M, AK, RB, RK, M_REST, MATRICES };  // the matrices of a chunk; M + M_REST is M to 16 bits
+
 // M = (1 - L)^{-1} for a strictly lower triangular L, by forward substitution: lane j finds column j.
-__device__ inline void invert(bf16* M, const float* L, const Thread& at) {
+__device__ inline void invert(bf16 (*matrix)[C * C], const float* L, const Thread& at) {
   const int j = at.lane % C;
   float x[C];
 #pragma unroll
@@ -157,11 +159,13 @@ __device__ inline void invert(bf16* M, const float* L, const Thread& at) {
     x[i] = i == j ? 1.f : 0.f;
 #pragma unroll
     for (int s = 0; s < i; ++s) x[i] += L[i * C + s] * x[s];
-    if (at.lane < C) M[offset<C>(i, j)] = to_bf16(x[i]);
+    if (at.lane < C) {
+      const bf16 first = to_bf16(x[i]);
+      matrix[M][offset<C>(i, j)] = first;
+      matrix[M_REST][offset<C>(i, j)] = to_bf16(x[i] - to_float(first));
+    }
   }
 }
-
-enum { M, AK, RB, RK };  // the matrices of a chunk
 
 // M, AK, RB, RK into `matrix`, one by each of the first four warps (without r: the first two). `room`: C x C floats.
 template <int N, bool WITH_R>
@@ -181,7 +185,7 @@ __device__ inline void pair_matrices(bf16 (*matrix)[C * C], float* room, const b
   if (at.warp == M) {
     FOR_ELEMENTS room[(at.g + 8 * row) * C + 8 * half + 2 * at.q + e] = c[half][2 * row + e];
     sync_warp();
-    invert(matrix[M], room, at);
+    invert(matrix, room, at);
   } else {
     Block x;
     to_block(x, c);
@@ -205,19 +209,32 @@ __device__ inline void read_state(Sum& Z, Sum& Y, const Sum (&S)[N / 16], const 
   }
 }
 
+// u = z M^T, or z M. Where keys repeat, U is the small difference of large terms: z and M are taken to 16 bits.
+template <bool TRANSPOSE>
+__device__ inline void solve(Block& u, const Sum& z, const bf16 (*matrix)[C * C]) {
+  Block first, rest, x;
+  to_block(first, z);
+  Sum c;
+  FOR_ELEMENTS c[half][2 * row + e] = z[half][2 * row + e] - element(first, row, half, e);
+  to_block(rest, c);
+  TRANSPOSE ? load<C>(x, matrix[M], 0, 0) : load_transpose<C>(x, matrix[M], 0, 0);
+  FOR_ELEMENTS c[half][2 * row + e] = 0.f;
+  add_product(c, rest, x);
+  add_product(c, first, x);
+  TRANSPOSE ? load<C>(x, matrix[M_REST], 0, 0) : load_transpose<C>(x, matrix[M_REST], 0, 0);
+  add_product(c, first, x);
+  to_block(u, c);
+}
+
 // Completes Z^T and Y, and takes S to the chunk's end.
 template <int N, bool WITH_Y>
 __device__ inline void finish_chunk(Sum (&S)[N / 16], Sum& Z, Sum& Y, const bf16* K, const bf16* V, const bf16* B,
                                     const bf16 (*matrix)[C * C], const float* P_end, const Thread& at) {
-  Block v, u, x, y;
+  Block v, u, x;
   load_transpose<N>(v, V, 0, 16 * at.warp);
   load<C>(x, matrix[AK], 0, 0);
   add_product(Z, v, x);
-  to_block(y, Z);
-  load<C>(x, matrix[M], 0, 0);
-  Sum U = {};
-  add_product(U, y, x);
-  to_block(u, U);
+  solve<true>(u, Z, matrix);
   if (WITH_Y) {
     load<C>(x, matrix[RK], 0, 0);
     add_product(Y, x, v);

@@ -34,7 +34,7 @@ struct Tensors {
 template <int N>
 struct ForwardMemory {
   bf16 tile[2][6][C * N];
-  bf16 matrix[4][C * C];
+  bf16 matrix[MATRICES][C * C];
   float room[C * C];
   float P_end[N];
 };
@@ -44,28 +44,28 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? 6 : 2)
     forward(Tensors in, const float* s0, bf16* y, bf16* kept, float* sT) {
   auto& shared = *reinterpret_cast<ForwardMemory<N>*>(shared_memory());
   const Thread at;
-  const int64_t stride = int64_t{in.H} * N, head = blockIdx.x, chunks = in.T / C;
-  const int64_t start = (head / in.H * in.T * in.H + head % in.H) * N;
-  const int own = (16 * at.warp + at.g) * N + 2 * at.q;  // of the lane's first element in a state
+  const int head = blockIdx.x, chunks = in.T / C, groups = (chunks + GROUP / C - 1) / (GROUP / C);
+  const int64_t stride = int64_t{in.H} * N, start = (int64_t{head / in.H} * in.T * in.H + head % in.H) * N;
+  const int own = (16 * at.warp + at.g) * N + 2 * at.q;  // the lane's first element of a state
 
   Sum S[N / 16];
 #pragma unroll
   for (int j = 0; j < N / 16; ++j)
-    FOR_ELEMENTS S[j][half][2 * row + e] = s0 ? s0[head * N * N + own + 8 * row * N + 16 * j + 8 * half + e] : 0.f;
+    FOR_ELEMENTS S[j][half][2 * row + e] = s0 ? s0[int64_t{head} * N * N + own + 8 * row * N + 16 * j + 8 * half + e] : 0.f;
 
-  auto fetch = [&](int64_t chunk) {
+  auto fetch = [&](int chunk) {
     if (chunk < chunks)
       for (int i = 0; i < 6; ++i)
         copy_tile<N>(shared.tile[chunk % 2][i], in.x[i] + start + chunk * C * stride, stride);
     copy_commit();
   };
   fetch(0);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+  for (int chunk = 0; chunk < chunks; ++chunk) {
     copy_wait<0>();
     sync_block();  // the tiles are there, and nobody needs those of the chunk before any more
     fetch(chunk + 1);
     if (chunk % (GROUP / C) == 0) {
-      bf16* state = kept + (head * ((chunks + GROUP / C - 1) / (GROUP / C)) + chunk / (GROUP / C)) * N * N + own;
+      bf16* state = kept + (int64_t{head} * groups + chunk / (GROUP / C)) * N * N + own;
 #pragma unroll
       for (int j = 0; j < N / 16; ++j) {
         Block s;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? 6 : 2)
   }
 #pragma unroll
   for (int j = 0; j < N / 16; ++j)
-    FOR_ELEMENTS sT[head * N * N + own + 8 * row * N + 16 * j + 8 * half + e] = S[j][half][2 * row + e];
+    FOR_ELEMENTS sT[int64_t{head} * N * N + own + 8 * row * N + 16 * j + 8 * half + e] = S[j][half][2 * row + e];
 }
 
 template <int N>
@@ -103,7 +103,7 @@ struct BackwardMemory {
   bf16 state[GROUP / C][N * N];  // at the chunks' starts; an odd group has its in reverse order
   bf16 G[N * N];
   bf16 U[N * C], dZ[N * C];  // transposed: row = value
-  bf16 matrix[4][C * C];     // the matrices, later their gradients
+  bf16 matrix[MATRICES][C * C];     // the matrices, later their gradients
   float P_end[N];
 };
 
@@ -113,17 +113,16 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? 3 : 1)
              float* ds0) {
   auto& shared = *reinterpret_cast<BackwardMemory<N>*>(shared_memory());
   const Thread at;
-  const int64_t stride = int64_t{in.H} * N, head = blockIdx.x;
-  const int64_t start = (head / in.H * in.T * in.H + head % in.H) * N;
+  const int head = blockIdx.x, chunks = in.T / C, groups = (chunks + GROUP / C - 1) / (GROUP / C);
+  const int64_t stride = int64_t{in.H} * N, start = (int64_t{head / in.H} * in.T * in.H + head % in.H) * N;
   const int own = (16 * at.warp + at.g) * N + 2 * at.q;
-  const int chunks = in.T / C, groups = (chunks + GROUP / C - 1) / (GROUP / C);
 
   auto chunks_in = [&](int group) { return group < groups - 1 ? GROUP / C : chunks - group * (GROUP / C); };
 
   Sum G[N / 16];  // gradient of the state at the chunk's end
 #pragma unroll
   for (int j = 0; j < N / 16; ++j)
-    FOR_ELEMENTS G[j][half][2 * row + e] = dsT ? dsT[head * N * N + own + 8 * row * N + 16 * j + 8 * half + e] : 0.f;
+    FOR_ELEMENTS G[j][half][2 * row + e] = dsT ? dsT[int64_t{head} * N * N + own + 8 * row * N + 16 * j + 8 * half + e] : 0.f;
 
   // Copies what step `step` of a group of n chunks needs: steps 0 to n-2 go forwards through chunks 0 to n-2, steps n-1
   // to 2n-2 backwards from chunk n-1. The step after the last is the next group's first.
@@ -138,7 +137,7 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? 3 : 1)
       if (step == 0)
         for (int i = threadIdx.x * 8; i < N * N; i += 2 * N * 8)
           copy_async(shared.state[group % 2 * (GROUP / C - 1)] + offset<N>(i / N, i % N),
-                     kept + (head * groups + group) * N * N + i);
+                     kept + (int64_t{head} * groups + group) * N * N + i);
     }
     copy_commit();
   };
@@ -215,18 +214,11 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? 3 : 1)
         load_transpose<N>(dy, tile[DY], 0, 16 * at.warp);
         load<C>(x, shared.matrix[AK], 0, 0);
         add_product(Z, v, x);
-        to_block(y, Z);
-        load<C>(x, shared.matrix[M], 0, 0);
-        Sum U = {}, dZ = {};
-        add_product(U, y, x);
-        to_block(y, U);
+        solve<true>(y, Z, shared.matrix);
         store<C>(shared.U, 16 * at.warp, 0, y, at);
         load_transpose<C>(x, shared.matrix[RB], 0, 0);
         add_product(dU, dy, x);
-        to_block(y, dU);
-        load_transpose<C>(x, shared.matrix[M], 0, 0);
-        add_product(dZ, y, x);
-        to_block(dz, dZ);
+        solve<false>(dz, dU, shared.matrix);
         store<C>(shared.dZ, 16 * at.warp, 0, dz, at);
         load_transpose<C>(x, shared.matrix[RK], 0, 0);
         add_product(dV, x, dy);
@@ -314,46 +306,47 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? 3 : 1)
       load<N>(b, tile[B], 0, 16 * at.warp);
       load<N>(r, tile[R], 0, 16 * at.warp);
       load<N>(a, tile[A], 0, 16 * at.warp);
-      load<N>(x, tile[W], 0, 16 * at.warp);
       Elements change, sum, from_a;
       float later[2][2] = {};  // the sum over all rows of what acts on later tokens
       FOR_ELEMENTS {
-        const float to_k = element(k, row, half, e) * dK[half][2 * row + e] + element(b, row, half, e) * dB[half][2 * row + e];
-        from_a[row][half][e] = element(a, row, half, e) * dA[half][2 * row + e];
-        const float from = element(r, row, half, e) * dR[half][2 * row + e] + from_a[row][half][e] -
-                           (to_k - ends[row][half][e]);
+        float &to_r = dR[half][2 * row + e], &to_a = dA[half][2 * row + e];
+        float &to_k = dK[half][2 * row + e], &to_b = dB[half][2 * row + e];
+        from_a[row][half][e] = element(a, row, half, e) * to_a;
+        const float from = element(r, row, half, e) * to_r + from_a[row][half][e] + ends[row][half][e] -
+                           (element(k, row, half, e) * to_k + element(b, row, half, e) * to_b);
         later[half][e] += from;
         sum[row][half][e] = change[row][half][e] = ends[row][half][e] - from;
+        to_r *= decays.P[row][half][e];
+        to_a *= decays.before[row][half][e];
+        to_k *= decays.inverse[row][half][e];
+        to_b *= decays.inverse[row][half][e];
       }
+      to_block(r, dR);
+      write(dr, r);
+      to_block(k, dK);
+      write(dk, k);
+      to_block(a, dA);
+      write(da, a);
+      to_block(b, dB);
+      write(db, b);
       sum_down(sum, at);
       for (int i = 0; i < 4; ++i)
         for (int by = 4; by < 32; by *= 2) later[i / 2][i % 2] += shuffle_xor(later[i / 2][i % 2], by);
+      load<N>(x, tile[W], 0, 16 * at.warp);
       FOR_ELEMENTS {
         const float end = shuffle(passed[half], 4 * (2 * at.q + e));
         const float d_log = end + later[half][e] + sum[row][half][e] - change[row][half][e] - from_a[row][half][e];
         const float exp_w = fminf(fast_exp2(-LOG2_E * element(x, row, half, e)), 1e30f), s = fast_reciprocal(1.f + exp_w);
         sum[row][half][e] = -DECAY_BOUND * exp_w * s * s * d_log;
-        dR[half][2 * row + e] *= decays.P[row][half][e];
-        dA[half][2 * row + e] *= decays.before[row][half][e];
-        dK[half][2 * row + e] *= decays.inverse[row][half][e];
-        dB[half][2 * row + e] *= decays.inverse[row][half][e];
       }
       for (int i = 0; i < 4; ++i) x[i] = pack_bf16(sum[i % 2][i / 2][0], sum[i % 2][i / 2][1]);
       write(dw, x);
-      to_block(x, dR);
-      write(dr, x);
-      to_block(x, dK);
-      write(dk, x);
-      to_block(x, dA);
-      write(da, x);
-      to_block(x, dB);
-      write(db, x);
     }
   }
   if (ds0)
 #pragma unroll
     for (int j = 0; j < N / 16; ++j)
-      FOR_ELEMENTS ds0[head * N * N + own + 8 * row * N + 16 * j + 8 * half + e] = G[j][half][2 * row + e];
+      FOR_ELEMENTS ds0[int64_t{head} * N * N + own + 8 * row * N + 16 * j + 8 * half + e] = G[j][half][2 * row + e];
 }
 
 template <class... Parameters, class... Arguments>
