@@ -59,6 +59,17 @@ __device__ inline float fast_reciprocal(float x) {
 #endif
 }
 
+// threadIdx.x, read anew: what is computed from it need not stay in registers all the way from its last use.
+__device__ inline int thread_index() {
+#ifdef __CUDACC__
+  int i;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i));
+  return i;
+#else
+  return static_cast<int>(threadIdx.x);
+#endif
+}
+
 // Barriers, of the block and of the warp. Both order the memory accesses of their threads.
 __device__ inline void sync_block() {
 #ifdef __CUDACC__

@@ -30,7 +30,8 @@ using Elements = float[2][2][2];  // of a 16 x 16 result this lane's: [row g or 
 
 struct Thread {
   int warp, lane, g, q;
-  __device__ Thread() : warp(threadIdx.x / 32), lane(threadIdx.x % 32), g(lane / 4), q(lane % 4) {}
+  __device__ Thread() : Thread(thread_index()) {}
+  __device__ explicit Thread(int i) : warp(i / 32), lane(i % 32), g(lane / 4), q(lane % 4) {}
 };
 
 // Where row, column of a matrix in shared memory lies, in bf16. Segments of 8 are permuted in each row, so that the 8
@@ -46,15 +47,14 @@ __device__ inline const uint32_t& pair_at(const bf16* p) { return *reinterpret_c
 
 // The block at (row, column) of matrix X, or of its transpose: then (row, column) are still those in X.
 template <int COLUMNS>
-__device__ inline void load(Block& x, const bf16* X, int row, int column) {
-  const int lane = threadIdx.x % 32;
-  load_tiles(x, X + row * COLUMNS + offset<COLUMNS>(lane % 16, lane / 16 * 8, column));
+__device__ inline void load(Block& x, const bf16* X, int row, int column, const Thread& at) {
+  load_tiles(x, X + row * COLUMNS + offset<COLUMNS>(at.lane % 16, at.lane / 16 * 8, column));
 }
 
 template <int COLUMNS>
-__device__ inline void load_transpose(Block& x, const bf16* X, int row, int column) {
-  const int lane = threadIdx.x % 32;
-  load_tiles_transposed(x, X + row * COLUMNS + offset<COLUMNS>(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8, column));
+__device__ inline void load_transpose(Block& x, const bf16* X, int row, int column, const Thread& at) {
+  const int within = at.lane / 16 * 8 + at.lane % 8;
+  load_tiles_transposed(x, X + row * COLUMNS + offset<COLUMNS>(within, at.lane / 8 % 2 * 8, column));
 }
 
 template <int COLUMNS>
@@ -83,7 +83,7 @@ __device__ inline float element(const Block& x, int row, int half, int e) {
   return e ? high_bf16(pair) : low_bf16(pair);
 }
 
-__device__ inline void scale_columns(Sum& c, const float* by, const Thread& at) {
+__device__ inline void scale_columns(Sum& c, const volatile float* by, const Thread& at) {
   FOR_ELEMENTS c[half][2 * row + e] *= by[8 * half + 2 * at.q + e];
 }
 
@@ -96,11 +96,21 @@ __device__ inline void keep_lower(Sum& c, bool diagonal, const Thread& at) {
 
 __device__ inline float sigmoid(float w) { return fast_reciprocal(1.f + fast_exp2(-LOG2_E * w)); }
 
-// Tiles are C x N matrices in shared memory, where row = token. The block copies one with one 16-byte piece a thread.
+// The tiles of a chunk: r, k, a, b are scaled to R, K, A, B; w and v stay as they are.
+struct Tiles {
+  bf16 *R, *W, *K, *V, *A, *B, *DY;
+};
+
+// Tiles are C x N matrices in shared memory, where row = token. The block copies one with one 16-byte piece a thread:
+// from + offset of the chunk's first token + this thread's part.
 template <int N>
-__device__ inline void copy_tile(bf16* tile, const bf16* global, int64_t token_stride) {
-  const int row = threadIdx.x / (N / 8), column = threadIdx.x % (N / 8) * 8;
-  copy_async(tile + offset<N>(row, column), global + row * token_stride + column);
+__device__ inline int64_t piece(int stride, int thread) {
+  return int64_t{thread / (N / 8)} * stride + thread % (N / 8) * 8;
+}
+
+template <int N>
+__device__ inline void copy_tile(bf16* tile, const bf16* from, int thread) {
+  copy_async(tile + offset<N>(thread / (N / 8), thread % (N / 8) * 8), from);
 }
 
 // The sum over all rows up to each row, in place; always added in the same order.
@@ -116,42 +126,49 @@ __device__ inline void sum_down(Elements& x, const Thread& at) {
     }
 }
 
-// Of the warp's 16 channels: P_t, P_{t-1} and 1 / P_t, and P_C for the whole block.
+// Of the warp's 16 channels: P_t, P_{t-1} and 1 / P_t, from their logarithms to the base 2.
 template <int N>
 struct Decays {
-  Elements P, before, inverse;
-  __device__ Decays(const bf16* w, float* P_end, const Thread& at) {
-    Block pre;
-    load<N>(pre, w, 0, 16 * at.warp);
-    Elements log_d, log_P;  // to the base 2
-    FOR_ELEMENTS {
-      log_d[row][half][e] = -DECAY_BOUND * LOG2_E * sigmoid(element(pre, row, half, e));
-      log_P[row][half][e] = log_d[row][half][e];
-    }
+  Elements log_d, log_P;
+  __device__ Decays(const bf16* w, const Thread& at) {
+    Block x;
+    load<N>(x, w, 0, 16 * at.warp, at);
+    FOR_ELEMENTS log_d[row][half][e] = log_P[row][half][e] = -DECAY_BOUND * LOG2_E * sigmoid(element(x, row, half, e));
     sum_down(log_P, at);
-    FOR_ELEMENTS {
-      P[row][half][e] = fast_exp2(log_P[row][half][e]);
-      inverse[row][half][e] = fast_exp2(-log_P[row][half][e]);
-      before[row][half][e] = fast_exp2(log_P[row][half][e] - log_d[row][half][e]);
-      if (row == 1 && at.g == 7) P_end[16 * at.warp + 8 * half + 2 * at.q + e] = P[row][half][e];
-    }
   }
+  __device__ float P(int row, int half, int e) const { return fast_exp2(log_P[row][half][e]); }
+  __device__ float before(int row, int half, int e) const { return fast_exp2(log_P[row][half][e] - log_d[row][half][e]); }
+  __device__ float inverse(int row, int half, int e) const { return fast_exp2(-log_P[row][half][e]); }
 };
 
-template <int N>
-__device__ inline void scale(bf16* tile, const Elements& by, const Thread& at) {  // the warp's 16 channels, in place
+template <int N, class Factor>
+__device__ inline void scale(bf16* tile, Factor by, const Thread& at) {  // the warp's 16 channels, in place
   Block x;
-  load<N>(x, tile, 0, 16 * at.warp);
+  load<N>(x, tile, 0, 16 * at.warp, at);
   for (int i = 0; i < 4; ++i)
-    x[i] = pack_bf16(low_bf16(x[i]) * by[i % 2][i / 2][0], high_bf16(x[i]) * by[i % 2][i / 2][1]);
+    x[i] = pack_bf16(low_bf16(x[i]) * by(i % 2, i / 2, 0), high_bf16(x[i]) * by(i % 2, i / 2, 1));
   sync_warp();  // all have read
   store<N>(tile, 0, 16 * at.warp, x, at);
+}
+
+// Scales the warp's channels of a chunk, R where it is there; P_C for the whole block.
+template <int N>
+__device__ inline void scale(const Tiles& tile, const Decays<N>& decays, float* P_end, const Thread& at) {
+  const auto P = [&](int row, int half, int e) { return decays.P(row, half, e); };
+  const auto before = [&](int row, int half, int e) { return decays.before(row, half, e); };
+  const auto inverse = [&](int row, int half, int e) { return decays.inverse(row, half, e); };
+  scale<N>(tile.A, before, at);
+  scale<N>(tile.K, inverse, at);
+  scale<N>(tile.B, inverse, at);
+  if (tile.R) scale<N>(tile.R, P, at);
+  if (at.g == 7)
+    for (int i = 0; i < 4; ++i) P_end[16 * at.warp + 8 * (i / 2) + 2 * at.q + i % 2] = decays.P(1, i / 2, i % 2);
 }
 
 enum { M, AK, RB, RK, M_REST, MATRICES };  // the matrices of a chunk; M + M_REST is M to 16 bits
 
 // M = (1 - L)^{-1} for a strictly lower triangular L, by forward substitution: lane j finds column j.
-__device__ inline void invert(bf16 (*matrix)[C * C], const float* L, const Thread& at) {
+__device__ inline void invert(bf16 (*matrix)[C * C], const volatile float* L, const Thread& at) {
   const int j = at.lane % C;
   float x[C];
 #pragma unroll
@@ -167,18 +184,17 @@ __device__ inline void invert(bf16 (*matrix)[C * C], const float* L, const Threa
   }
 }
 
-// M, AK, RB, RK into `matrix`, one by each of the first four warps (without r: the first two). `room`: C x C floats.
-template <int N, bool WITH_R>
-__device__ inline void pair_matrices(bf16 (*matrix)[C * C], float* room, const bf16* R, const bf16* A, const bf16* K,
-                                     const bf16* B, const Thread& at) {
-  if (at.warp >= (WITH_R ? 4 : 2)) return;
-  const bf16 *later = at.warp < RB ? A : R, *earlier = at.warp % 2 ? K : B;
+// M, AK, RB, RK into `matrix`, one by each of the first four warps (without R: two). `room`: C x C floats.
+template <int N>
+__device__ inline void pair_matrices(bf16 (*matrix)[C * C], float* room, const Tiles& tile, const Thread& at) {
+  if (at.warp >= (tile.R ? 4 : 2)) return;
+  const bf16 *later = at.warp < RB ? tile.A : tile.R, *earlier = at.warp % 2 ? tile.K : tile.B;
   Sum c = {};
-#pragma unroll
+#pragma unroll 4
   for (int j = 0; j < N; j += 16) {
     Block x, y;
-    load<N>(x, later, 0, j);
-    load<N>(y, earlier, 0, j);
+    load<N>(x, later, 0, j, at);
+    load<N>(y, earlier, 0, j, at);
     add_product(c, x, y);
   }
   keep_lower(c, at.warp >= RB, at);
@@ -193,62 +209,122 @@ __device__ inline void pair_matrices(bf16 (*matrix)[C * C], float* room, const b
   }
 }
 
-// What the state S at the chunk's start gives to Z^T and Y.
-template <int N, bool WITH_Y>
-__device__ inline void read_state(Sum& Z, Sum& Y, const Sum (&S)[N / 16], const bf16* R, const bf16* A) {
-#pragma unroll
-  for (int j = 0; j < N / 16; ++j) {
-    Block s, x;
-    to_block(s, S[j]);
-    load<N>(x, A, 0, 16 * j);
-    add_product(Z, s, x);
-    if (WITH_Y) {
-      load<N>(x, R, 0, 16 * j);
-      add_product(Y, x, s);
-    }
-  }
-}
-
 // u = z M^T, or z M. Where keys repeat, U is the small difference of large terms: z and M are taken to 16 bits.
 template <bool TRANSPOSE>
-__device__ inline void solve(Block& u, const Sum& z, const bf16 (*matrix)[C * C]) {
+__device__ inline void solve(Block& u, const Sum& z, const bf16 (*matrix)[C * C], const Thread& at) {
   Block first, rest, x;
   to_block(first, z);
   Sum c;
   FOR_ELEMENTS c[half][2 * row + e] = z[half][2 * row + e] - element(first, row, half, e);
   to_block(rest, c);
-  TRANSPOSE ? load<C>(x, matrix[M], 0, 0) : load_transpose<C>(x, matrix[M], 0, 0);
+  TRANSPOSE ? load<C>(x, matrix[M], 0, 0, at) : load_transpose<C>(x, matrix[M], 0, 0, at);
   FOR_ELEMENTS c[half][2 * row + e] = 0.f;
   add_product(c, rest, x);
   add_product(c, first, x);
-  TRANSPOSE ? load<C>(x, matrix[M_REST], 0, 0) : load_transpose<C>(x, matrix[M_REST], 0, 0);
+  TRANSPOSE ? load<C>(x, matrix[M_REST], 0, 0, at) : load_transpose<C>(x, matrix[M_REST], 0, 0, at);
   add_product(c, first, x);
   to_block(u, c);
 }
 
-// Completes Z^T and Y, and takes S to the chunk's end.
-template <int N, bool WITH_Y>
-__device__ inline void finish_chunk(Sum (&S)[N / 16], Sum& Z, Sum& Y, const bf16* K, const bf16* V, const bf16* B,
-                                    const bf16 (*matrix)[C * C], const float* P_end, const Thread& at) {
+// What the state S at the chunk's start gives: Z^T += S A^T and, if asked for, Y += R S^T.
+template <int N>
+__device__ inline void read_state(Sum& Z, Sum* Y, const Sum (&S)[N / 16], const Tiles& tile, const Thread& at) {
+#pragma unroll
+  for (int j = 0; j < N / 16; ++j) {
+    Block s, x;
+    to_block(s, S[j]);
+    load<N>(x, tile.A, 0, 16 * j, at);
+    add_product(Z, s, x);
+    if (Y) {
+      load<N>(x, tile.R, 0, 16 * j, at);
+      add_product(*Y, x, s);
+    }
+  }
+}
+
+// Completes Z^T and Y, if there is one, and takes S to the chunk's end.
+template <int N>
+__device__ inline void finish_chunk(Sum (&S)[N / 16], Sum& Z, Sum* Y, const Tiles& tile, const bf16 (*matrix)[C * C],
+                                    const float* P_end, const Thread& at) {
   Block v, u, x;
-  load_transpose<N>(v, V, 0, 16 * at.warp);
-  load<C>(x, matrix[AK], 0, 0);
+  load_transpose<N>(v, tile.V, 0, 16 * at.warp, at);
+  load<C>(x, matrix[AK], 0, 0, at);
   add_product(Z, v, x);
-  solve<true>(u, Z, matrix);
-  if (WITH_Y) {
-    load<C>(x, matrix[RK], 0, 0);
-    add_product(Y, x, v);
-    load<C>(x, matrix[RB], 0, 0);
-    add_product(Y, x, u);
+  solve<true>(u, Z, matrix, at);
+  if (Y) {
+    load<C>(x, matrix[RK], 0, 0, at);
+    add_product(*Y, x, v);
+    load<C>(x, matrix[RB], 0, 0, at);
+    add_product(*Y, x, u);
   }
 #pragma unroll
   for (int j = 0; j < N / 16; ++j) {
-    load_transpose<N>(x, K, 0, 16 * j);
+    load_transpose<N>(x, tile.K, 0, 16 * j, at);
     add_product(S[j], v, x);
-    load_transpose<N>(x, B, 0, 16 * j);
+    load_transpose<N>(x, tile.B, 0, 16 * j, at);
     add_product(S[j], u, x);
     scale_columns(S[j], P_end + 16 * j, at);
   }
+}
+
+// States in global memory, (N, N): `head` is the number of the state, `to` or `from` the first one.
+template <int N>
+__device__ inline void write_state(float* to, int64_t head, const Sum (&S)[N / 16]) {
+  const Thread at;
+  to += head * N * N + (16 * at.warp + at.g) * N + 2 * at.q;
+#pragma unroll
+  for (int j = 0; j < N / 16; ++j)
+    for (int i = 0; i < 4; ++i)
+      *reinterpret_cast<float2*>(to + i % 2 * 8 * N + 16 * j + i / 2 * 8) =
+          make_float2(S[j][i / 2][i % 2 * 2], S[j][i / 2][i % 2 * 2 + 1]);
+}
+
+template <int N>
+__device__ inline void write_state(bf16* to, int64_t head, const Sum (&S)[N / 16]) {
+  const Thread at;
+  to += head * N * N + (16 * at.warp + at.g) * N + 2 * at.q;
+#pragma unroll
+  for (int j = 0; j < N / 16; ++j) {
+    Block s;
+    to_block(s, S[j]);
+    for (int i = 0; i < 4; ++i) pair_at(to + i % 2 * 8 * N + 16 * j + i / 2 * 8) = s[i];
+  }
+}
+
+template <int N>
+__device__ inline void start_state(Sum (&S)[N / 16], const float* from, int64_t head) {  // zeros if there is none
+  const Thread at;
+  const float* own = from + head * N * N + (16 * at.warp + at.g) * N + 2 * at.q;
+#pragma unroll
+  for (int j = 0; j < N / 16; ++j)
+    FOR_ELEMENTS S[j][half][2 * row + e] = from ? own[8 * row * N + 16 * j + 8 * half + e] : 0.f;
+}
+
+// States in shared memory, (N, N) bf16.
+template <int N>
+__device__ inline void store_state(bf16* to, const Sum (&S)[N / 16], const Thread& at) {
+#pragma unroll
+  for (int j = 0; j < N / 16; ++j) {
+    Block s;
+    to_block(s, S[j]);
+    store<N>(to, 16 * at.warp, 16 * j, s, at);
+  }
+}
+
+template <int N>
+__device__ inline void load_state(Sum (&S)[N / 16], const bf16* from, const Thread& at) {
+#pragma unroll
+  for (int j = 0; j < N / 16; ++j) {
+    Block s;
+    load<N>(s, from, 16 * at.warp, 16 * j, at);
+    FOR_ELEMENTS S[j][half][2 * row + e] = element(s, row, half, e);
+  }
+}
+
+// A C x N result in the registers of its warps, to the rows `stride` apart that begin at `to`.
+__device__ inline void write(bf16* to, int stride, const Block& x, const Thread& at) {
+  to += int64_t{at.g} * stride + 16 * at.warp + 2 * at.q;
+  for (int i = 0; i < 4; ++i) pair_at(to + int64_t{i % 2 * 8} * stride + i / 2 * 8) = x[i];
 }
 
 }  // namespace wkv7
