@@ -1,0 +1,109 @@
+"""Builds cuda/'s kernels for tests: for a CPU, on the machine of tests/cuda_on_cpu, and with nvcc for its report only."""
+
+import hashlib
+import os
+import pathlib
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+BUILD, STAND_IN = ROOT / "cuda" / "build", ROOT / "tests" / "cuda_on_cpu"
+SANITIZERS = ("asan", "ubsan")
+
+
+def compiler():
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+
+
+def run(command):
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def cached(name, suffix, inputs, commands):
+    """cuda/build/<name>_<hash><suffix>: if it is not there, made by `commands` of a path that only this process has."""
+    key = repr([(path.name, path.read_bytes()) if isinstance(path, pathlib.Path) else path for path in inputs])
+    target = BUILD / f"{name}_{hashlib.sha256(key.encode()).hexdigest()[:16]}{suffix}"
+    if not target.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+            made = pathlib.Path(folder) / f"made{suffix}"
+            for command in commands(made):
+                run(command)
+            os.replace(made, target)
+    return target
+
+
+def build_on_cpu(sources, sanitize=False, flags=()):
+    """A library of .cu files and of .cpp files with their torch operators (-DCUDA_ON_CPU: registered for the CPU), for
+    torch.ops.load_library or ctypes. sanitize: with AddressSanitizer and UBSan; see sanitized_environment."""
+    sources = [pathlib.Path(source) for source in sources]
+    headers = sorted([*ROOT.glob("cuda/**/*.cuh"), *ROOT.glob("cuda/**/*.h"), *STAND_IN.glob("*.h"),
+                      *{header for source in sources for header in source.parent.glob("*.cuh")}])
+    options = ["-std=c++20", "-O1" if sanitize else "-O2", "-g1", "-fPIC", "-ffp-contract=off", "-DCUDA_ON_CPU", *flags]
+    if sanitize:
+        options += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    warnings = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+    include = ["-I", STAND_IN, "-I", ROOT / "cuda"]
+    version = run([*compiler(), "--version"]) + platform.machine()
+    objects = []
+    for source in [*sources, STAND_IN / "cuda_on_cpu.cpp"]:
+        more, used = warnings, headers
+        if "torch/" in source.read_text():
+            import torch
+            more = ["-isystem", pathlib.Path(torch.__file__).parent / "include"]
+            used = [*headers, torch.__version__]
+        objects.append(cached(source.stem, ".o", [source, *used, options, warnings, version], lambda made: [
+            [*compiler(), *options, *more, *include, "-c", "-x", "c++", source, "-o", made]]))
+    return cached(sources[0].stem, ".so", [*(path.name for path in objects)], lambda made: [
+        [*compiler(), *options, "-shared", *objects, "-o", made]])
+
+
+def sanitized_environment():
+    """What a process needs in its environment to load a library built with sanitize=True."""
+    libraries = [run([*compiler(), f"-print-file-name=lib{name}.so"]).strip() for name in SANITIZERS]
+    return {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+
+
+def find_nvcc():
+    """nvcc's path, or None."""
+    found = [shutil.which("nvcc")]
+    found += [os.path.join(os.environ.get(name, ""), "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH")]
+    return next((path for path in [*found, "/usr/local/cuda/bin/nvcc"] if path and os.path.exists(path)), None)
+
+
+def nvcc_report(source, arch, flags=()):
+    """What nvcc says of each kernel of a .cu file, warnings being errors: {kernel: {"registers", "barriers", "stack",
+    "spill_stores", "spill_loads", "shared"}}. arch: "80", "90a", "100"; kernel: its name in the source with template arguments."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = run([find_nvcc(), "-std=c++17", "-O3", "-I", ROOT / "cuda", f"-gencode=arch=compute_{arch},code=sm_{arch}",
+                    "-Xptxas", "-v", "-Werror", "all-warnings", *flags, "-c", source, "-o", f"{folder}/kernel.o"])
+    return parse_ptxas(text)
+
+
+def parse_ptxas(text):
+    report = {}
+    for part in re.split(r"Compiling entry function '", text)[1:]:
+        def number(pattern):
+            found = re.search(pattern, part)
+            return int(found[1]) if found else 0
+        report[part[: part.index("'")]] = {
+            "registers": int(re.search(r"Used (\d+) registers", part)[1]), "barriers": number(r"used (\d+) barriers"),
+            "stack": number(r"(\d+) bytes stack frame"), "spill_stores": number(r"(\d+) bytes spill stores"),
+            "spill_loads": number(r"(\d+) bytes spill loads"), "shared": number(r"(\d+) bytes smem")}
+    names = demangle(list(report))
+    return {name: report[symbol] for name, symbol in zip(names, report)}
+
+
+def demangle(symbols):
+    """Mangled names, each as it is in the source, with template arguments but no parameters: scan<64>."""
+    tool = shutil.which("c++filt") or shutil.which("cu++filt") or os.path.join(os.path.dirname(find_nvcc()), "cu++filt")
+    lines = run([tool, *symbols]).splitlines() if symbols else []
+    names = [re.sub(r"\(int\)|\(anonymous namespace\)::|^void ", "", line) for line in lines]
+    return [re.sub(r"\(.*", "", name) for name in names]
