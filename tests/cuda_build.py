@@ -52,17 +52,17 @@ def build_on_cpu(sources, sanitize=False, flags=()):
     warnings = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
     include = ["-I", STAND_IN, "-I", ROOT / "cuda"]
     version = run([*compiler(), "--version"]) + platform.machine()
-    objects = []
+    objects, libraries = [], []
     for source in [*sources, STAND_IN / "cuda_on_cpu.cpp"]:
         more, used = warnings, headers
         if "torch/" in source.read_text():
             import torch
-            more = ["-isystem", pathlib.Path(torch.__file__).parent / "include"]
-            used = [*headers, torch.__version__]
+            more, used = ["-isystem", pathlib.Path(torch.__file__).parent / "include"], [*headers, torch.__version__]
+            libraries = ["-L", pathlib.Path(torch.__file__).parent / "lib", "-ltorch_cpu"]
         objects.append(cached(source.stem, ".o", [source, *used, options, warnings, version], lambda made: [
             [*compiler(), *options, *more, *include, "-c", "-x", "c++", source, "-o", made]]))
-    return cached(sources[0].stem, ".so", [*(path.name for path in objects)], lambda made: [
-        [*compiler(), *options, "-shared", *objects, "-o", made]])
+    return cached(sources[0].stem, ".so", [*(path.name for path in objects), *map(str, libraries)], lambda made: [
+        [*compiler(), *options, "-shared", *objects, *libraries, "-o", made]])
 
 
 def sanitized_environment():
