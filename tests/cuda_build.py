@@ -28,7 +28,7 @@ def run(command):
 
 def cached(name, suffix, inputs, commands):
     """cuda/build/<name>_<hash><suffix>: if it is not there, made by `commands` of a path that only this process has."""
-    key = repr([(path.name, path.read_bytes()) if isinstance(path, pathlib.Path) else path for path in inputs])
+    key = repr([(path.name, path.read_bytes()) if isinstance(path, pathlib.Path) else str(path) for path in inputs])
     target = BUILD / f"{name}_{hashlib.sha256(key.encode()).hexdigest()[:16]}{suffix}"
     if not target.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
@@ -40,26 +40,28 @@ def cached(name, suffix, inputs, commands):
     return target
 
 
-def build_on_cpu(sources, sanitize=False, flags=()):
+def build_on_cpu(sources, sanitize=False, races=False, flags=()):
     """A library of .cu files and of .cpp files with their torch operators (-DCUDA_ON_CPU: registered for the CPU), for
-    torch.ops.load_library or ctypes. sanitize: with AddressSanitizer and UBSan; see sanitized_environment."""
+    torch.ops.load_library or ctypes. sanitize: with AddressSanitizer and UBSan; see sanitized_environment. races: every
+    access to memory is watched, races make the launch fail (tests/cuda_on_cpu/races.h); several times slower."""
     sources = [pathlib.Path(source) for source in sources]
     headers = sorted([*ROOT.glob("cuda/**/*.cuh"), *ROOT.glob("cuda/**/*.h"), *STAND_IN.glob("*.h"),
                       *{header for source in sources for header in source.parent.glob("*.cuh")}])
-    options = ["-std=c++20", "-O1" if sanitize else "-O2", "-g1", "-fPIC", "-ffp-contract=off", "-DCUDA_ON_CPU", *flags]
+    options = ["-std=c++20", "-O1" if sanitize or races else "-O2", "-g1", "-fPIC", "-ffp-contract=off", "-DCUDA_ON_CPU", *flags]
     if sanitize:
         options += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-    warnings = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+    if races:
+        options += ["-DCUDA_ON_CPU_RACES"]
     include = ["-I", STAND_IN, "-I", ROOT / "cuda"]
     version = run([*compiler(), "--version"]) + platform.machine()
     objects, libraries = [], []
     for source in [*sources, STAND_IN / "cuda_on_cpu.cpp"]:
-        more, used = warnings, headers
+        more, used = ["-fsanitize=thread"] if races and source.suffix == ".cu" else [], headers
         if "torch/" in source.read_text():
             import torch
             more, used = ["-isystem", pathlib.Path(torch.__file__).parent / "include"], [*headers, torch.__version__]
             libraries = ["-L", pathlib.Path(torch.__file__).parent / "lib", "-ltorch_cpu"]
-        objects.append(cached(source.stem, ".o", [source, *used, options, warnings, version], lambda made: [
+        objects.append(cached(source.stem, ".o", [source, *used, options, more, version], lambda made: [
             [*compiler(), *options, *more, *include, "-c", "-x", "c++", source, "-o", made]]))
     return cached(sources[0].stem, ".so", [*(path.name for path in objects), *map(str, libraries)], lambda made: [
         [*compiler(), *options, "-shared", *objects, *libraries, "-o", made]])

@@ -16,7 +16,6 @@
 #define __host__
 #define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __restrict__ __restrict
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 
