@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -17,6 +18,9 @@ SANITIZERS = ("asan", "ubsan")
 
 def compiler():
     return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+
+
+MISSING = "" if sys.platform == "linux" and shutil.which(compiler()[0]) else "needs Linux and g++ (or CXX)"
 
 
 def run(command):
@@ -68,9 +72,9 @@ def build_on_cpu(sources, sanitize=False, races=False, flags=()):
 
 
 def sanitized_environment():
-    """What a process needs in its environment to load a library built with sanitize=True."""
+    """What a process needs in its environment to load a library built with sanitize=True; None if there is no such."""
     libraries = [run([*compiler(), f"-print-file-name=lib{name}.so"]).strip() for name in SANITIZERS]
-    return {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return None if not all(map(os.path.isabs, libraries)) else {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
 def find_nvcc():
