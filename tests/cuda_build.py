@@ -1,4 +1,5 @@
-"""Builds cuda/'s kernels for tests: for a CPU, on the machine of tests/cuda_on_cpu, and with nvcc for its report only."""
+"""Builds the kernels of cuda/ for tests: for a CPU, to run on the machine of tests/cuda_on_cpu; by nvcc, to read its
+report of registers and memory. What was built is kept in cuda/build/."""
 
 import hashlib
 import os
@@ -30,18 +31,21 @@ def run(command):
     return done.stdout + done.stderr
 
 
-def cached(name, suffix, inputs, commands):
-    """cuda/build/<name>_<hash><suffix>: if it is not there, made by `commands` of a path that only this process has."""
-    key = repr([(path.name, path.read_bytes()) if isinstance(path, pathlib.Path) else str(path) for path in inputs])
+def cached(name, suffix, inputs, make):
+    """cuda/build/<name>_<hash of inputs><suffix>: if it is not there, make(path) makes it elsewhere first."""
+    key = repr([(path.name, path.read_bytes()) if isinstance(path, pathlib.Path) else path for path in inputs])
     target = BUILD / f"{name}_{hashlib.sha256(key.encode()).hexdigest()[:16]}{suffix}"
     if not target.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=BUILD) as folder:
             made = pathlib.Path(folder) / f"made{suffix}"
-            for command in commands(made):
-                run(command)
+            make(made)
             os.replace(made, target)
     return target
+
+
+def headers_of(source):
+    return sorted({*ROOT.glob("cuda/**/*.cuh"), *ROOT.glob("cuda/**/*.h"), *source.parent.glob("*.cuh")})
 
 
 def build_on_cpu(sources, sanitize=False, races=False, flags=()):
@@ -49,14 +53,12 @@ def build_on_cpu(sources, sanitize=False, races=False, flags=()):
     torch.ops.load_library or ctypes. sanitize: with AddressSanitizer and UBSan; see sanitized_environment. races: every
     access to memory is watched, races make the launch fail (tests/cuda_on_cpu/races.h); several times slower."""
     sources = [pathlib.Path(source) for source in sources]
-    headers = sorted([*ROOT.glob("cuda/**/*.cuh"), *ROOT.glob("cuda/**/*.h"), *STAND_IN.glob("*.h"),
-                      *{header for source in sources for header in source.parent.glob("*.cuh")}])
-    options = ["-std=c++20", "-O1" if sanitize or races else "-O2", "-g1", "-fPIC", "-ffp-contract=off", "-DCUDA_ON_CPU", *flags]
+    headers = [header for source in sources for header in headers_of(source)] + sorted(STAND_IN.glob("*.h"))
+    options = ["-std=c++20", "-O1" if sanitize else "-O2", "-g1", "-fPIC", "-ffp-contract=off", "-DCUDA_ON_CPU", *flags]
     if sanitize:
         options += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     if races:
         options += ["-DCUDA_ON_CPU_RACES"]
-    include = ["-I", STAND_IN, "-I", ROOT / "cuda"]
     version = run([*compiler(), "--version"]) + platform.machine()
     objects, libraries = [], []
     for source in [*sources, STAND_IN / "cuda_on_cpu.cpp"]:
@@ -65,16 +67,19 @@ def build_on_cpu(sources, sanitize=False, races=False, flags=()):
             import torch
             more, used = ["-isystem", pathlib.Path(torch.__file__).parent / "include"], [*headers, torch.__version__]
             libraries = ["-L", pathlib.Path(torch.__file__).parent / "lib", "-ltorch_cpu"]
-        objects.append(cached(source.stem, ".o", [source, *used, options, more, version], lambda made: [
-            [*compiler(), *options, *more, *include, "-c", "-x", "c++", source, "-o", made]]))
-    return cached(sources[0].stem, ".so", [*(path.name for path in objects), *map(str, libraries)], lambda made: [
-        [*compiler(), *options, "-shared", *objects, *libraries, "-o", made]])
+        command = [*compiler(), *options, *more, "-I", STAND_IN, "-I", ROOT / "cuda", "-c", "-x", "c++", source, "-o"]
+        key = [source, *used, version, list(map(str, command))]
+        objects.append(cached(source.stem, ".o", key, lambda made: run([*command, made])))
+    command = [*compiler(), *options, "-shared", *objects, *libraries, "-o"]
+    return cached(sources[0].stem, ".so", [version, list(map(str, command))], lambda made: run([*command, made]))
 
 
 def sanitized_environment():
     """What a process needs in its environment to load a library built with sanitize=True; None if there is no such."""
     libraries = [run([*compiler(), f"-print-file-name=lib{name}.so"]).strip() for name in SANITIZERS]
-    return None if not all(map(os.path.isabs, libraries)) else {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    if not all(os.path.isabs(path) and pathlib.Path(path).read_bytes()[:4] == b"\x7fELF" for path in libraries):
+        return None
+    return {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
 def find_nvcc():
@@ -85,12 +90,14 @@ def find_nvcc():
 
 
 def nvcc_report(source, arch, flags=()):
-    """What nvcc says of each kernel of a .cu file, warnings being errors: {kernel: {"registers", "barriers", "stack",
-    "spill_stores", "spill_loads", "shared"}}. arch: "80", "90a", "100"; kernel: its name in the source with template arguments."""
-    with tempfile.TemporaryDirectory() as folder:
-        text = run([find_nvcc(), "-std=c++17", "-O3", "-I", ROOT / "cuda", f"-gencode=arch=compute_{arch},code=sm_{arch}",
-                    "-Xptxas", "-v", "-Werror", "all-warnings", *flags, "-c", source, "-o", f"{folder}/kernel.o"])
-    return parse_ptxas(text)
+    """What nvcc says of the kernels of a .cu file, warnings being errors: {kernel: {"registers", "barriers", "stack",
+    "spill_stores", "spill_loads", "shared"}}, in bytes. arch: "80", "90a", "100". kernel: as in the source, with its
+    template arguments, forward<64>. shared: what is declared, not what a launch asks for."""
+    nvcc, source = find_nvcc(), pathlib.Path(source)
+    command = [nvcc, "-std=c++17", "-O3", "-I", ROOT / "cuda", f"-gencode=arch=compute_{arch},code=sm_{arch}",
+               "-Xptxas", "-v", "-Werror", "all-warnings", *flags, "-c", source, "-o", os.devnull]
+    key = [source, *headers_of(source), run([nvcc, "--version"]), list(map(str, command))]
+    return parse_ptxas(cached(source.stem, ".ptxas", key, lambda made: made.write_text(run(command))).read_text())
 
 
 def parse_ptxas(text):

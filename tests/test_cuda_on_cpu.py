@@ -150,8 +150,8 @@ def test_multiply_add(machine, numbers):
 
 
 def test_load_tiles(machine):
-    """PTX manual, ldmatrix: lanes 8j to 8j+7 address the rows of matrix j; lane i gets elements 2 (i % 4) and the next of
-    row i / 4, with .trans of column i / 4."""
+    """PTX manual, ldmatrix: lanes 8j to 8j+7 address the rows of matrix j; lane i gets elements 2 (i % 4) and the next
+    of row i / 4, with .trans of column i / 4."""
     generator = np.random.default_rng(0)
     memory = generator.integers(0, 65536, 1024).astype(np.uint16)
     offsets = generator.permutation(128)[:32].astype(np.int32) * 16
@@ -183,7 +183,7 @@ def test_shuffles(machine):
 
 
 def test_groups_of_copies(machine):
-    """What is there: as little as the rules promise, everything, or something in between that keeps the groups' order."""
+    """What is there: as little as the rules promise, everything, or something in between in the groups' order."""
     given = np.arange(20, dtype=np.int32)
     promised = np.array([[0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
 
@@ -270,12 +270,12 @@ def test_portable_context_switch():
 
 EXCHANGES = {  # kernel: what the watching build says, None where nothing is wrong
     "neighbour<0>": "thread 1 writes byte 4 of shared memory .* that thread 0 read .* with no barrier in between",
-    "neighbour<1>": "thread 32 writes byte 128 .* that thread 31 read .* with no barrier",
+    "neighbour<1>": "thread 32 writes byte 128 .* that warp 0 read .* with no barrier",
     "neighbour<2>": None,
     "overwrite": "thread 31 reads byte 0 of shared memory .* that thread 0 wrote .* with no barrier in between",
-    "others_copy<false>": "reads byte 16 of shared memory .* that thread 1 fills .* with a copy that was not waited for",
+    "others_copy<false>": "thread 1 writes byte 16 of shared memory .* that thread 0 read .* with no barrier",
     "others_copy<true>": None,
-    "early_read": "thread 0 reads byte 0 of shared memory .* that thread 0 fills .* with a copy that was not waited for",
+    "early_read": "thread 0 reads byte 0 of shared memory .* that thread 0 fills .* copy that was not waited for",
 }
 
 
@@ -337,7 +337,8 @@ def test_errors(machine, order):
     assert error("barrier_or_collective", n=32, threads=33) is None
     assert "wait in sync_warp" in error("barrier_or_collective", threads=48)
     message = error("different_collectives", n=3)
-    assert re.fullmatch(r"block 0: thread \d+: in shuffle_\w+, while other lanes of its warp are in shuffle_\w+", message)
+    assert re.fullmatch(r"block 0: thread \d+: in shuffle_\w+, while other lanes of its warp are in shuffle_\w+",
+                        message)
     assert re.search(r"thread \d+: ended with 1 copies that it did not wait for", error("unawaited"))
     assert "copy_async: the address in shared memory (byte 8) is not a multiple of 16" in error("copy_at", n=8)
     assert "copy_async: the address in global memory is not a multiple of 16" in error("copy_source_at", n=4)

@@ -1,18 +1,19 @@
 // A machine with CUDA's semantics on one thread of a CPU, for tests of the kernels of cuda/ (see cuda_runtime.h).
 //
 // Modelled: a block's threads are fibers. Each runs until it must wait for others, at a barrier or a warp collective;
-// then another goes on, in an order that is chosen with cuda_on_cpu_schedule. Lanes of a warp are not in lock-step.
-//   barriers     sync_block waits for all threads of the block, sync_warp and the collectives for the 32 lanes of a warp
-//   errors       threads that wait for ever, lanes of a warp in different collectives, a thread that ended where others
-//                wait for it, misaligned or misplaced operands, copies never waited for, writes beyond shared memory:
-//                the launch fails and cudaGetErrorString names block and threads
-//   shared       exactly as large as asked for, a heap allocation of its own under AddressSanitizer; full of NaN at first
-//   copies       cp.async lands when its thread waits for its group, or at once, or anywhere in between
-//   rendezvous   a lane reads what it gives to a collective, shared memory for ldmatrix included, when it arrives
-// A kernel without races gives the same bits in every schedule; one whose result differs has a race.
-// Not modelled: weak memory (a thread sees another's write at once), switches between two barriers or collectives (so
-// not every race shows), caches, bank conflicts, occupancy, launch bounds, streams (a launch returns when it is done),
-// the rounding inside tensor cores (see multiply_add), sm_90's asynchronous units. Time here says nothing about a GPU.
+// then another goes on, in an order chosen with cuda_on_cpu_schedule. Lanes of a warp are not in lock-step.
+//   barriers     sync_block waits for all threads of the block; sync_warp and the collectives for the 32 of a warp
+//   collectives  a lane hands over what it has, for load_tiles what is in shared memory then, when it arrives
+//   copies       copy_async lands when its thread waits for its group, or at once, or anywhere in between
+//   shared       as large as was asked for, full of NaN at first; an allocation of its own, for AddressSanitizer
+//   errors       threads that wait for ever, lanes of one warp in different collectives, operands misaligned or not in
+//                shared memory, copies never waited for, writes just beyond shared memory: the launch fails, and
+//                cudaGetErrorString names the block and the threads
+//   races        the result differs between schedules, if a switch at barriers and collectives can show the race; all
+//                of those that the inputs lead to are found by the build with CUDA_ON_CPU_RACES, see races.h
+// Not modelled: weak memory (a write is seen at once), registers, launch bounds and occupancy, caches, bank conflicts,
+// streams (a launch returns when it is done), how tensor cores round (see multiply_add), atomics, whatever came with
+// sm_90. Time here says nothing about a GPU.
 #include "cuda_runtime.h"
 
 #include <sys/mman.h>
@@ -59,11 +60,11 @@ namespace cuda_on_cpu {
 namespace {
 
 constexpr unsigned WARP = 32, MAX_THREADS = 1024;
-constexpr size_t STACK = 512 << 10, PAGE = 4096, GUARD = ASAN ? 0 : 256;
+constexpr size_t STACK = 512 << 10, PAGE = 64 << 10, GUARD = ASAN ? 0 : 256;
 constexpr size_t SHARED_UNASKED = 48 << 10, SHARED_MAX = 227 << 10;  // bytes a block may have: without and with asking
 constexpr unsigned char POISON = 0xff;                               // NaN in bf16 and fp32
 
-// Context switch -----------------------------------------------------------------------------------------------------
+// Context switch ------------------------------------------------------------------------------------------------------
 
 struct Context {
 #if UCONTEXT
@@ -136,7 +137,7 @@ void prepare(Context& fiber, unsigned char* stack, size_t size, void (*entry)())
 #endif
 }
 
-// The machine ----------------------------------------------------------------------------------------------------------
+// The machine ---------------------------------------------------------------------------------------------------------
 
 enum State { READY, AT_BARRIER, AT_COLLECTIVE, ENDED };
 
@@ -399,7 +400,8 @@ unsigned char* shared_memory() { return m.shared; }
 
 void check_shared(const char* what, const void* address, size_t size) {
   auto at = reinterpret_cast<uintptr_t>(address), begin = reinterpret_cast<uintptr_t>(m.shared);
-  if (at % size) fail("%s: the address in shared memory (byte %ld) is not a multiple of %zu", what, long(at - begin), size);
+  if (at % size)
+    fail("%s: the address in shared memory (byte %ld) is not a multiple of %zu", what, long(at - begin), size);
   if (at < begin || at + size > begin + m.shared_size)
     fail("%s: byte %ld of shared memory, which has %zu", what, long(at - begin), m.shared_size);
 }
@@ -449,7 +451,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
     return refuse(cudaErrorInvalidConfiguration, "invalid configuration argument: " + std::to_string(grid.x) +
                   " blocks of " + std::to_string(block.x) + " threads");
   auto allowed = m.allowed.find(kernel);
-  if (config.dynamicSmemBytes > (allowed == m.allowed.end() ? SHARED_UNASKED : std::max(allowed->second, SHARED_UNASKED)))
+  size_t most = std::max(SHARED_UNASKED, allowed == m.allowed.end() ? 0 : allowed->second);
+  if (config.dynamicSmemBytes > most)
     return refuse(cudaErrorInvalidValue, "invalid argument: " + std::to_string(config.dynamicSmemBytes) +
                   " bytes of shared memory, more than cudaFuncSetAttribute allowed");
   static Stacks stacks;

@@ -1,5 +1,5 @@
-// Small kernels for tests/test_cuda_on_cpu.py: each primitive of primitives.cuh by itself, one kernel without a race that
-// uses them together, and kernels with a fault planted. All are kernel(in, out, n); `run` starts one by its name.
+// Small kernels for tests/test_cuda_on_cpu.py: each primitive of primitives.cuh by itself, one kernel without a race
+// that uses them together, and kernels with a fault planted. All are kernel(in, out, n); `run` starts one by its name.
 #include "primitives.cuh"
 
 #include <cstring>
@@ -32,7 +32,7 @@ __global__ void where(const void*, void* out, int) {
   as<uint4>(out)[global_thread()] = make_uint4(threadIdx.x, blockIdx.x, blockDim.x, gridDim.x);
 }
 
-__global__ void order(const void*, void* out, int) {  // which thread ran when: on one CPU thread a plain counter will do
+__global__ void order(const void*, void* out, int) {  // which thread ran when; a plain counter will do here
   int* count = as<int>(out);
   count[1 + (*count)++] = global_thread();
 }

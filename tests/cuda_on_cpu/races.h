@@ -1,8 +1,8 @@
 // Finds two threads that use one byte, at least one of them writing, with no barrier in between that orders them, in
-// whatever order they ran. The compiler's -fsanitize=thread calls a function for every access to memory that could
-// be shared; cuda_on_cpu.cpp has its own in place of ThreadSanitizer's, which know no blocks and warps.
+// whatever order they ran. The compiler's -fsanitize=thread calls a function for every access to memory that others
+// might see; cuda_on_cpu.cpp has its own in place of ThreadSanitizer's, which knows no blocks and warps.
 //   ordered      accesses of one thread; of one block with a sync_block in between; of one warp with a sync_warp in
-//                between. Shuffles, multiply_add and load_tiles order nothing, and nothing orders two blocks of a launch.
+//                between. Shuffles, multiply_add and load_tiles order nothing, and nothing orders two blocks.
 //   copies       copy_async writes from its call to the copy_wait that lets its thread pass; nobody may look until then
 // Every byte that kernels access is watched, in shared and in global memory, but not the threads' own stacks.
 
@@ -52,17 +52,19 @@ std::string place(const void* code) {  // file:line, or the address in the libra
   return found.empty() ? text : found;
 }
 
-[[noreturn]] void found_race(const unsigned char* at, const Access& before, const char* did, const Access& now,
-                             const char* does, const char* missing) {
+[[noreturn]] void found_race(const unsigned char* at, const Access& now, bool write, const std::string& who,
+                             const char* did, const Access& before, const char* missing) {
   bool shared = at >= m.shared && at < m.shared + m.shared_size;
-  std::string where = shared ? "byte " + std::to_string(at - m.shared) + " of shared memory" : "global memory";
-  std::string who = before.block == now.block && before.block ? "thread " + std::to_string(before.thread) : "another block";
-  give_up("thread " + std::to_string(m.current) + " " + does + " " + where + " (" + place(now.code) + ") that " + who +
-          " " + did + " (" + place(before.code) + ") " + missing);
+  give_up("thread " + std::to_string(m.current) + (write ? " writes " : " reads ") +
+          (shared ? "byte " + std::to_string(at - m.shared) + " of shared memory" : "global memory") + " (" +
+          place(now.code) + ") that " + who + did + " (" + place(before.code) + ") " + missing);
 }
 
-constexpr const char* NO_BARRIER = "with no barrier in between";
-constexpr const char* NO_WAIT = "with a copy that was not waited for";
+std::string name(const Access& access) {
+  return access.block == m.block ? "thread " + std::to_string(access.thread) : "another block";
+}
+
+constexpr const char *NO_BARRIER = "with no barrier in between", *NO_WAIT = "with a copy that was not waited for";
 
 void watch(const void* address, size_t size, bool write, const void* code) {
   auto at = static_cast<const unsigned char*>(address);
@@ -71,21 +73,24 @@ void watch(const void* address, size_t size, bool write, const void* code) {
   const Access now{code, m.block, m.current, m.barriers, m.warps[warp].barriers};
   for (const unsigned char* end = at + size; at < end; ++at) {
     Byte& byte = watched(at);
-    const char* does = write ? "writes" : "reads";
-    if (byte.in_flight.block) found_race(at, byte.in_flight, "fills", now, does, NO_WAIT);
-    if (byte.write.block && !ordered(byte.write, now)) found_race(at, byte.write, "wrote", now, does, NO_BARRIER);
+    if (byte.in_flight.block) found_race(at, now, write, name(byte.in_flight), " fills", byte.in_flight, NO_WAIT);
+    if (byte.write.block && !ordered(byte.write, now))
+      found_race(at, now, write, name(byte.write), " wrote", byte.write, NO_BARRIER);
     bool same_block = byte.read.block == now.block, same_time = same_block && byte.read.barriers == now.barriers;
-    bool same_warp_time = same_time && byte.warps == 1u << warp && byte.read.warp_barriers == now.warp_barriers;
+    unsigned warps = same_time ? byte.warps : 0;  // that read since the last barrier
+    bool same_warp_time = warps == 1u << warp && byte.read.warp_barriers == now.warp_barriers;
+    unsigned lanes = same_warp_time ? byte.lanes : 0;
     if (write) {
-      bool others = byte.read.block && (!same_block || byte.other_blocks || (same_time && byte.warps & ~(1u << warp)) ||
-                                        (same_warp_time && byte.lanes & ~lane));
-      if (byte.other_blocks) byte.read.block = 0;
-      if (others) found_race(at, byte.read, "read", now, does, NO_BARRIER);
+      std::string who = byte.other_blocks || (byte.read.block && !same_block) ? "another block"
+                        : warps & ~(1u << warp) ? "warp " + std::to_string(std::countr_zero(warps & ~(1u << warp)))
+                        : lanes & ~lane ? "thread " + std::to_string(warp * WARP + std::countr_zero(lanes & ~lane))
+                                        : "";
+      if (!who.empty()) found_race(at, now, write, who, " read", byte.read, NO_BARRIER);
       byte.write = now;
     } else {
       byte.other_blocks |= byte.read.block && !same_block;
-      byte.warps = (same_time ? byte.warps : 0) | 1u << warp;
-      byte.lanes = (same_warp_time ? byte.lanes : 0) | lane;
+      byte.warps = warps | 1u << warp;
+      byte.lanes = lanes | lane;
       byte.read = now;
     }
   }
