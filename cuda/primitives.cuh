@@ -173,8 +173,8 @@ __device__ inline void load_tiles_transposed(uint32_t (&tile)[4], const void* ro
 #endif
 }
 
-// C += A B on the tensor cores: bf16 in, fp32 sums. Here each starts from C and adds its 16 products, which are exact, in
-// order and rounded to nearest; tensor cores add in another order and cut bits off.
+// C += A B on the tensor cores: bf16 in, fp32 sums. The portable body adds the 16 products, which are exact, to C one
+// by one and rounds to nearest; tensor cores add several at once and cut bits off.
 __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #ifdef __CUDACC__
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

@@ -1,18 +1,19 @@
 // A machine with CUDA's semantics on one thread of a CPU, for tests of the kernels of cuda/ (see cuda_runtime.h).
 //
 // Modelled: a block's threads are fibers. Each runs until it must wait for others, at a barrier or a warp collective;
-// then another goes on, in an order that is chosen with cuda_on_cpu_schedule. Lanes of a warp are not in lock-step.
-//   barriers     sync_block waits for all threads of the block, sync_warp and the collectives for the 32 lanes of a warp
-//   errors       threads that wait for ever, lanes of a warp in different collectives, a thread that ended where others
-//                wait for it, misaligned or misplaced operands, copies never waited for, writes beyond shared memory:
-//                the launch fails and cudaGetErrorString names block and threads
-//   shared       exactly as large as asked for, a heap allocation of its own under AddressSanitizer; full of NaN at first
-//   copies       cp.async lands when its thread waits for its group, or at once, or anywhere in between
-//   rendezvous   a lane reads what it gives to a collective, shared memory for ldmatrix included, when it arrives
-// A kernel without races gives the same bits in every schedule; one whose result differs has a race.
-// Not modelled: weak memory (a thread sees another's write at once), switches between two barriers or collectives (so
-// not every race shows), caches, bank conflicts, occupancy, launch bounds, streams (a launch returns when it is done),
-// the rounding inside tensor cores (see multiply_add), sm_90's asynchronous units. Time here says nothing about a GPU.
+// then another goes on, in an order chosen with cuda_on_cpu_schedule. Lanes of a warp are not in lock-step.
+//   barriers     sync_block waits for all threads of the block; sync_warp and the collectives for the 32 of a warp
+//   collectives  a lane hands over what it has, for load_tiles what is in shared memory then, when it arrives
+//   copies       copy_async lands when its thread waits for its group, or at once, or anywhere in between
+//   shared       as large as was asked for, full of NaN at first; an allocation of its own, for AddressSanitizer
+//   errors       threads that wait for ever, lanes of one warp in different collectives, operands misaligned or not in
+//                shared memory, copies never waited for, writes just beyond shared memory: the launch fails, and
+//                cudaGetErrorString names the block and the threads
+//   races        the result differs between schedules, if a switch at barriers and collectives can show the race; all
+//                of those that the inputs lead to are found by the build with CUDA_ON_CPU_RACES, see races.h
+// Not modelled: weak memory (a write is seen at once), registers, launch bounds and occupancy, caches, bank conflicts,
+// streams (a launch returns when it is done), how tensor cores round (see multiply_add), atomics, whatever came with
+// sm_90. Time here says nothing about a GPU.
 #include "cuda_runtime.h"
 
 #include <sys/mman.h>
@@ -29,6 +30,15 @@
 #include <string>
 #include <vector>
 
+#ifdef CUDA_ON_CPU_RACES
+#define RACES 1
+#include <dlfcn.h>
+
+#include <array>
+#include <unordered_map>
+#else
+#define RACES 0
+#endif
 #if defined(__SANITIZE_ADDRESS__)
 #define ASAN 1
 #include <sanitizer/asan_interface.h>
@@ -50,11 +60,11 @@ namespace cuda_on_cpu {
 namespace {
 
 constexpr unsigned WARP = 32, MAX_THREADS = 1024;
-constexpr size_t STACK = 512 << 10, GUARD = ASAN ? 0 : 256;
+constexpr size_t STACK = 512 << 10, PAGE = 64 << 10, GUARD = ASAN ? 0 : 256;
 constexpr size_t SHARED_UNASKED = 48 << 10, SHARED_MAX = 227 << 10;  // bytes a block may have: without and with asking
 constexpr unsigned char POISON = 0xff;                               // NaN in bf16 and fp32
 
-// Context switch -----------------------------------------------------------------------------------------------------
+// Context switch ------------------------------------------------------------------------------------------------------
 
 struct Context {
 #if UCONTEXT
@@ -127,7 +137,7 @@ void prepare(Context& fiber, unsigned char* stack, size_t size, void (*entry)())
 #endif
 }
 
-// The machine ----------------------------------------------------------------------------------------------------------
+// The machine ---------------------------------------------------------------------------------------------------------
 
 enum State { READY, AT_BARRIER, AT_COLLECTIVE, ENDED };
 
@@ -135,6 +145,7 @@ struct Copy {
   void* shared;
   const void* global;
   int64_t group;
+  const void* code;  // that began it
 };
 
 struct Fiber {
@@ -149,15 +160,16 @@ struct Warp {
   uint32_t ready, inside;  // lanes that can run, that wait in the collective `what`
   const char* what;
   void* operands[WARP];
+  unsigned barriers;  // passed so far
 };
 
-struct Stacks {  // kept from launch to launch
+struct Stacks {  // kept from launch to launch, a page without access below each
   unsigned char* memory;
   Stacks() {
     memory = static_cast<unsigned char*>(mmap(nullptr, STACK * MAX_THREADS, PROT_READ | PROT_WRITE,
                                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (memory == MAP_FAILED) perror("cuda_on_cpu: no memory for stacks"), abort();
-    for (unsigned i = 0; i < MAX_THREADS; ++i) mprotect(memory + i * STACK, 4096, PROT_NONE);
+    for (unsigned i = 0; i < MAX_THREADS; ++i) mprotect(memory + i * STACK, PAGE, PROT_NONE);
   }
   ~Stacks() { munmap(memory, STACK * MAX_THREADS); }
 };
@@ -168,8 +180,10 @@ struct Machine {
   Fiber fibers[MAX_THREADS];
   Warp warps[MAX_THREADS / WARP];
   uint32_t ready;  // warps with a lane that can run
-  unsigned threads, current, at_barrier, ended, stay, sticky;
-  unsigned char* shared;
+  unsigned threads, current, at_barrier, ended, sticky;
+  unsigned block, barriers;  // how many blocks have begun, and of the one that runs the barriers passed so far
+  bool running = false;      // a thread of a block, not the host
+  unsigned char *shared, *stacks;
   size_t shared_size;
   void (*thread)(void*);
   void* arguments;
@@ -197,18 +211,6 @@ int pick(uint32_t among) {  // one of the bits set
 void make_ready(unsigned warp, uint32_t lanes) {
   m.warps[warp].ready |= lanes;
   m.ready |= 1u << warp;
-}
-
-void land(Copy& copy) { memcpy(copy.shared, copy.global, 16); }
-
-void land_some(Fiber& fiber) {  // groups in order, the copies of a group in any
-  while (!fiber.copies.empty() && draw() % 4 == 0) {
-    size_t of_group = 1;
-    while (of_group < fiber.copies.size() && fiber.copies[of_group].group == fiber.copies[0].group) ++of_group;
-    auto at = fiber.copies.begin() + draw() % of_group;
-    land(*at);
-    fiber.copies.erase(at);
-  }
 }
 
 std::string list(State state, const char* what = nullptr) {  // "0-31, 40"; empty if there are none
@@ -248,6 +250,27 @@ std::string everybody() {  // where the threads of the block are
   __builtin_unreachable();
 }
 
+#if RACES
+#include "races.h"
+#endif
+
+void land(Copy& copy) {
+#if RACES
+  watch_copy(copy, false);
+#endif
+  memcpy(copy.shared, copy.global, 16);
+}
+
+void land_some(Fiber& fiber) {  // groups in order, the copies of a group in any
+  while (!fiber.copies.empty() && draw() % 4 == 0) {
+    size_t of_group = 1;
+    while (of_group < fiber.copies.size() && fiber.copies[of_group].group == fiber.copies[0].group) ++of_group;
+    auto at = fiber.copies.begin() + draw() % of_group;
+    land(*at);
+    fiber.copies.erase(at);
+  }
+}
+
 // To another thread that can run; if there is none the block is done, or stuck.
 void yield(bool for_good = false) {
   if (!m.ready) {
@@ -280,18 +303,18 @@ void run_thread() {
   __builtin_unreachable();
 }
 
-bool run_block(unsigned char* stacks) {
+bool run_block() {
   unsigned char* memory = nullptr;
   if (posix_memalign(reinterpret_cast<void**>(&memory), 128, std::max<size_t>(m.shared_size + 2 * GUARD, 1))) abort();
   memset(memory, POISON, m.shared_size + 2 * GUARD);
   m.shared = memory + GUARD;
-  m.ready = 0, m.at_barrier = m.ended = 0, m.failed = false;
+  m.ready = 0, m.at_barrier = m.ended = m.barriers = 0, m.failed = false, ++m.block;
   m.sticky = 1 + draw() % 16;  // how long a warp runs while others could
   for (unsigned i = 0; i < m.threads; ++i) {
     Fiber& fiber = m.fibers[i];
     fiber.state = READY, fiber.copies.clear(), fiber.group = 0;
     // Stack tops at different places of their pages, or they would all want the same lines of the cache.
-    prepare(fiber.context, stacks + i * STACK + 4096, STACK - 4096 - i % 32 * 192, run_thread);
+    prepare(fiber.context, m.stacks + i * STACK + PAGE, STACK - PAGE - i % WARP * 192, run_thread);
     if (i % WARP == 0) m.warps[i / WARP] = Warp{};
     make_ready(i / WARP, 1u << i % WARP);
   }
@@ -299,7 +322,12 @@ bool run_block(unsigned char* stacks) {
   m.warps[warp].ready &= ~(1u << lane);
   if (!m.warps[warp].ready) m.ready &= ~(1u << warp);
   m.current = threadIdx.x = warp * WARP + lane;
+#if RACES
+  watch_block();
+#endif
+  m.running = true;
   switch_to(host, m.fibers[m.current].context);
+  m.running = false;
   for (size_t i = 0; i < GUARD && !m.failed; ++i) {
     long beyond = memory[GUARD - 1 - i] != POISON ? -1 - long(i)
                   : m.shared[m.shared_size + i] != POISON ? long(m.shared_size + i) : 0;
@@ -331,7 +359,7 @@ void fail(const char* format, ...) {
 void sync_block() {
   m.fibers[m.current].state = AT_BARRIER;
   if (++m.at_barrier == m.threads) {
-    m.at_barrier = 0;
+    m.at_barrier = 0, ++m.barriers;
     for (unsigned i = 0; i < m.threads; ++i) {
       m.fibers[i].state = READY;
       make_ready(i / WARP, 1u << i % WARP);
@@ -363,14 +391,17 @@ void leave() {
 }
 
 void sync_warp() {
-  if (arrive("sync_warp", nullptr)) leave();
+  if (!arrive("sync_warp", nullptr)) return;
+  ++m.warps[m.current / WARP].barriers;
+  leave();
 }
 
 unsigned char* shared_memory() { return m.shared; }
 
 void check_shared(const char* what, const void* address, size_t size) {
   auto at = reinterpret_cast<uintptr_t>(address), begin = reinterpret_cast<uintptr_t>(m.shared);
-  if (at % size) fail("%s: the address in shared memory (byte %ld) is not a multiple of %zu", what, long(at - begin), size);
+  if (at % size)
+    fail("%s: the address in shared memory (byte %ld) is not a multiple of %zu", what, long(at - begin), size);
   if (at < begin || at + size > begin + m.shared_size)
     fail("%s: byte %ld of shared memory, which has %zu", what, long(at - begin), m.shared_size);
 }
@@ -381,7 +412,14 @@ void copy_begin(void* shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(from) % 16) fail("copy_async: the address in global memory is not a multiple of 16");
   if (from >= m.shared && from < m.shared + m.shared_size) fail("copy_async: the source is in shared memory");
   Fiber& self = m.fibers[m.current];
-  self.copies.push_back({shared, global, self.group});
+  self.copies.push_back({shared, global, self.group, __builtin_return_address(0)});
+#if RACES
+  watch_copy(self.copies.back(), true);
+#elif ASAN
+  unsigned char probe[16];  // a source out of bounds is best found here, before it is waited for
+  memcpy(probe, global, 16);
+  asm volatile("" : : "r"(probe) : "memory");
+#endif
   if (m.copies == 1) land(self.copies.back()), self.copies.pop_back();
   if (m.copies == 2) land_some(self);
 }
@@ -413,12 +451,18 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
     return refuse(cudaErrorInvalidConfiguration, "invalid configuration argument: " + std::to_string(grid.x) +
                   " blocks of " + std::to_string(block.x) + " threads");
   auto allowed = m.allowed.find(kernel);
-  if (config.dynamicSmemBytes > (allowed == m.allowed.end() ? SHARED_UNASKED : std::max(allowed->second, SHARED_UNASKED)))
+  size_t most = std::max(SHARED_UNASKED, allowed == m.allowed.end() ? 0 : allowed->second);
+  if (config.dynamicSmemBytes > most)
     return refuse(cudaErrorInvalidValue, "invalid argument: " + std::to_string(config.dynamicSmemBytes) +
                   " bytes of shared memory, more than cudaFuncSetAttribute allowed");
   static Stacks stacks;
+  m.stacks = stacks.memory;
+#if RACES
+  watch_launch();
+#endif
   gridDim = grid, blockDim = block;
   m.threads = block.x, m.shared_size = config.dynamicSmemBytes, m.thread = thread, m.arguments = arguments;
+  m.block = 0;
   m.random = m.seed * 0x9e3779b97f4a7c15ull + 1;
   for (int i = 0; i < 8; ++i) draw();
   std::vector<unsigned> blocks(grid.x);
@@ -428,7 +472,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   host.bottom = nullptr;
   for (unsigned i : blocks) {
     blockIdx = {i, 0, 0};
-    if (!run_block(stacks.memory)) return refuse(cudaErrorLaunchFailure, m.pending_message);
+    if (!run_block()) return refuse(cudaErrorLaunchFailure, m.pending_message);
   }
   return cudaSuccess;
 }
@@ -445,5 +489,21 @@ const char* cudaGetErrorString(cudaError_t error) {
 // copies, cp.async's: land 0 when waited for, 1 at once, 2 at random in between.
 extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_schedule(int order, uint64_t seed, int copies) {
   std::lock_guard lock(cuda_on_cpu::m.mutex);
-  cuda_on_cpu::m.order = order, cuda_on_cpu::m.seed = seed, cuda_on_cpu::m.copies = copies;
+  cuda_on_cpu::m.order = order, cuda_on_cpu::m.seed = seed, cuda_on_cpu::m.copies = RACES ? 0 : copies;
 }
+
+#if RACES  // what the compiler calls; a kernel with atomics would not link
+#define HOOK(name, write, size, ...)                                                         \
+  extern "C" __attribute__((visibility("hidden"))) void __tsan_##name(void* at __VA_ARGS__) { \
+    cuda_on_cpu::watch(at, size, write, __builtin_return_address(0));                        \
+  }
+#define HOOKS(size)                                                     \
+  HOOK(read##size, false, size) HOOK(unaligned_read##size, false, size) \
+  HOOK(write##size, true, size) HOOK(unaligned_write##size, true, size)
+HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)
+HOOK(read_range, false, size, , size_t size)
+HOOK(write_range, true, size, , size_t size)
+extern "C" __attribute__((visibility("hidden"))) void __tsan_func_entry(void*) {}
+extern "C" __attribute__((visibility("hidden"))) void __tsan_func_exit() {}
+extern "C" __attribute__((visibility("hidden"))) void __tsan_init() {}
+#endif

@@ -16,7 +16,6 @@
 #define __host__
 #define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __restrict__ __restrict
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 
@@ -38,8 +37,16 @@ inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719,
+};
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributePreferredSharedMemoryCarveout = 9,
+};
 typedef struct CUstream_st* cudaStream_t;
 struct cudaLaunchAttribute;
 struct cudaLaunchConfig_t {
@@ -75,8 +82,8 @@ void copy_wait(int pending);
 void* const* arrive(const char* what, void* mine);
 void leave();
 
-// All 32 lanes of a warp meet in a collective called `what`, each with an object of its own. The last to arrive does the
-// work: all(lane), where lane(i) is the object of lane i. It orders no memory accesses.
+// All 32 lanes of a warp meet in a collective called `what`, each with an object of its own. The last to arrive does
+// the work: all(lane), where lane(i) is the object of lane i. It orders no memory accesses.
 template <class Lane, class All>
 inline void warp_exchange(const char* what, Lane& mine, All all) {
   if (void* const* lanes = arrive(what, &mine)) {
@@ -115,7 +122,8 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   auto thread = [&] { kernel(static_cast<Parameters>(arguments)...); };
   return cuda_on_cpu::launch(*config, reinterpret_cast<const void*>(kernel),
                              [](void* call) { (*static_cast<decltype(thread)*>(call))(); }, &thread);
