@@ -14,6 +14,9 @@
 //          binomials where keys repeat, and bf16 products of them are wrong) and the gradient of the decay in fp32.
 #pragma once
 
+#include <algorithm>
+#include <initializer_list>
+
 #include "../primitives.cuh"
 
 namespace wkv7 {
@@ -70,6 +73,10 @@ __device__ inline void add_product(Sum& c, const Block& x, const Block& y) {  //
 
 __device__ inline void to_block(Block& x, const Sum& c) {
   for (int i = 0; i < 4; ++i) x[i] = pack_bf16(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
+}
+
+__device__ inline void to_block(Block& x, const Elements& c) {
+  for (int i = 0; i < 4; ++i) x[i] = pack_bf16(c[i % 2][i / 2][0], c[i % 2][i / 2][1]);
 }
 
 // Element by element: the lane's row, half and e as in Elements.
@@ -130,10 +137,13 @@ __device__ inline void sum_down(Elements& x, const Thread& at) {
 template <int N>
 struct Decays {
   Elements log_d, log_P;
-  __device__ Decays(const bf16* w, const Thread& at) {
+  __device__ Decays(const bf16* w, const Thread& at, const float* w0 = nullptr) {  // of w + w0, w0 (N) if there is one
     Block x;
     load<N>(x, w, 0, 16 * at.warp, at);
-    FOR_ELEMENTS log_d[row][half][e] = log_P[row][half][e] = -DECAY_BOUND * LOG2_E * sigmoid(element(x, row, half, e));
+    FOR_ELEMENTS {
+      const float bias = w0 ? w0[16 * at.warp + 8 * half + 2 * at.q + e] : 0.f;
+      log_d[row][half][e] = log_P[row][half][e] = -DECAY_BOUND * LOG2_E * sigmoid(element(x, row, half, e) + bias);
+    }
     sum_down(log_P, at);
   }
   __device__ float P(int row, int half, int e) const { return fast_exp2(log_P[row][half][e]); }
@@ -300,7 +310,13 @@ __device__ inline void start_state(Sum (&S)[N / 16], const float* from, int64_t 
     FOR_ELEMENTS S[j][half][2 * row + e] = from ? own[8 * row * N + 16 * j + 8 * half + e] : 0.f;
 }
 
-// States in shared memory, (N, N) bf16.
+// States in shared memory, (N, N) bf16; copy_state is asynchronous.
+template <int N>
+__device__ inline void copy_state(bf16* to, const bf16* from, int64_t head, int thread) {
+#pragma unroll 1
+  for (int i = thread * 8; i < N * N; i += 2 * N * 8) copy_async(to + offset<N>(i / N, i % N), from + head * N * N + i);
+}
+
 template <int N>
 __device__ inline void store_state(bf16* to, const Sum (&S)[N / 16], const Thread& at) {
 #pragma unroll
@@ -326,5 +342,16 @@ __device__ inline void write(bf16* to, int stride, const Block& x, const Thread&
   to += int64_t{at.g} * stride + 16 * at.warp + 2 * at.q;
   for (int i = 0; i < 4; ++i) pair_at(to + int64_t{i % 2 * 8} * stride + i / 2 * 8) = x[i];
 }
+
+// For the launchers: null, or why these sizes cannot be.
+inline const char* refuse(int64_t B, int64_t T, int64_t H, int64_t N, std::initializer_list<int64_t> head_sizes) {
+  if (std::find(head_sizes.begin(), head_sizes.end(), N) == head_sizes.end()) return "not one of this kernel's head sizes";
+  if (T < C || T % C || T > INT32_MAX - GROUP) return "T must be a multiple of 16, above 0 and below 2^31";
+  if (B < 1 || H < 1 || B > INT32_MAX / H || H * N > INT32_MAX) return "B H and H N must be above 0 and below 2^31";
+  return nullptr;
+}
+
+inline const bf16* input(const void* x) { return static_cast<const bf16*>(x); }
+inline bf16* output(void* x) { return static_cast<bf16*>(x); }
 
 }  // namespace wkv7

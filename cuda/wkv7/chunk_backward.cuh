@@ -199,19 +199,13 @@ __device__ inline void keys(Sum& dR, Sum& dK, Sum& dA, Sum& dB, Elements& d_log,
                                       from_a[row][half][e];
 }
 
-// d log d / dw = -e^{-1/2} sigmoid(w) sigmoid(-w), without cancellation for any w.
-__device__ inline float decay_slope(float w) {
-  const float x = fminf(fast_exp2(-LOG2_E * w), 1e30f), s = fast_reciprocal(1.f + x);
-  return -DECAY_BOUND * x * s * s;
+// sigmoid(x) sigmoid(-x), the derivative of sigmoid, without cancellation for any x.
+__device__ inline float sigmoid_slope(float x) {
+  const float y = fminf(fast_exp2(-LOG2_E * x), 1e30f), s = fast_reciprocal(1.f + y);
+  return y * s * s;
 }
 
-template <int N>
-__device__ inline void decay_gradient(Block& dw, const Elements& d_log, const bf16* w, const Thread& at) {
-  Block x;
-  load<N>(x, w, 0, 16 * at.warp, at);
-  float value[2][2][2];
-  FOR_ELEMENTS value[row][half][e] = d_log[row][half][e] * decay_slope(element(x, row, half, e));
-  for (int i = 0; i < 4; ++i) dw[i] = pack_bf16(value[i % 2][i / 2][0], value[i % 2][i / 2][1]);
-}
+// dw from the gradient of log d, log d = -e^{-1/2} sigmoid(w).
+__device__ inline float decay_gradient(float d_log, float w) { return -DECAY_BOUND * sigmoid_slope(w) * d_log; }
 
 }  // namespace wkv7

@@ -9,6 +9,7 @@
 //            fast              bf16, tokens 64, more 0:  the state before the 64 tokens
 // stream   null is the default stream. A launcher does not wait for the kernel; only its launch is checked.
 // N        cuda, cuda_fp32: 32, 64, 96, 128, 192.   fast: 64, 128.
+// wind     the fused time mixing, see wkv7_wind.cu; N 64; bf16; kept as of fast, but always from the zero state.
 #pragma once
 
 #include <cstdint>
@@ -29,5 +30,15 @@ typedef const char* wkv7_forward(WKV7_FORWARD);
 typedef const char* wkv7_backward(WKV7_BACKWARD);
 wkv7_forward wkv7_cuda_forward, wkv7_cuda_fp32_forward, wkv7_fast_forward;
 wkv7_backward wkv7_cuda_backward, wkv7_cuda_fp32_backward, wkv7_fast_backward;
+
+#define WKV7_WIND_INPUTS                                                                                                \
+  int64_t B, int64_t T, int64_t H, int64_t N, const void *r, const void *w, const void *k, const void *v, const void *a, \
+      const void *g, const float *parameters
+#define WKV7_WIND_FORWARD WKV7_WIND_INPUTS, void *out, void *kept, cudaStream_t stream
+#define WKV7_WIND_BACKWARD                                                                                             \
+  WKV7_WIND_INPUTS, const void *kept, const void *dout, void *dr, void *dw, void *dk, void *dv, void *da, void *dg,    \
+      float *d_parameters, cudaStream_t stream
+const char* wkv7_wind_forward(WKV7_WIND_FORWARD);
+const char* wkv7_wind_backward(WKV7_WIND_BACKWARD);
 
 }  // extern "C"

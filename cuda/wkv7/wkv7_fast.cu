@@ -100,11 +100,7 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? BACKWARD_BLOCKS : 1)
       for (int i = 0; i < 7; ++i)
         if (step >= n - 1 || (i != 0 && i != 6))  // the states do without r and dy
           copy_tile<N>(shared.tile[stage][i], in.x[i] + from, thread);
-      if (step == 0)
-#pragma unroll 1
-        for (int i = thread * 8; i < N * N; i += 2 * N * 8)
-          copy_async(shared.state[slot(group, 0)] + offset<N>(i / N, i % N),
-                     kept + (int64_t{head} * order.groups + group) * N * N + i);
+      if (step == 0) copy_state<N>(shared.state[slot(group, 0)], kept, int64_t{head} * order.groups + group, thread);
     }
     copy_commit();
   };
@@ -169,42 +165,35 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? BACKWARD_BLOCKS : 1)
       put(da, values, now);
       to_block(values, dB);
       put(db, values, now);
-      decay_gradient<N>(values, d_log, tile.W, now);
+      Block w;
+      load<N>(w, tile.W, 0, 16 * now.warp, now);
+      FOR_ELEMENTS d_log[row][half][e] = decay_gradient(d_log[row][half][e], element(w, row, half, e));
+      to_block(values, d_log);
       put(dw, values, now);
     }
   }
   if (ds0) write_state<N>(ds0, head, G);
 }
 
-const char* refuse(int64_t B, int64_t T, int64_t H, int64_t N) {
-  if (N != 64 && N != 128) return "the head size must be 64 or 128";
-  if (T < C || T % C || T > INT32_MAX - GROUP) return "T must be a multiple of 16 below 2^31";
-  if (B < 1 || H < 1 || B > INT32_MAX / H || H * N > INT32_MAX) return "B H and H N must be below 2^31";
-  return nullptr;
-}
-
 }  // namespace
 }  // namespace wkv7
 
-#define IN(x) static_cast<const bf16*>(x)
-#define OUT(x) static_cast<bf16*>(x)
-
 const char* wkv7_fast_forward(WKV7_FORWARD) {
   using namespace wkv7;
-  const Inputs in = {{IN(r), IN(w), IN(k), IN(v), IN(a), IN(b), nullptr}, static_cast<int>(T), static_cast<int>(H)};
-  if (const char* why = refuse(B, T, H, N)) return why;
+  const Inputs inputs = {{input(r), input(w), input(k), input(v), input(a), input(b), nullptr}, static_cast<int>(T), static_cast<int>(H)};
+  if (const char* why = refuse(B, T, H, N, {64, 128})) return why;
   if (N == 64)
-    return launch(forward<64>, B * H, 128, sizeof(ForwardMemory<64>), stream, in, s0, OUT(y), OUT(kept), sT);
-  return launch(forward<128>, B * H, 256, sizeof(ForwardMemory<128>), stream, in, s0, OUT(y), OUT(kept), sT);
+    return launch(forward<64>, B * H, 128, sizeof(ForwardMemory<64>), stream, inputs, s0, output(y), output(kept), sT);
+  return launch(forward<128>, B * H, 256, sizeof(ForwardMemory<128>), stream, inputs, s0, output(y), output(kept), sT);
 }
 
 const char* wkv7_fast_backward(WKV7_BACKWARD) {
   using namespace wkv7;
-  const Inputs in = {{IN(r), IN(w), IN(k), IN(v), IN(a), IN(b), IN(dy)}, static_cast<int>(T), static_cast<int>(H)};
-  if (const char* why = refuse(B, T, H, N)) return why;
+  const Inputs inputs = {{input(r), input(w), input(k), input(v), input(a), input(b), input(dy)}, static_cast<int>(T), static_cast<int>(H)};
+  if (const char* why = refuse(B, T, H, N, {64, 128})) return why;
   if (N == 64)
-    return launch(backward<64>, B * H, 128, sizeof(BackwardMemory<64>), stream, in, IN(kept), dsT, OUT(dr), OUT(dw),
-                  OUT(dk), OUT(dv), OUT(da), OUT(db), ds0);
-  return launch(backward<128>, B * H, 256, sizeof(BackwardMemory<128>), stream, in, IN(kept), dsT, OUT(dr), OUT(dw),
-                OUT(dk), OUT(dv), OUT(da), OUT(db), ds0);
+    return launch(backward<64>, B * H, 128, sizeof(BackwardMemory<64>), stream, inputs, input(kept), dsT, output(dr), output(dw),
+                  output(dk), output(dv), output(da), output(db), ds0);
+  return launch(backward<128>, B * H, 256, sizeof(BackwardMemory<128>), stream, inputs, input(kept), dsT, output(dr), output(dw),
+                output(dk), output(dv), output(da), output(db), ds0);
 }
