@@ -272,6 +272,7 @@ EXCHANGES = {  # kernel: what the watching build says, None where nothing is wro
     "neighbour<0>": "thread 1 writes byte 4 of shared memory .* that thread 0 read .* with no barrier in between",
     "neighbour<1>": "thread 32 writes byte 128 .* that warp 0 read .* with no barrier",
     "neighbour<2>": None,
+    "other_warp": "thread 32 reads byte 0 .* that thread 0 wrote .* with no barrier",
     "overwrite": "thread 31 reads byte 0 of shared memory .* that thread 0 wrote .* with no barrier in between",
     "others_copy<false>": "thread 1 writes byte 16 of shared memory .* that thread 0 read .* with no barrier",
     "others_copy<true>": None,
@@ -308,7 +309,8 @@ def test_races_are_named(watched, schedule):
     assert "with no barrier in between" in error("shuffle_for_barrier")
     assert "global memory" in error("one_place", n=1) and "global memory" in error("one_place", blocks=2)
     assert "another block" in error("one_place", blocks=2)
-    assert error("one_place") is None
+    assert "another block" in error("tell_blocks", blocks=2)
+    assert error("one_place") is None and error("tell_blocks") is None
     assert chain(watched, schedule=schedule)[0] is None
     for missing, text in dict(WAIT="not waited for", BARRIER="", LAST_BARRIER="", WARP_BARRIER="no barrier").items():
         message, _ = chain(watched, missing, schedule)

@@ -150,6 +150,16 @@ __global__ void neighbour(const void* in, void* out, int) {  // out_i = in_{i + 
   as<float>(out)[thread()] = s[(threadIdx.x + 1) % blockDim.x];
 }
 
+__global__ void other_warp(const void* in, void* out, int) {  // a barrier of one warp, for what passes between two
+  float* s = as<float>(shared_memory());
+  if (thread() < 32) {
+    s[thread()] = as<float>(in)[thread()];
+  } else {
+    sync_warp();
+    as<float>(out)[thread()] = s[thread() - 32];
+  }
+}
+
 __global__ void overwrite(const void* in, void* out, int) {  // no barrier between the reading and the next writing
   float* s = as<float>(shared_memory());
   float sum = 0;
@@ -188,6 +198,12 @@ __global__ void early_read(const void* in, void* out, int) {
 
 __global__ void one_place(const void*, void* out, int n) {  // blocks (n = 0) or threads write the same number
   if (n || !thread()) as<int>(out)[n ? blockIdx.x : 0] = 1;
+}
+
+__global__ void tell_blocks(const void*, void* out, int) {  // all read, all but the first write
+  if (thread()) return;
+  as<int>(out)[1 + blockIdx.x] = as<int>(out)[0];
+  if (blockIdx.x) as<int>(out)[0] = 1;
 }
 
 __global__ void some_skip_barrier(const void*, void*, int n) {
@@ -239,8 +255,8 @@ Kernel find(const char* name) {
   KERNEL(pack) KERNEL(approximate) KERNEL(where) KERNEL(order) KERNEL(first_bytes) KERNEL(shuffles) KERNEL(multiply)
   KERNEL(tiles) KERNEL(groups) KERNEL(chain<NOTHING>) KERNEL(chain<WAIT>) KERNEL(chain<BARRIER>)
   KERNEL(chain<LAST_BARRIER>) KERNEL(chain<WARP_BARRIER>) KERNEL(neighbour<0>) KERNEL(neighbour<1>)
-  KERNEL(neighbour<2>) KERNEL(overwrite) KERNEL(shuffle_for_barrier) KERNEL(others_copy<false>)
-  KERNEL(others_copy<true>) KERNEL(early_read) KERNEL(one_place) KERNEL(some_skip_barrier)
+  KERNEL(neighbour<2>) KERNEL(other_warp) KERNEL(overwrite) KERNEL(shuffle_for_barrier) KERNEL(others_copy<false>)
+  KERNEL(others_copy<true>) KERNEL(early_read) KERNEL(one_place) KERNEL(tell_blocks) KERNEL(some_skip_barrier)
   KERNEL(some_skip_collective) KERNEL(barrier_or_collective) KERNEL(different_collectives) KERNEL(unawaited)
   KERNEL(copy_at) KERNEL(copy_source_at) KERNEL(tiles_at) KERNEL(write_at) KERNEL(read_at) KERNEL(wide_read_at)
   return nullptr;

@@ -4,7 +4,8 @@
 //   ordered      accesses of one thread; of one block with a sync_block in between; of one warp with a sync_warp in
 //                between. Shuffles, multiply_add and load_tiles order nothing, and nothing orders two blocks.
 //   copies       copy_async writes from its call to the copy_wait that lets its thread pass; nobody may look until then
-// Every byte that kernels access is watched, in shared and in global memory, but not the threads' own stacks.
+// Every byte that kernels load or store is watched, in shared and in global memory, but not the threads' own stacks,
+// nor what a call of memcpy (of a size the compiler does not know) does.
 
 struct Access {
   const void* code;
