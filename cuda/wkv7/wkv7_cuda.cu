@@ -21,7 +21,6 @@
 #include <type_traits>
 
 namespace {
-
 constexpr int TILE = 8, CHUNK = 16;  // tokens in shared memory at once, and between two kept states
 constexpr float DECAY_BOUND = 0.60653065971263342f;  // e^{-1/2}
 
@@ -105,7 +104,8 @@ template <class E>
 struct Inputs { const E* x[7]; };  // r w k v a b dy
 
 template <int N, class E>
-__global__ void __launch_bounds__(N) forward(int64_t T, int64_t H, Inputs<E> in, const float* s0, E* y, float* kept, float* sT) {
+__global__ void __launch_bounds__(N, N <= 64 ? 384 / N : 1)
+forward(int64_t T, int64_t H, Inputs<E> in, const float* s0, E* y, float* kept, float* sT) {
   constexpr int ROWS = 8, ARRAY = TILE * N;
   float* const tile = reinterpret_cast<float*>(shared_memory());  // r d k v a b
   E* const raw = reinterpret_cast<E*>(tile + 6 * ARRAY);          // r w k v a b of the next tile
