@@ -234,6 +234,7 @@ class Kernel:
     head_sizes: tuple
     dtypes: tuple = (torch.float32,)  # what it computes on as it is; other inputs are converted to the last of these
     states: bool = True  # an initial state in and the final state out
+    multiple: int = 1  # of which T must be a multiple inside
 
 
 class KernelError(RuntimeError):
@@ -483,8 +484,8 @@ KERNELS = dict(
     torch=Kernel((), None, "--kernel torch", HEAD_SIZES, (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
     cpu=Kernel(("wkv7/wkv7_cpu.cpp",), "cpu", "--kernel cpu", HEAD_SIZES, states=False),
     cuda=Kernel((*ON_GPU, "wkv7/wkv7_cuda.cu"), "cuda", "--kernel cuda", (32, 64, 96, 128, 192),
-                (torch.bfloat16, torch.float32)),
-    fast=Kernel((*ON_GPU, "wkv7/wkv7_fast.cu"), "cuda", "--fast_cuda", (64, 128), (torch.bfloat16,)))
+                (torch.bfloat16, torch.float32), multiple=16),
+    fast=Kernel((*ON_GPU, "wkv7/wkv7_fast.cu"), "cuda", "--fast_cuda", (64, 128), (torch.bfloat16,), multiple=16))
 LIMITS = dict(  # of the relative errors of y dr dw dk dv da db after a build
     cpu=[2e-6] * 7, cuda=[2.5e-3, 2.5e-3, 4e-3, 2.5e-3, 2.5e-3, 3e-3, 3e-3],
     fast=[5e-3, 5e-3, 6e-3, 5e-3, 5e-3, 7e-3, 7e-3])
@@ -647,16 +648,18 @@ def wkv7(r, w, k, v, a, b, kernel="torch", state=None, final=False):
     if N not in about.head_sizes:
         raise ValueError(f"wkv7: head size {N} is not one of {', '.join(map(str, about.head_sizes))} ({about.flag})")
     if r.dtype == torch.float64 != dtype or about.device not in (None, r.device.type):
-        raise ValueError(f"wkv7: {about.flag} computes in {' or '.join(map(str, about.dtypes))} on {about.device}; got "
-                         f"{r.dtype} on {r.device}")
+        takes = " or ".join(str(x)[6:] for x in about.dtypes)
+        raise ValueError(f"wkv7: {about.flag} computes in {takes} on {about.device}; "
+                         f"got {str(r.dtype)[6:]} on {r.device}")
     if (final or state is not None) and not about.states:
         raise ValueError(f"wkv7: {about.flag} starts from the zero state and gives no final one; use --kernel torch")
     if state is not None and (state.shape, state.device) != ((B, H, N, N), r.device):
         raise ValueError(f"wkv7: the state must be {(B, H, N, N)} on {r.device}; got {tuple(state.shape)} on "
                          f"{state.device}")
     inputs = [x.to(dtype).contiguous() for x in inputs]
-    if about.device == "cuda" and T % 16:  # padding: d = 1 and the rest 0 leave the state as it is
-        inputs = [F.pad(x, (0, 0, 0, 0, 0, -T % 16), value=-torch.inf if i == 1 else 0) for i, x in enumerate(inputs)]
+    pad = (0, 0, 0, 0, 0, -T % about.multiple)
+    if pad[-1]:  # with d = 1 and the rest 0, which leaves the state as it is
+        inputs = [F.pad(x, pad, value=-torch.inf if i == 1 else 0) for i, x in enumerate(inputs)]
     if about.states:
         state = state if state is None else state.to(torch.promote_types(dtype, torch.float32)).contiguous()
         y, _, sT = getattr(torch.ops.wkv7, f"{kernel}_forward")(*inputs, state)

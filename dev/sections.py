@@ -49,8 +49,8 @@ def check(paths):
         complaints += [f"{path.name} has the section {title!r}, which is not its own to share"
                        for path in paths if title in parts[path] and path not in sharers(title, paths)]
         bodies = {path: parts[path].get(title) for path in sharers(title, paths)}
-        first, *others = bodies
-        for path in others:
+        first = next(iter(bodies), None)
+        for path in list(bodies)[1:]:
             a, b = bodies[first], bodies[path]
             if a is None or b is None:
                 complaints.append(f"{(first if a is None else path).name} lacks the section {title!r}")

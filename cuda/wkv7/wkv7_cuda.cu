@@ -18,7 +18,9 @@
 #include "../primitives.cuh"
 #include "wkv7.h"
 
-#include <type_traits>
+#ifndef HEAD_SIZES  // given, it compiles faster
+#define HEAD_SIZES 32, 64, 96, 128, 192
+#endif
 
 namespace {
 constexpr int TILE = 8, CHUNK = 16;  // tokens in shared memory at once, and between two kept states
@@ -222,19 +224,12 @@ backward(int64_t T, int64_t H, Inputs<E> in, const float* s0, const float* kept,
   if (ds0) store_state<N>(ds0 + state, G);
 }
 
-template <int N, int... MORE, class F>
-const char* for_head_size(int64_t given, const F& f) {
-  if (given == N) return f(std::integral_constant<int, N>());
-  if constexpr (sizeof...(MORE) > 0) return for_head_size<MORE...>(given, f);
-  return "the head size must be 32, 64, 96, 128 or 192";
-}
-
 }  // namespace
 
 #define LAUNCH(way, E, DY, THREADS, FLOATS, COUNT, ...)                                                                   \
   if (B < 1 || H < 1 || B * H > INT32_MAX || T < CHUNK || T % CHUNK) return "T must be a multiple of 16, B H below 2^31"; \
   const Inputs<E> in = {{(const E*)r, (const E*)w, (const E*)k, (const E*)v, (const E*)a, (const E*)b, (const E*)DY}};    \
-  return for_head_size<32, 64, 96, 128, 192>(N, [&](auto n) {                                                             \
+  return for_head_size<HEAD_SIZES>(N, [&](auto n) {                                                             \
     constexpr int SHARED = (FLOATS) * n * sizeof(float) + COUNT * TILE * n * sizeof(E);                                   \
     return launch(way<n, E>, B * H, THREADS * n, SHARED, stream, T, H, in, s0, __VA_ARGS__);                              \
   });
