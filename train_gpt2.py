@@ -888,12 +888,8 @@ def set_up(args, rank):
     if not alone:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     data = None if args.print_params else open_data(args, rank)
-    if not alone and local_rank > 0:
-        dist.barrier()  # local rank 0 builds kernels, if there are any to build; the others load them
     torch.manual_seed(args.random_seed)
     model = build_model(args)
-    if not alone and local_rank == 0:
-        dist.barrier()
     model.to(device)
     optimizers = build_optimizers(model, args)
     check_cover(model, optimizers)

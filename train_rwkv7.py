@@ -32,13 +32,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Optional
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends the program quietly
@@ -52,9 +52,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 try:
+    import fcntl
     import resource
 except ImportError:  # Windows
-    resource = None
+    fcntl = resource = None
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line [shared]
@@ -197,8 +198,8 @@ class Hyperparameters(Flags):
     dtype: str = flag("bf16 (activations and products), mixed (products bf16, the rest fp32) or fp32", "auto",
                       choices=("auto", "bf16", "mixed", "fp32"))
     compile: bool = flag("torch.compile the model on a GPU", True)
-    kernel: str = flag("WKV-7: torch (anywhere), cpu (C++) or auto (cpu on a CPU, else torch)", "auto",
-                       choices=("auto", "torch", "cpu"))
+    kernel: str = flag("WKV-7: torch (anywhere), cpu (C++), cuda (exact) or auto (the device's, else torch)", "auto",
+                       choices=("auto", "torch", "cpu", "cuda"))
     fast_cuda: bool = flag("WKV-7 on tensor cores", False)
     wind_cuda: bool = flag("WKV-7 fused with the time mixing around it", False)
     # report
@@ -214,13 +215,280 @@ class Hyperparameters(Flags):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Kernel build [shared]
+#
+# Kernels are built once into cuda/build/, by local rank 0, with plain calls of the compilers (no ninja). The section
+# after this one names the OPERATOR and its KERNELS, and defines register_kernel(kernel) and self_test(kernel).
+
+CUDA_FOLDER = Path(__file__).absolute().parent / "cuda"
+LOADED_KERNELS = {"torch"}
+AROUND = "Or go on without it: --kernel torch (any device, no compiler; slower, the same maths)."
+
+
+@dataclass
+class Kernel:
+    """A form of the operator: its files below cuda/, where it runs, the flag that asks for it and what it takes."""
+    files: tuple
+    device: str | None  # None: any
+    flag: str
+    head_sizes: tuple
+    dtypes: tuple = (torch.float32,)  # what it computes on as it is; other inputs are converted to the last of these
+    states: bool = True  # an initial state in and the final state out
+    multiple: int = 1  # of which T must be a multiple inside
+
+
+class KernelError(RuntimeError):
+    """A kernel cannot be had: three lines, the cause, how to mend it, how to go on without it; then the compiler's."""
+
+
+def kernel_sources(kernel):
+    """The files that `kernel` is built from, headers included."""
+    return [CUDA_FOLDER / file for file in KERNELS[kernel].files]
+
+
+def toolchain():
+    """Plain facts on what kernels are built with here: versions as text ("13.0"), architectures as numbers (90 for
+    sm_90), None for what is not there. compiler_refused: what nvcc says if it will not work with the C++ compiler."""
+    def ask(*command):
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        return done.stdout + done.stderr
+    cxx = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    home = os.environ.get("CUDA_HOME")
+    nvcc = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    facts = dict(
+        torch=torch.__version__, torch_cuda=torch.version.cuda, cxx_named=cxx[0], cxx_version=None, gcc=None,
+        torch_archs=[int(arch[3:]) for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", arch)],
+        devices=[dict(name=torch.cuda.get_device_name(i), arch=10 * major + minor) for i in range(
+            torch.cuda.device_count()) for major, minor in [torch.cuda.get_device_capability(i)]],
+        cxx=[shutil.which(cxx[0]), *cxx[1:]] if shutil.which(cxx[0]) else None, cuda_home=home,
+        nvcc=next(filter(None, map(shutil.which, nvcc)), None), cuda=None, nvcc_archs=[], compiler_refused=None)
+    if facts["cxx"]:
+        facts["cxx_version"] = (ask(*facts["cxx"], "--version").splitlines() or [""])[0]
+        gcc = re.search(r"(?<!clang version )\b(\d+)\.\d+\.\d+", facts["cxx_version"])
+        facts["gcc"] = int(gcc[1]) if gcc and "clang" not in facts["cxx_version"] else None
+    if facts["nvcc"]:
+        version = re.search(r"release (\d+\.\d+)", ask(facts["nvcc"], "--version"))
+        facts["cuda"] = version[1] if version else None
+        facts["nvcc_archs"] = sorted(map(int, set(re.findall(r"sm_(\d+)\b", ask(facts["nvcc"], "--list-gpu-code")))))
+        if facts["cxx"]:  # nvcc's headers look at the compiler's version
+            said = ask(facts["nvcc"], "-ccbin", facts["cxx"][-1], "-x", "cu", "-E", os.devnull)
+            facts["compiler_refused"] = (re.search(r"#error (?:-- )?(.*)", said) or [None, None])[1]
+    return facts
+
+
+def obstacle(facts, kernel):
+    """Why `kernel` cannot be built where toolchain() finds these facts, in KernelError's three lines; else None."""
+    def because(cause, fix):
+        return f"{OPERATOR} {kernel} not built: {cause}\n{fix}\n{AROUND}"
+    missing = [str(file) for file in kernel_sources(kernel) if not file.exists()]
+    if missing:
+        return because(f"{missing[0]} is missing.", "Restore it: git checkout -- cuda")
+    if KERNELS[kernel].device == "cuda":
+        old = [device for device in facts["devices"] if device["arch"] < 80]
+        new = [device for device in facts["devices"] if device["arch"] not in facts["nvcc_archs"]]
+        if not facts["devices"]:
+            return because("torch sees no CUDA device.", "Run it where there is one (nvidia-smi lists them).")
+        if old:
+            return because(f"{old[0]['name']} (sm_{old[0]['arch']}) has no bf16; the kernel needs sm_80 or newer.",
+                           "Take another GPU (CUDA_VISIBLE_DEVICES), or train here with --dtype fp32 (slow).")
+        if not facts["nvcc"]:
+            looked = f"$CUDA_HOME = {facts['cuda_home']}" if facts["cuda_home"] else "PATH, /usr/local/cuda"
+            return because(f"no nvcc (looked in {looked}).", f"torch {facts['torch']} was built for CUDA "
+                           f"{facts['torch_cuda']}: install that toolkit and set CUDA_HOME, or use the Dockerfile.")
+        ours, theirs = (str(facts[name]).split(".")[0] for name in ("cuda", "torch_cuda"))
+        if ours != theirs:
+            return because(f"nvcc is of CUDA {facts['cuda']}, but torch {facts['torch']} wants {theirs}.x.",
+                           f"Set CUDA_HOME to a toolkit {theirs}.x (minor differences are fine), or install a torch "
+                           f"for CUDA {ours}.x.")
+        if new:
+            newest = max(facts["nvcc_archs"], default=0)
+            return because(f"{new[0]['name']} is sm_{new[0]['arch']}; nvcc {facts['cuda']} stops at sm_{newest}.",
+                           "Install a newer CUDA toolkit, and a torch for it (yours is for "
+                           f"{', '.join(f'sm_{arch}' for arch in facts['torch_archs']) or 'no GPU'}).")
+    if not facts["cxx"]:
+        return because(f"no C++ compiler ({facts['cxx_named']} not found).", "Install g++ or set CXX.")
+    if facts["gcc"] and facts["gcc"] < 10:
+        return because(f"{facts['cxx_version']} knows no C++20.", "Install gcc 10 or newer: CC=gcc-12 CXX=g++-12")
+    if KERNELS[kernel].device == "cuda" and facts["compiler_refused"]:
+        limit = re.search(r"gcc versions later than (\d+)", facts["compiler_refused"])
+        if limit:
+            return because(f"nvcc {facts['cuda']} supports gcc <= {limit[1]}, found gcc {facts['gcc']}.",
+                           f"Install that one: CC=gcc-{limit[1]} CXX=g++-{limit[1]}")
+        return because(f"nvcc {facts['cuda']}: {facts['compiler_refused']}", "Set CXX to a g++ that it supports.")
+    return None
+
+
+def kernel_flags(kernel):
+    """(flags for the kernel's files, architectures of the GPUs here): with its sources, what a library depends on."""
+    if KERNELS[kernel].device == "cuda":
+        capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+        return ["-O3"], sorted({10 * major + minor for major, minor in capabilities})
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    return ["-O3", native, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"], []
+
+
+def kernel_library(kernel):
+    """Where the library of `kernel` is, or would be. Its name tells other sources, flags, versions and chips apart. In
+    cuda/build/, or where that cannot be written in a folder of this user's for temporary files."""
+    flags, archs = kernel_flags(kernel)
+    cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else platform.processor()
+    cpu = sorted(set(re.findall(r"^(?:model name|flags|Features|CPU part).*", cpu, re.M))) or cpu
+    key = repr((torch.__version__, torch.version.cuda, flags, archs or cpu,
+                [source.read_bytes() for source in kernel_sources(kernel) if source.exists()]))
+    name, folder = f"{OPERATOR}_{kernel}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so", CUDA_FOLDER / "build"
+    if not (folder / name).exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError:
+            folder = Path(tempfile.gettempdir()) / f"kernels-{os.getuid()}"
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if folder.stat().st_uid != os.getuid():
+                raise KernelError(f"{folder} is not yours; set TMPDIR to a folder of your own.") from None
+    return folder / name
+
+
+def compile_kernel(kernel, facts, archs, work):
+    """A library of the kernel's files in the folder `work`; what the compilers said if they failed, in KernelError."""
+    def call(command):
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            raise KernelError(f"{shlex.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    cuda, torch_folder = KERNELS[kernel].device == "cuda", Path(torch.__file__).parent
+    flags = [*kernel_flags(kernel)[0], "-I", CUDA_FOLDER]
+    nvcc = [facts["nvcc"], "-ccbin", facts["cxx"][-1] if facts["cxx"] else "c++", "-Xcompiler", "-fPIC"]
+    chips = [f"{arch}a" if arch == 90 else arch for arch in archs]
+    tools = {".cpp": [*facts["cxx"], "-std=c++20", "-fPIC", f"-DKERNEL={kernel}", "-isystem", torch_folder / "include"],
+             ".cu": [*nvcc, "-std=c++17", *(f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips)]}
+    units = [source for source in kernel_sources(kernel) if source.suffix in tools]
+    objects, library = [work / f"{source.name}.o" for source in units], work / "kernel.so"
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(call, ([*tools[source.suffix], *flags, "-c", source, "-o", made]
+                             for source, made in zip(units, objects))))
+    torch_has = [f"-l{name}" for name in ("torch_cpu", "torch_cuda") if list((torch_folder / "lib").glob(f"*{name}.*"))]
+    linker = nvcc if cuda else facts["cxx"]
+    call([*linker, "-shared", *objects, "-L", torch_folder / "lib", *torch_has, "-o", library])
+    return library
+
+
+@contextlib.contextmanager
+def build_lock(path):
+    """One process builds, the others wait and say so. The lock is the system's and goes with its owner; what the file
+    says (process and folder of the owner) is only still there after a killed build, whose folder is then removed."""
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{OPERATOR}: waiting for another process that builds the kernel ({path})", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (AttributeError, OSError):  # no such locks here: at worst two processes build the same
+            pass
+        file.seek(0)
+        left = file.read().splitlines()
+        if left:
+            print(f"{OPERATOR}: a killed build left {path} (age {(time.time() - path.stat().st_mtime) / 60:.0f} min, "
+                  f"process {left[0]} not running). Removing it.", file=sys.stderr)
+            shutil.rmtree(left[-1], ignore_errors=True)
+        work = tempfile.mkdtemp(prefix=f"{path.stem}.", dir=path.parent)
+        try:
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n{work}")
+            file.flush()
+            yield Path(work)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            file.truncate(0)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def build_kernel(kernel, library):
+    """Build and load `kernel`, hold it against the recurrence and only then keep it as `library`; else KernelError."""
+    facts, archs, log = toolchain(), kernel_flags(kernel)[1], library.with_suffix(".log")
+    problem = obstacle(facts, kernel)
+    if problem:
+        raise KernelError(problem)
+    with build_lock(library.with_suffix(".lock")) as work:
+        if library.exists():  # by the process waited for
+            return torch.ops.load_library(library)
+        try:
+            made = compile_kernel(kernel, facts, archs, work)
+        except KernelError as error:
+            log.write_text(str(error))
+            said = str(error).partition("\n")[2]
+            first = re.search(r".*(?:\berror\b|\bfatal\b|undefined reference|cannot find).*|.*", said)
+            raise KernelError(f"{OPERATOR} {kernel} not built: the compiler failed.\nMend what it names first, below; "
+                              f"the compilers found: python cuda/doctor.py\n{AROUND}\n{first[0]}\nfull log: {log}"
+                              ) from error
+        torch.ops.load_library(made)
+        register_kernel(kernel)
+        errors = self_test(kernel)
+        bad = [name for name, (error, limit) in errors.items() if not error <= limit]
+        said = ", ".join(f"{name} {error:.1e}" for name, (error, _) in errors.items())
+        limits = [limit for _, limit in errors.values()]
+        limits = " to ".join(f"{limit:.1e}" for limit in sorted({min(limits), max(limits)}))
+        said = f"{OPERATOR} {kernel} self-test: {said} (limit {limits})".replace("e-0", "e-")
+        if bad:
+            LOADED_KERNELS.discard(kernel)
+            raise KernelError(f"{said}: {', '.join(bad)} wrong, the kernel is refused.\n"
+                              f"Please report this line with what python cuda/doctor.py prints.\n{AROUND}")
+        print(f"{said} ok", file=sys.stderr)
+        os.replace(made, library)
+
+
+def load_kernel(kernel, required=False):
+    """Load `kernel`, built first if need be, and return its name. Where that fails: ValueError if it is required, else
+    a line and "torch". In a run of several ranks all must call this; local rank 0 builds."""
+    if kernel in LOADED_KERNELS:
+        return kernel
+    several, local_rank = dist.is_initialized(), int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
+    try:
+        library = kernel_library(kernel)
+        if local_rank > 0:
+            if not library.exists():
+                print(f"rank {dist.get_rank()}: waiting for rank {dist.get_rank() - local_rank} to build {OPERATOR} "
+                      "(usually 40-90 s)", file=sys.stderr)
+            dist.barrier()
+        try:
+            if library.exists():
+                torch.ops.load_library(library)
+            elif local_rank == 0:
+                build_kernel(kernel, library)
+            else:
+                raise KernelError(f"{OPERATOR} {kernel} not built: see rank {dist.get_rank() - local_rank}'s message")
+        finally:
+            if several and local_rank == 0:
+                dist.barrier()
+        if kernel not in LOADED_KERNELS:
+            register_kernel(kernel)
+    except (KernelError, OSError) as error:
+        if required:
+            raise ValueError(error) from error
+        if local_rank == 0:
+            print(f"{error}\n{OPERATOR}: going on with --kernel torch", file=sys.stderr)
+        return "torch"
+    return kernel
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # WKV-7 operator
 # Per sequence and head, state S (row = value, column = key), S_0 = 0, decay d = exp(-e^{-1/2} sigmoid(w)) > 0.545:
 #     u_t = S_{t-1} a_t      S_t = S_{t-1} diag(d_t) + u_t b_t^T + v_t k_t^T      y_t = S_t r_t
 # r, w, k, v, a, b, y and the gradients are (B, T, H, N). w is the decay before its activation, since d is too close to
 # 1 for bf16; the state and every sum are fp32 whatever the dtype of the inputs.
 
+OPERATOR = "wkv7"
 HEAD_SIZES = (16, 32, 64, 96, 128, 192)
+ON_GPU = ("primitives.cuh", "launch.cuh", "wkv7/wkv7.h", "wkv7/wkv7_binding.cpp")
+KERNELS = dict(
+    torch=Kernel((), None, "--kernel torch", HEAD_SIZES, (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
+    cpu=Kernel(("wkv7/wkv7_cpu.cpp",), "cpu", "--kernel cpu", HEAD_SIZES, states=False),
+    cuda=Kernel((*ON_GPU, "wkv7/wkv7_cuda.cu"), "cuda", "--kernel cuda", (32, 64, 96, 128, 192),
+                (torch.bfloat16, torch.float32), multiple=16),
+    fast=Kernel((*ON_GPU, "wkv7/wkv7_fast.cu"), "cuda", "--fast_cuda", (64, 128), (torch.bfloat16,), multiple=16))
+LIMITS = dict(  # of the relative errors of y dr dw dk dv da db after a build
+    cpu=[2e-6] * 7, cuda=[2.5e-3, 2.5e-3, 4e-3, 2.5e-3, 2.5e-3, 3e-3, 3e-3],
+    fast=[5e-3, 5e-3, 6e-3, 5e-3, 5e-3, 7e-3, 7e-3])
 DECAY_BOUND = 0.6065306597126334  # e^{-1/2}
 CHUNK = 16  # tokens; where keys repeat, small chunks are the accurate ones
 
@@ -271,27 +539,34 @@ def chunk_terms(r, w, k, v, a, b):
 
 
 @torch.library.custom_op("wkv7::torch_forward", mutates_args=())
-def torch_forward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """y and the states at the chunk starts, (chunks, B, H, N, N)."""
+def torch_forward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s0: Optional[Tensor]
+                  ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the states at the chunk starts, (chunks, B, H, N, N), and the final one."""
     V, _, AR, _, _, _, BK_end, _, _, pairs, _, W, U0, step = chunk_terms(r, w, k, v, a, b)
     add = torch.cat((U0, V), -2).mT @ BK_end
     S = torch.zeros_like(add)
+    if s0 is not None:
+        S[0] = s0
     for c in range(len(S) - 1):
         torch.baddbmm(add[c].flatten(0, 1), S[c].flatten(0, 1), step[c].flatten(0, 1), out=S[c + 1].flatten(0, 1))
+    sT = add[-1] + S[-1] @ step[-1]
     UV = torch.cat((W @ S.mT + U0, V), -2)
-    return from_chunks(AR[..., CHUNK:, :] @ S.mT + pairs[..., CHUNK:, :] @ UV, r), S
+    return from_chunks(AR[..., CHUNK:, :] @ S.mT + pairs[..., CHUNK:, :] @ UV, r), S, sT
 
 
 @torch.library.custom_op("wkv7::torch_backward", mutates_args=())
-def torch_backward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor, dy: Tensor
-                   ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def torch_backward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s0: Optional[Tensor], S: Tensor,
+                   dy: Tensor, dsT: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     V, gate, AR, scale_AR, BK, scale_BK, BK_end, P_end, mask, pairs, M, W, U0, step = chunk_terms(r, w, k, v, a, b)
     dY = to_chunks(dy)
     dU = pairs[..., CHUNK:, :CHUNK].mT @ dY  # what of dU does not pass through later chunks
     add = torch.cat((M.mT @ dU, dY), -2).mT @ AR
     G = torch.zeros_like(S)  # gradient of the state at the chunk's end
+    if dsT is not None:
+        G[-1] = dsT
     for c in range(len(S) - 1, 0, -1):
         torch.baddbmm(add[c].flatten(0, 1), G[c].flatten(0, 1), step[c].mT.flatten(0, 1), out=G[c - 1].flatten(0, 1))
+    ds0 = S.new_empty(0) if s0 is None else add[0] + G[0] @ step[0].mT
     dUV = BK_end @ G.mT
     dZY = torch.cat((M.mT @ (dU + dUV[..., :CHUNK, :]), dY), -2)
     UV = torch.cat((W @ S.mT + U0, V), -2)
@@ -303,107 +578,114 @@ def torch_backward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Ten
     (from_a, from_r), (from_b, from_k) = (AR * dAR).split(CHUNK, -2), (BK * dBK).split(CHUNK, -2)
     d_log = mask[CHUNK:, :CHUNK].mT @ (from_r - from_k - from_b) + mask[:CHUNK, :CHUNK].mT @ from_a
     d_log[:-1] += (S[1:] * G[:-1]).sum(-2, keepdim=True)
+    if dsT is not None:
+        d_log[-1] += ((S[-1] * P_end[-1] + UV[-1].mT @ BK_end[-1]) * dsT).sum(-2, keepdim=True)
     dw = d_log * gate * torch.sigmoid(-to_chunks(w)) * -DECAY_BOUND  # 1 - gate would be 0 long before it is in truth
     (da, dr), (db, dk) = (dAR * scale_AR).split(CHUNK, -2), (dBK * scale_BK).split(CHUNK, -2)
-    return tuple(from_chunks(x, r) for x in (dr, dw, dk, dV, da, db))
+    return *(from_chunks(x, r) for x in (dr, dw, dk, dV, da, db)), ds0
 
 
-def register_wkv7(kernel, kept_like):
-    """Make wkv7::<kernel>_forward -> (y, kept) known to torch.compile, and <kernel>_backward its backward."""
+def kept_like(kernel, r):
+    """An empty tensor as the forward of `kernel` keeps it for its backward."""
+    (B, T, H, N), wide = r.shape, torch.promote_types(r.dtype, torch.float32)
+    shape, dtype = dict(torch=((-(-T // CHUNK), B, H, N, N), wide), cpu=(r.shape, r.dtype),
+                        cuda=((B, H, -(-T // 16), N + 16, N), torch.float32),
+                        fast=((B, H, -(-T // 64), N, N), torch.bfloat16))[kernel]
+    return r.new_empty(shape, dtype=dtype)
+
+
+def register_kernel(kernel):
+    """Make wkv7::<kernel>_forward -> (y, kept, final state) known to torch.compile, <kernel>_backward its backward."""
     forward, backward = (getattr(torch.ops.wkv7, f"{kernel}_{way}").default for way in ("forward", "backward"))
+    states = KERNELS[kernel].states  # a kernel without takes and gives neither s0, sT nor their gradients
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs, output[1])
         ctx.set_materialize_grads(False)
 
-    def backward_of_y(ctx, dy, _):  # what is kept for the backward has no gradient of its own
-        return (None,) * 6 if dy is None else backward(*ctx.saved_tensors, dy.contiguous())
+    def backward_of(ctx, dy, _, dsT=None):  # what is kept for the backward has no gradient of its own
+        *inputs, kept = ctx.saved_tensors
+        if dy is None and dsT is None:
+            return (None,) * len(inputs)
+        dy = torch.zeros_like(inputs[0]) if dy is None else dy.contiguous()
+        grads = backward(*inputs, kept, dy, *[None if dsT is None else dsT.contiguous()] * states)
+        return *grads[:6], *[grads[-1] if inputs[-1] is not None else None] * states
 
-    torch.library.register_fake(forward, lambda *inputs: (inputs[0].new_empty(inputs[0].shape), kept_like(inputs[0])))
-    torch.library.register_fake(backward, lambda *inputs: tuple(x.new_empty(x.shape) for x in inputs[:6]))
-    torch.library.register_autograd(forward, backward_of_y, setup_context=setup_context)
+    def state_like(r):
+        B, T, H, N = r.shape
+        return r.new_empty(B, H, N, N, dtype=torch.promote_types(r.dtype, torch.float32))
 
+    def fake_forward(*inputs):
+        r = inputs[0]
+        return r.new_empty(r.shape), kept_like(kernel, r), *[state_like(r)] * states
 
-register_wkv7("torch", lambda r: r.new_empty(-(-r.size(1) // CHUNK), r.size(0), r.size(2), r.size(3), r.size(3),
-                                             dtype=torch.promote_types(r.dtype, torch.float32)))
-LOADED_KERNELS = {"torch"}
+    def fake_backward(*inputs):
+        r = inputs[0]
+        ds0 = [state_like(r) if inputs[6] is not None else state_like(r).new_empty(0)] if states else []
+        return *(x.new_empty(x.shape) for x in inputs[:6]), *ds0
 
-
-def kernel_sources(kernel):
-    """The files that `kernel` is built from."""
-    return {"torch": [], "cpu": [Path(__file__).absolute().parent / "cuda" / "wkv7" / "wkv7_cpu.cpp"]}[kernel]
-
-
-def build_kernel(kernel):
-    """Load the library of `kernel` from cuda/build/, or build it first: in a folder of its own, so that neither another
-    process nor the rest of a killed one is in the way. Its name tells other sources, flags, CPUs and versions apart."""
-    sources, folder = list(map(str, kernel_sources(kernel))), Path(__file__).absolute().parent / "cuda" / "build"
-    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    flags = ["-O3", native, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-    cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else platform.processor()
-    cpu = sorted(set(re.findall(r"^(?:model name|flags|Features|CPU part).*", cpu, re.M))) or cpu
-    key = repr((torch.__version__, flags, cpu, [Path(source).read_bytes() for source in sources]))
-    name = f"wkv7_{kernel}_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    library, log = folder / f"{name}.so", folder / f"{name}.log"
-    if library.exists():
-        return torch.ops.load_library(library)
-    from torch.utils import cpp_extension
-    compiler = shlex.split(cpp_extension.get_cxx_compiler())[0]
-    if shutil.which(compiler) is None:
-        raise RuntimeError(f"no C++ compiler ({compiler} not found); install g++ or set CXX")
-    os.environ["PATH"] = os.environ.get("PATH", os.defpath) + os.pathsep + sysconfig.get_path("scripts")  # of ninja
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        work = tempfile.mkdtemp(prefix=f"{name}.", dir=folder)
-    except OSError:  # a checkout that cannot be written: build for this process alone
-        work, log = tempfile.mkdtemp(prefix=f"{name}."), None
-    cpp_extension.TORCH_LIB_PATH = shlex.quote(str(Path(torch.__file__).parent / "lib"))  # its -L breaks on spaces
-    try:
-        cpp_extension.load(name, sources, extra_cflags=flags, build_directory=work, is_python_module=False)
-        if log:
-            os.replace(next(Path(work).glob("*.so")), library)
-    except Exception as error:
-        cause = (re.search(r".*\berror: .*", str(error)) or re.search(".*", str(error)))[0]
-        if log:
-            log.write_text(str(error))
-            cause += f" (full log: {log})"
-        raise RuntimeError(cause) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def load_kernel(kernel: str) -> str:
-    """Load `kernel`, built first if need be. Returns the kernel to use: where that fails it says so and is "torch"."""
-    if kernel in LOADED_KERNELS:
-        return kernel
-    try:
-        if not hasattr(torch.ops.wkv7, f"{kernel}_forward"):
-            build_kernel(kernel)
-            register_wkv7(kernel, lambda r: r.new_empty(r.shape))
-    except (RuntimeError, OSError) as error:
-        print(f"WKV-7: cannot build --kernel {kernel}: {error}\n"
-              "WKV-7: going on with --kernel torch, several times slower", file=sys.stderr)
-        return "torch"
+    torch.library.register_fake(forward, fake_forward)
+    torch.library.register_fake(backward, fake_backward)
+    torch.library.register_autograd(forward, backward_of, setup_context=setup_context)
     LOADED_KERNELS.add(kernel)
-    return kernel
 
 
-def wkv7(r, w, k, v, a, b, kernel="torch"):
-    """y from the zero state, by a kernel that load_kernel has loaded; differentiable in all six inputs."""
-    inputs = (r, w, k, v, a, b)
+register_kernel("torch")
+
+
+def wkv7(r, w, k, v, a, b, kernel="torch", state=None, final=False):
+    """y, by a kernel that load_kernel has loaded, from the state given, (B, H, N, N), or zero; with `final` also the
+    state after the last token. Differentiable in all inputs. Any T; any strides. bf16 and fp32 go to --kernel cuda as
+    they are; --fast_cuda rounds fp32 to bf16; the results have the dtype of r, the states are fp32."""
+    inputs, about = (r, w, k, v, a, b), KERNELS.get(kernel)
     if r.dim() != 4 or not r.numel() or not r.is_floating_point() or any(
             (x.shape, x.dtype, x.device) != (r.shape, r.dtype, r.device) for x in inputs):
         raise ValueError("wkv7: r w k v a b must be (B, T, H, N), not empty, of one floating dtype and device; got "
                          + ", ".join(f"{tuple(x.shape)} {x.dtype} {x.device}" for x in inputs))
-    if r.size(3) not in HEAD_SIZES:
-        raise ValueError(f"wkv7: head size {r.size(3)} is not one of {', '.join(map(str, HEAD_SIZES))}")
     if kernel not in LOADED_KERNELS:
         raise ValueError(f"wkv7: kernel {kernel!r} is not loaded (loaded: {', '.join(sorted(LOADED_KERNELS))})")
-    if kernel == "torch":
-        return torch.ops.wkv7.torch_forward(*inputs)[0]
-    if r.dtype == torch.float64 or r.device.type != "cpu":
-        raise ValueError(f"wkv7: --kernel cpu computes in fp32 on the CPU; got {r.dtype} on {r.device}")
-    return torch.ops.wkv7.cpu_forward(*(x.float().contiguous() for x in inputs))[0].to(r.dtype)
+    (B, T, H, N), dtype = r.shape, r.dtype if r.dtype in about.dtypes else about.dtypes[-1]
+    if N not in about.head_sizes:
+        raise ValueError(f"wkv7: head size {N} is not one of {', '.join(map(str, about.head_sizes))} ({about.flag})")
+    if r.dtype == torch.float64 != dtype or about.device not in (None, r.device.type):
+        takes = " or ".join(str(x)[6:] for x in about.dtypes)
+        raise ValueError(f"wkv7: {about.flag} computes in {takes} on {about.device}; "
+                         f"got {str(r.dtype)[6:]} on {r.device}")
+    if (final or state is not None) and not about.states:
+        raise ValueError(f"wkv7: {about.flag} starts from the zero state and gives no final one; use --kernel torch")
+    if state is not None and (state.shape, state.device) != ((B, H, N, N), r.device):
+        raise ValueError(f"wkv7: the state must be {(B, H, N, N)} on {r.device}; got {tuple(state.shape)} on "
+                         f"{state.device}")
+    inputs = [x.to(dtype).contiguous() for x in inputs]
+    pad = (0, 0, 0, 0, 0, -T % about.multiple)
+    if pad[-1]:  # with d = 1 and the rest 0, which leaves the state as it is
+        inputs = [F.pad(x, pad, value=-torch.inf if i == 1 else 0) for i, x in enumerate(inputs)]
+    if about.states:
+        state = state if state is None else state.to(torch.promote_types(dtype, torch.float32)).contiguous()
+        y, _, sT = getattr(torch.ops.wkv7, f"{kernel}_forward")(*inputs, state)
+    else:
+        y, sT = getattr(torch.ops.wkv7, f"{kernel}_forward")(*inputs)[0], None
+    y = y[:, :T].to(r.dtype)
+    return (y, sT) if final else y
+
+
+@torch.enable_grad()
+def self_test(kernel):
+    """{tensor: (relative error, limit)} against the recurrence in float64, on random inputs in the kernel's dtype."""
+    about, wrong, size = KERNELS[kernel], torch.zeros(7), torch.zeros(7)
+    for N in {64, 128}.intersection(about.head_sizes):
+        generator = torch.Generator().manual_seed(0)
+        r, w, k, v, kappa, alpha, dy = (torch.randn(1, 88, 2, N, generator=generator) for _ in range(7))
+        kappa = F.normalize(kappa, dim=-1)
+        inputs = [x.to(about.dtypes[0]) for x in (r, w, k, v, -kappa, kappa * alpha.sigmoid(), dy)]
+        exact = [x.double().requires_grad_() for x in inputs]
+        mine, results = [x.to(about.device, copy=True).requires_grad_() for x in inputs], []
+        for y, (*leaves, dy) in ((wkv7_recurrent(*exact[:6])[0], exact), (wkv7(*mine[:6], kernel), mine)):
+            results.append([x.detach().double().cpu() for x in (y, *torch.autograd.grad(y, leaves, dy))])
+        wrong += torch.tensor([(x - right).square().sum() for right, x in zip(*results)])
+        size += torch.tensor([right.square().sum() for right in results[0]])
+    errors = (wrong / size).sqrt().tolist()
+    return {name: pair for name, *pair in zip(("y", "dr", "dw", "dk", "dv", "da", "db"), errors, LIMITS[kernel])}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -586,19 +868,26 @@ class RWKV7(nn.Module):
 
 def build_model(args):
     """The model on the default device, seeded by the caller. Raises ValueError when the flags do not fit together."""
-    fits = [n for n in HEAD_SIZES if args.width % n == 0]
+    if args.wind_cuda:
+        raise ValueError("--wind_cuda: there is no such kernel of WKV-7 here yet. "
+                         "Go on without it: --fast_cuda or --kernel torch (slower, the same maths).")
+    wanted = "fast" if args.fast_cuda else args.kernel
+    required = wanted != "auto"
+    if not required:
+        wanted = "cuda" if args.device == "cuda" and args.headsz in KERNELS["cuda"].head_sizes else "torch"
+        wanted = "cpu" if args.device == "cpu" else wanted
+    about = KERNELS[wanted]
+    fits = [n for n in about.head_sizes if args.width % n == 0]
     if args.headsz not in fits:
         divides = args.headsz > 0 and args.width % args.headsz == 0
-        why = "no kernel for it" if divides else f"{args.width} is not a multiple of {args.headsz}"
+        why = f"{about.flag} has no kernel for it" if divides else f"{args.width} is not a multiple of {args.headsz}"
         raise ValueError(f"--headsz {args.headsz}: {why}. Allowed: {', '.join(map(str, fits))}.")
-    if args.fast_cuda or args.wind_cuda:
-        raise ValueError(f"--{'fast' if args.fast_cuda else 'wind'}_cuda: there is no CUDA kernel of WKV-7 here yet. "
-                         "Go on without it: --kernel torch (any GPU; slower, the same maths).")
-    if args.kernel == "cpu" and args.device == "cuda":
-        raise ValueError("--kernel cpu runs on a CPU only. Use --kernel torch on a GPU, or --device cpu.")
-    if args.kernel == "auto":
-        args.kernel = "torch" if args.device == "cuda" else "cpu"
-    args.kernel = load_kernel(args.kernel)
+    if about.device not in (None, args.device):
+        raise ValueError(f"{about.flag} runs on a {'GPU' if about.device == 'cuda' else 'CPU'} only. "
+                         f"Use --kernel torch, or --device {about.device}.")
+    if args.dtype == "fp32" and torch.float32 not in about.dtypes:
+        raise ValueError(f"{about.flag} computes in bf16: not with --dtype fp32. Use --kernel cuda or another --dtype.")
+    args.kernel = load_kernel(wanted, required)
     return RWKV7(args, args.kernel)
 
 
@@ -1167,12 +1456,8 @@ def set_up(args, rank):
     if not alone:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     data = None if args.print_params else open_data(args, rank)
-    if not alone and local_rank > 0:
-        dist.barrier()  # local rank 0 builds kernels, if there are any to build; the others load them
     torch.manual_seed(args.random_seed)
     model = build_model(args)
-    if not alone and local_rank == 0:
-        dist.barrier()
     model.to(device)
     optimizers = build_optimizers(model, args)
     check_cover(model, optimizers)
