@@ -6,93 +6,19 @@
 //     AB = stril(A B^T)   AK = stril(A K^T)   RK = tril(R K^T)   RB = tril(R B^T)   M = (1 - AB)^{-1}
 //     Z = A S^T + AK V    U = M Z    Y = R S^T + RK V + RB U    S <- (S + V^T K + U^T B) diag(P)
 // All decays lie in (0.545, 1), so P_16 > e^{-9.8} and neither P nor 1/P leaves the range of bf16.
-// Threads  Lane (g, q) = (lane / 4, lane % 4) of warp i holds, of a 16 x 16 result, rows g and g + 8, columns 2q, 2q+1,
-//          2q+8, 2q+9. Of S and its gradient a warp has the 16 rows (values) 16i.., of what is C x N the columns 16i...
-// Products are all C += X Y^T of 16 x 16 blocks, X and Y in the registers of the A operand (`Block`). A result, rounded,
-//          is such an operand again: S, Z, U and their gradients go from product to product without shared memory.
+// Threads, products: tiles.cuh. Of what is C x N a warp has the columns 16i... S, Z, U and their gradients go from product
+//          to product without shared memory.
 // Numerics bf16 operands, fp32 sums; S, its gradient, decays, the inverse (by substitution: the powers of AB grow like
 //          binomials where keys repeat, and bf16 products of them are wrong) and the gradient of the decay in fp32.
 #pragma once
 
-#include <algorithm>
-#include <initializer_list>
-
-#include "../primitives.cuh"
+#include "../tiles.cuh"
 
 namespace wkv7 {
 
-constexpr int C = 16;      // tokens in a chunk
-constexpr int GROUP = 64;  // tokens between two states that the forward keeps
+using namespace tiles;
 
 constexpr float DECAY_BOUND = 0.60653065971263342f;  // e^{-1/2}
-constexpr float LOG2_E = 1.44269504088896341f;
-
-using Block = uint32_t[4];      // 16 x 16, bf16: rows g, g+8 of columns 2q, 2q+1, then of columns 2q+8, 2q+9
-using Sum = float[2][4];        // 16 x 16, fp32: columns 0..7, then 8..15; in each rows g, g, g+8, g+8
-using Elements = float[2][2][2];  // of a 16 x 16 result this lane's: [row g or g+8][columns 0..7 or 8..15][2q or 2q+1]
-
-struct Thread {
-  int warp, lane, g, q;
-  __device__ Thread() : Thread(thread_index()) {}
-  __device__ explicit Thread(int i) : warp(i / 32), lane(i % 32), g(lane / 4), q(lane % 4) {}
-};
-
-// Where row, column of a matrix in shared memory lies, in bf16. Segments of 8 are permuted in each row, so that the 8
-// rows of a tile lie in different banks. `block`, a multiple of 16, is the part of the column that is known when compiled
-// or the same in all lanes: the rest is computed once for all blocks of a row.
-template <int COLUMNS>
-__device__ inline int offset(int row, int column, int block = 0) {
-  return (row * COLUMNS + (column ^ ((COLUMNS == 16 ? row / 4 % 2 : row % 8) * 8))) ^ block;
-}
-
-__device__ inline uint32_t& pair_at(bf16* p) { return *reinterpret_cast<uint32_t*>(p); }
-__device__ inline const uint32_t& pair_at(const bf16* p) { return *reinterpret_cast<const uint32_t*>(p); }
-
-// The block at (row, column) of matrix X, or of its transpose: then (row, column) are still those in X.
-template <int COLUMNS>
-__device__ inline void load(Block& x, const bf16* X, int row, int column, const Thread& at) {
-  load_tiles(x, X + row * COLUMNS + offset<COLUMNS>(at.lane % 16, at.lane / 16 * 8, column));
-}
-
-template <int COLUMNS>
-__device__ inline void load_transpose(Block& x, const bf16* X, int row, int column, const Thread& at) {
-  const int within = at.lane / 16 * 8 + at.lane % 8;
-  load_tiles_transposed(x, X + row * COLUMNS + offset<COLUMNS>(within, at.lane / 8 % 2 * 8, column));
-}
-
-template <int COLUMNS>
-__device__ inline void store(bf16* X, int row, int column, const Block& x, const Thread& at) {
-  for (int i = 0; i < 4; ++i)
-    pair_at(X + (row + i % 2 * 8) * COLUMNS + (offset<COLUMNS>(at.g, 2 * at.q, column) ^ (i / 2 * 8))) = x[i];
-}
-
-__device__ inline void add_product(Sum& c, const Block& x, const Block& y) {  // c += x y^T
-  multiply_add(c[0], x, y[0], y[2]);
-  multiply_add(c[1], x, y[1], y[3]);
-}
-
-__device__ inline void to_block(Block& x, const Sum& c) {
-  for (int i = 0; i < 4; ++i) x[i] = pack_bf16(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
-}
-
-__device__ inline void to_block(Block& x, const Elements& c) {
-  for (int i = 0; i < 4; ++i) x[i] = pack_bf16(c[i % 2][i / 2][0], c[i % 2][i / 2][1]);
-}
-
-// Element by element: the lane's row, half and e as in Elements.
-#define FOR_ELEMENTS \
-  for (int row = 0; row < 2; ++row) \
-    for (int half = 0; half < 2; ++half) \
-      for (int e = 0; e < 2; ++e)
-
-__device__ inline float element(const Block& x, int row, int half, int e) {
-  const uint32_t pair = x[row + 2 * half];
-  return e ? high_bf16(pair) : low_bf16(pair);
-}
-
-__device__ inline void scale_columns(Sum& c, const volatile float* by, const Thread& at) {
-  FOR_ELEMENTS c[half][2 * row + e] *= by[8 * half + 2 * at.q + e];
-}
 
 __device__ inline void keep_lower(Sum& c, bool diagonal, const Thread& at) {
   FOR_ELEMENTS {
@@ -107,18 +33,6 @@ __device__ inline float sigmoid(float w) { return fast_reciprocal(1.f + fast_exp
 struct Tiles {
   bf16 *R, *W, *K, *V, *A, *B, *DY;
 };
-
-// Tiles are C x N matrices in shared memory, where row = token. The block copies one with one 16-byte piece a thread:
-// from + offset of the chunk's first token + this thread's part.
-template <int N>
-__device__ inline int64_t piece(int stride, int thread) {
-  return int64_t{thread / (N / 8)} * stride + thread % (N / 8) * 8;
-}
-
-template <int N>
-__device__ inline void copy_tile(bf16* tile, const bf16* from, int thread) {
-  copy_async(tile + offset<N>(thread / (N / 8), thread % (N / 8) * 8), from);
-}
 
 // The sum over all rows up to each row, in place; always added in the same order.
 __device__ inline void sum_down(Elements& x, const Thread& at) {
@@ -276,82 +190,5 @@ __device__ inline void finish_chunk(Sum (&S)[N / 16], Sum& Z, Sum* Y, const Tile
     scale_columns(S[j], P_end + 16 * j, at);
   }
 }
-
-// States in global memory, (N, N): `head` is the number of the state, `to` or `from` the first one.
-template <int N>
-__device__ inline void write_state(float* to, int64_t head, const Sum (&S)[N / 16]) {
-  const Thread at;
-  to += head * N * N + (16 * at.warp + at.g) * N + 2 * at.q;
-#pragma unroll
-  for (int j = 0; j < N / 16; ++j)
-    for (int i = 0; i < 4; ++i)
-      *reinterpret_cast<float2*>(to + i % 2 * 8 * N + 16 * j + i / 2 * 8) =
-          make_float2(S[j][i / 2][i % 2 * 2], S[j][i / 2][i % 2 * 2 + 1]);
-}
-
-template <int N>
-__device__ inline void write_state(bf16* to, int64_t head, const Sum (&S)[N / 16]) {
-  const Thread at;
-  to += head * N * N + (16 * at.warp + at.g) * N + 2 * at.q;
-#pragma unroll
-  for (int j = 0; j < N / 16; ++j) {
-    Block s;
-    to_block(s, S[j]);
-    for (int i = 0; i < 4; ++i) pair_at(to + i % 2 * 8 * N + 16 * j + i / 2 * 8) = s[i];
-  }
-}
-
-template <int N>
-__device__ inline void start_state(Sum (&S)[N / 16], const float* from, int64_t head) {  // zeros if there is none
-  const Thread at;
-  const float* own = from + head * N * N + (16 * at.warp + at.g) * N + 2 * at.q;
-#pragma unroll
-  for (int j = 0; j < N / 16; ++j)
-    FOR_ELEMENTS S[j][half][2 * row + e] = from ? own[8 * row * N + 16 * j + 8 * half + e] : 0.f;
-}
-
-// States in shared memory, (N, N) bf16; copy_state is asynchronous.
-template <int N>
-__device__ inline void copy_state(bf16* to, const bf16* from, int64_t head, int thread) {
-#pragma unroll 1
-  for (int i = thread * 8; i < N * N; i += 2 * N * 8) copy_async(to + offset<N>(i / N, i % N), from + head * N * N + i);
-}
-
-template <int N>
-__device__ inline void store_state(bf16* to, const Sum (&S)[N / 16], const Thread& at) {
-#pragma unroll
-  for (int j = 0; j < N / 16; ++j) {
-    Block s;
-    to_block(s, S[j]);
-    store<N>(to, 16 * at.warp, 16 * j, s, at);
-  }
-}
-
-template <int N>
-__device__ inline void load_state(Sum (&S)[N / 16], const bf16* from, const Thread& at) {
-#pragma unroll
-  for (int j = 0; j < N / 16; ++j) {
-    Block s;
-    load<N>(s, from, 16 * at.warp, 16 * j, at);
-    FOR_ELEMENTS S[j][half][2 * row + e] = element(s, row, half, e);
-  }
-}
-
-// A C x N result in the registers of its warps, to the rows `stride` apart that begin at `to`.
-__device__ inline void write(bf16* to, int stride, const Block& x, const Thread& at) {
-  to += int64_t{at.g} * stride + 16 * at.warp + 2 * at.q;
-  for (int i = 0; i < 4; ++i) pair_at(to + int64_t{i % 2 * 8} * stride + i / 2 * 8) = x[i];
-}
-
-// For the launchers: null, or why these sizes cannot be.
-inline const char* refuse(int64_t B, int64_t T, int64_t H, int64_t N, std::initializer_list<int64_t> head_sizes) {
-  if (std::find(head_sizes.begin(), head_sizes.end(), N) == head_sizes.end()) return "not one of this kernel's head sizes";
-  if (T < C || T % C || T > INT32_MAX - GROUP) return "T must be a multiple of 16, above 0 and below 2^31";
-  if (B < 1 || H < 1 || B > INT32_MAX / H || H * N > INT32_MAX) return "B H and H N must be above 0 and below 2^31";
-  return nullptr;
-}
-
-inline const bf16* input(const void* x) { return static_cast<const bf16*>(x); }
-inline bf16* output(void* x) { return static_cast<bf16*>(x); }
 
 }  // namespace wkv7

@@ -27,19 +27,6 @@ struct Backward {
   __device__ float* room() { return reinterpret_cast<float*>(dZ); }  // for pair_matrices; dZ comes later
 };
 
-// The order of the chunks. A group of n chunks takes 2n - 1 steps: forwards through chunks 0 to n - 2, for the states,
-// then backwards from chunk n - 1. After the last step comes the next group's first.
-struct Order {
-  int chunks, groups;
-  __device__ explicit Order(int T) : chunks(T / C), groups((chunks + GROUP / C - 1) / (GROUP / C)) {}
-  __device__ int size(int group) const { return group < groups - 1 ? GROUP / C : chunks - group * (GROUP / C); }
-  __device__ int chunk(int n, int step) const { return step < n ? step : 2 * n - 2 - step; }
-};
-
-// Where the state at the start of chunk i of a group lies. The slot of a group's chunk 3 is free when the next group's
-// first state is fetched, and is that group's slot of chunk 0.
-__device__ inline int slot(int group, int i) { return group % 2 ? GROUP / C - 1 - i : i; }
-
 // With the scaled tiles in shared memory: what G and S give to Z^T, dU^T and dV. G becomes G diag(P), for all in `at.G`.
 template <int N>
 __device__ inline void read_states(Sum& Z, Sum& dU, Sum& dV, Sum* Y, Sum (&G)[N / 16], Backward<N>& shared, const bf16* state,
