@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check an operator's kernels, then time them: python cuda/bench.py wkv7 [--device cpu] [--peers] [--shape 8,1024,12,64]
+"""Check an operator's kernels, then time them: python cuda/bench.py wkv7 [--device cpu] [--peers] [--shape B,T,H,N]
 
 Every kernel is first held against the float64 recurrence at the head size to be timed, y and all gradients, on random
 inputs and on correlated keys (what text with repeats does), and must give the same bits twice. One that fails is not
@@ -8,7 +8,7 @@ on a GPU between two events, launches enqueued ahead, the L2 cache overwritten b
 clock, kernels interleaved, so that whatever else the machine does hits all alike.
 
 MB is the least possible traffic (WKV-7: 7 tensors forward and 13 backward), "of floor" the time that traffic takes at
-the speed of a large copy, measured in the same run, over the time taken. TFLOP/s counts the arithmetic of the recurrence
+the speed of a large copy, measured in the same run, over the time taken. TFLOP/s counts the recurrence's arithmetic
 (WKV-7: 9 N^2 a token and head forward, 19 N^2 backward): one yardstick for every form. memory is the peak of all that
 both passes allocate, results included, over the size of inputs and dy. --peers: flash-linear-attention, if installed.
 """
@@ -397,7 +397,7 @@ def write_readme(operator, device, machine, header, rows, readme):
               if not old.startswith((f"| {machine['device']} |", f"- {machine['device']},"))]
     kept = [old for old in others if old.startswith("| ") and not old.startswith(("| device |", "| --- |"))]
     facts = [old for old in others if old.startswith("- ")]
-    table = line(COLUMNS) + line(["---"] * len(COLUMNS)) + "".join(kept) + "".join(line(cells(r, machine)) for r in rows)
+    table = "".join((line(COLUMNS), line(["---"] * len(COLUMNS)), *kept, *(line(cells(row, machine)) for row in rows)))
     readme.write_text(f"{before}{begin}{table}\n{''.join(facts)}- {header}\n{end}{after}", encoding="utf-8")
 
 

@@ -321,7 +321,8 @@ def test_readme_has_a_place_for_every_table():
 
 
 @pytest.mark.parametrize("flags, parts", (
-    (["wkv9"], ["wkv9", "wkv7"]), (["wkv7", "--shape", "1,2,3"], ["B,T,H,N"]), (["wkv7", "--repeats", "1"], ["at least 2"]),
+    (["wkv9"], ["wkv9", "wkv7"]), (["wkv7", "--shape", "1,2,3"], ["B,T,H,N"]),
+    (["wkv7", "--repeats", "1"], ["at least 2"]),
     (["wkv7", "--device", "cpu", "--shape", "1,16,1,48"], ["head size 48", "16, 32, 64"]),
     (["wkv7", "--device", "cuda"], ["no CUDA device", "doctor.py", "--device cpu"]),
     (["wkv7", "--device", "cpu", "--kernels", "quick"], ["quick", "torch, cpu"])))
