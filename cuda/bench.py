@@ -138,7 +138,9 @@ def wkv7():
                 "cpu": [(16, 256, 4, 32), (8, 256, 4, 64), (1, 1024, 12, 64)]})
 
 
-OPERATORS = {"wkv7": wkv7}
+# Name on the command line: what is checked and timed under it. An operator with inputs of its own, as one that fuses
+# the recurrence with its surroundings has them, is one more in the tuple; its rows go into the same table.
+OPERATORS = {"wkv7": (wkv7,)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -430,7 +432,7 @@ def parse_arguments(argv):
         parser.error("--threads must be at least 1 and --repeats at least 2")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device (python cuda/doctor.py says why); --device cpu works")
-    sizes = OPERATORS[arguments.operator]().head_sizes
+    sizes = OPERATORS[arguments.operator][0]().head_sizes
     for shape in arguments.shape or ():
         if shape[3] not in sizes:
             parser.error(f"--shape {','.join(map(str, shape))}: head size {shape[3]} is not one of {sizes}")
@@ -439,13 +441,14 @@ def parse_arguments(argv):
 
 def bench(arguments, readme=ROOT / "cuda" / "README.md"):
     """Print and write as told. Returns (machine, rows). Raises ValueError, OSError."""
-    operator, device = OPERATORS[arguments.operator](), arguments.device
+    operators, device = [make() for make in OPERATORS[arguments.operator]], arguments.device
     torch.set_num_threads(arguments.threads)
-    kernels = operator.kernels(device, arguments.peers)
+    kernels = [operator.kernels(device, arguments.peers) for operator in operators]
     if arguments.kernels:
-        if strange := [name for name in arguments.kernels if name not in kernels]:
-            raise ValueError(f"--kernels {strange[0]}: not one of {', '.join(kernels)}")
-        kernels = {name: kernel for name, kernel in kernels.items() if name in arguments.kernels}
+        known = [name for some in kernels for name in some]
+        if strange := [name for name in arguments.kernels if name not in known]:
+            raise ValueError(f"--kernels {strange[0]}: not one of {', '.join(known)}")
+        kernels = [{name: some[name] for name in some if name in arguments.kernels} for some in kernels]
     timer, machine = Events() if device == "cuda" else WallClock(), describe(device)
     speed = copy_speed(timer, device)
     machine |= {"copy GB/s": round(speed / 1e9, 1), "repeats": arguments.repeats, "warm-up": WARM_UP[device],
@@ -454,8 +457,10 @@ def bench(arguments, readme=ROOT / "cuda" / "README.md"):
     print(header)
     print(line(COLUMNS) + line(["---"] * len(COLUMNS)), end="")
     rows = []
-    for shape in arguments.shape or operator.shapes[device]:
-        for row in measure(operator, shape, kernels, timer, device, arguments.repeats, speed):
+    jobs = [(operator, some, shape) for operator, some in zip(operators, kernels)
+            for shape in arguments.shape or operator.shapes[device]]
+    for operator, some, shape in jobs:
+        for row in measure(operator, shape, some, timer, device, arguments.repeats, speed):
             rows.append(row)
             print(line(cells(row, machine)), end="", flush=True)
         if arguments.json:  # after every shape: what was measured is kept, whatever happens to the next

@@ -1,5 +1,5 @@
 """WKV-7's kernels on a GPU: every input family and size in bf16, full size, the same bits twice, other streams, long
-offsets. Skipped where torch sees no GPU; TEST_DEVICE=cpu tries this file itself, with the CPU's kernels and small sizes.
+offsets. Skipped where torch sees no GPU; TEST_DEVICE=cpu tries this file itself, with the CPU's kernels, small sizes.
 """
 
 import os
