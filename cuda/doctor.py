@@ -293,7 +293,7 @@ def gigabytes(count):
 
 def page(facts):
     lines = []
-    say = lambda name, text: lines.append(f"{name:12} {text}")
+    say = lambda name, text: lines.append(f"{name:16} {text}")
     say("doctor", f"{facts['date']}, commit {facts['commit'] or 'unknown'}")
     say("system", f"{facts['platform']}, {facts['cores']} cores, memory {gigabytes(facts['memory']['total'])} "
                   f"({gigabytes(facts['memory']['free'])} free), disk {gigabytes(facts['disk']['free'])} free")
@@ -318,13 +318,13 @@ def page(facts):
     for d in facts["data"]:
         counted = ", ".join(f"{d[split]['shards']} {split} shards of {d[split]['tokens']:,} tokens"
                             for split in ("train", "val"))
-        say(d["track"], f"{d['folder']}: {counted} (a run reads {d['need']:,}), manifest {d['manifest']}")
+        say(d["track"], f"{d['folder']}: {counted} (a run needs {d['need']:,}), manifest {d['manifest']}")
         for fault in d["faults"]:
             say("", fault)
     for folder, can in facts["writable"].items():
         say(folder, "can be written" if can else "cannot be written")
     wrong, command = advice(facts)
-    lines += ["", f"to mend      {wrong}"] if wrong else [""]
+    lines += ["", f"{'to mend':16} {wrong}"] if wrong else [""]
     say("next", command)
     return "\n".join(lines)
 

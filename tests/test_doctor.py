@@ -63,7 +63,7 @@ def test_without_torch_or_any_package():
     done = process(python=("-S", "-E"))
     assert done.returncode == 1 and done.stderr == "", done.stderr
     assert "cannot be imported (ModuleNotFoundError: No module named 'torch')" in done.stdout
-    assert "to mend      this Python lacks torch, numpy, tqdm" in done.stdout
+    assert "to mend          this Python lacks torch, numpy, tqdm" in done.stdout
     assert re.search(r"^next +\./run_rwkv7\.sh --track tiny .*makes \.venv", done.stdout, re.M)
     assert re.search(r"^kernels +train_rwkv7.py cannot be asked", done.stdout, re.M)
 
@@ -117,9 +117,9 @@ def test_a_gpu_that_a_torch_for_cpus_does_not_see(tmp_path):
     program(tmp_path, "nvidia-smi", SMI)
     done = process(PATH=f"{tmp_path}:{os.environ['PATH']}", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1, done.stdout
-    assert "GPU 0        NVIDIA H100 80GB HBM3, sm_90, 79.6 GiB (79.1 GiB free)" in done.stdout
-    assert "driver       550.54, for CUDA up to 12.4" in done.stdout
-    assert "to mend      there is a GPU, but torch does not see it" in done.stdout
+    assert "GPU 0            NVIDIA H100 80GB HBM3, sm_90, 79.6 GiB (79.1 GiB free)" in done.stdout
+    assert "driver           550.54, for CUDA up to 12.4" in done.stdout
+    assert "to mend          there is a GPU, but torch does not see it" in done.stdout
 
 
 def test_what_torch_says():
@@ -196,7 +196,7 @@ def test_advice(case):
     assert command in said[1], said
     assert wrong in said[0] and bool(wrong) == bool(said[0]), said
     page = doctor.page(facts)
-    assert page.splitlines()[-1] == f"{'next':12} {said[1]}" and ("to mend" in page) == bool(wrong)
+    assert page.splitlines()[-1] == f"{'next':16} {said[1]}" and ("to mend" in page) == bool(wrong)
     json.dumps(facts)
 
 
@@ -210,7 +210,7 @@ def test_every_kernel_with_its_reason(monkeypatch):
     rows = {row["kernel"]: row for row in doctor.kernels()}
     assert rows["torch"]["state"] == "ready" and rows["nonesuch"]["state"] == "can be built"
     assert rows["cuda"] == dict(script="train_rwkv7", kernel="cuda", state="cannot be built", why="no nvcc None")
-    assert "wkv7 cuda    cannot be built: no nvcc None" in doctor.page(machine(kernels=list(rows.values())))
+    assert "wkv7 cuda        cannot be built: no nvcc None" in doctor.page(machine(kernels=list(rows.values())))
 
 
 def test_data(tmp_path, monkeypatch):
