@@ -15,157 +15,31 @@ both passes allocate, results included, over the size of inputs and dy. --peers:
 
 import argparse
 import datetime
-import functools
-import importlib
 import importlib.metadata
-import inspect
 import json
 import os
 import re
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
+sys.path += [str(ROOT), str(ROOT / "cuda")]
 import train_rwkv7  # noqa: E402
+from operators import OPERATORS, first_line  # noqa: E402
 
 FAMILIES = ("random", "correlated")
 CHECK_SHAPE = {"cpu": (2, 50, 2), "cuda": (2, 200, 3)}  # B, T, H; no multiple of a chunk
-REPEATS = {"cpu": 30, "cuda": 100}
+REPEATS = {"cpu": 50, "cuda": 100}
 WARM_UP = {"cpu": 3, "cuda": 10}
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 PEER_SLACK = 4  # a peer is timed unless it is wrong: less accurate is not wrong, and its row shows the error
 COLUMNS = ("device", "date", "B,T,H,N", "dtype", "kernel", "forward ms", "backward ms", "both ms", "spread", "MB",
            "of floor", "TFLOP/s", "memory", "error", "correlated", "speed-up")
-
-
-@dataclass
-class Kernel:
-    """One implementation. call(*prepare(inputs)) -> y; `rounds`: what the operands of its products are rounded to."""
-    call: Callable | None = None
-    missing: str = ""  # why there is no call
-    rounds: str = "fp32"
-    prepare: Callable = lambda inputs: inputs
-    head_sizes: tuple = ()  # any, if empty
-    peer: bool = False
-
-
-@dataclass
-class Operator:
-    """What is checked and timed. Inputs come in the order of the recurrence's arguments; sizes are for one B,T,H,N."""
-    tensors: tuple  # names: y, then the gradients in the order of the inputs
-    make: Callable  # family, B, T, H, N -> inputs, dy; fp32
-    recurrence: Callable  # inputs -> y
-    kernels: Callable  # device, peers -> {name: Kernel}, "torch" first
-    gates: Callable  # rounds, dtype, family -> {tensor: relative L2 error}
-    elements: Callable  # B, T, H, N -> numbers read or written at the least, both passes
-    flops: Callable  # B, T, H, N -> of the recurrence, both passes
-    head_sizes: tuple
-    shapes: dict  # device: shapes timed by default
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# WKV-7
-
-
-def wkv7_inputs(family, B, T, H, N):
-    generator = torch.Generator().manual_seed(0)
-    normal = lambda T=T: torch.randn(B, T, H, N, generator=generator)
-    unit = functools.partial(torch.nn.functional.normalize, dim=-1)
-    r, w, k, v, dy, kappa, alpha = *(normal() for _ in range(5)), unit(normal()), torch.sigmoid(normal())
-    if family == "correlated":  # cosine 0.9 between keys, slow decay
-        kappa = unit(unit(normal(1)) * 0.9**0.5 + kappa * 0.1**0.5)
-        k, w, alpha = 8 * kappa, torch.full_like(w, -5.0), torch.full_like(alpha, 0.9)
-    return (r, w, k, v, -kappa, kappa * alpha), dy
-
-
-def wkv7_gates(rounds, dtype, family):
-    """What the public kernels' errors and an emulation of the roundings leave to a sound kernel, by a margin."""
-    if dtype == torch.float32:
-        return dict.fromkeys(("y", "dr", "dw", "dk", "dv", "da", "db"), 2e-6)  # measured 2e-7 to 1.2e-6
-    if rounds == "fp32":  # rounding y or a gradient to bf16 alone is 1.7e-3
-        return dict(y=2.5e-3, dr=2.5e-3, dw=4e-3, dk=2.5e-3, dv=2.5e-3, da=3e-3, db=3e-3)
-    if family == "identical":
-        return dict(y=2.5e-2, dr=2.5e-2, dw=2.5e-2, dk=2.5e-2, dv=2.5e-2, da=3e-2, db=3e-2)
-    if family == "correlated":
-        return dict(y=1.2e-2, dr=1.2e-2, dw=1.2e-2, dk=5e-3, dv=1.2e-2, da=1.6e-2, db=1.6e-2)
-    return dict(y=5e-3, dr=5e-3, dw=6e-3, dk=5e-3, dv=5e-3, da=7e-3, db=7e-3)
-
-
-def wkv7_kernels(device, peers):
-    found = {"torch": Kernel(functools.partial(train_rwkv7.wkv7, kernel="torch"))}
-    own = {"cpu": {"cpu": {}}, "cuda": {"cuda": dict(head_sizes=(32, 64, 96, 128, 192)),
-                                        "fast": dict(rounds="bf16", head_sizes=(64, 128))}}[device]
-    for name, about in own.items():
-        found[name] = Kernel(functools.partial(train_rwkv7.wkv7, kernel=name), why_not(train_rwkv7, name), **about)
-    if peers:
-        found.update({"fla": fla_wkv7(), "fla, more saved": fla_wkv7(disable_recompute=True)})
-    return found
-
-
-def fla_wkv7(**settings):
-    """flash-linear-attention's operator with the settings of its own layer. It takes the logarithm of the decay, in
-    the dtype of the rest; that activation and its gradient are not timed."""
-    call, missing = peer("flash-linear-attention", "fla.ops.rwkv7", "chunk_rwkv7")
-    if missing:
-        return Kernel(missing=missing, peer=True)
-    settings = dict(safe_gate=True, lower_bound=-train_rwkv7.DECAY_BOUND, chunk_size=64, scale=1.0, **settings)
-    settings = {name: value for name, value in settings.items() if name in inspect.signature(call).parameters}
-
-    def log_decay(inputs):
-        r, w, k, v, a, b = inputs
-        return r, (-train_rwkv7.DECAY_BOUND * torch.sigmoid(w.float())).to(w.dtype), k, v, a, b
-
-    def y(r, w, k, v, a, b):
-        return call(r=r, w=w, k=k, v=v, a=a, b=b, **settings)[0]
-    return Kernel(y, rounds="bf16", prepare=log_decay, peer=True)
-
-
-def wkv7():
-    return Operator(
-        tensors=("y", "dr", "dw", "dk", "dv", "da", "db"), make=wkv7_inputs, kernels=wkv7_kernels, gates=wkv7_gates,
-        recurrence=lambda *inputs: train_rwkv7.wkv7_recurrent(*inputs)[0],
-        elements=lambda B, T, H, N: (7 + 13) * B * T * H * N, flops=lambda B, T, H, N: (9 + 19) * B * T * H * N * N,
-        head_sizes=train_rwkv7.HEAD_SIZES,
-        shapes={"cuda": [(64, 1024, 12, 64), (64, 1024, 6, 128), (8, 1024, 12, 64)],
-                "cpu": [(16, 256, 4, 32), (8, 256, 4, 64), (1, 1024, 12, 64)]})
-
-
-# Name on the command line: what is checked and timed under it. An operator with inputs of its own, as one that fuses
-# the recurrence with its surroundings has them, is one more in the tuple; its rows go into the same table.
-OPERATORS = {"wkv7": (wkv7,)}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Kernels
-
-
-def why_not(script, kernel):
-    """Load a kernel of a training script, built if need be. Returns "" or what is in the way."""
-    return "" if script.load_kernel(kernel) == kernel else "not built (python cuda/doctor.py says why)"
-
-
-def peer(package, module, name):
-    """A function of another project and "", or None and why there is none."""
-    try:
-        version = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None, f"{package} is not installed"
-    try:
-        return getattr(importlib.import_module(module), name), ""
-    except Exception as error:  # what a package for other versions raises at import may be anything
-        return None, f"{package} {version}: {first_line(error)}"
-
-
-def first_line(error):
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:150]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -194,7 +68,7 @@ def check(operator, kernel, N, device, dtype):
         slack, gates = PEER_SLACK if kernel.peer else 1, operator.gates(kernel.rounds, dtype, family)
         wrong += [f"{family} {name} {error:.1e} above {slack * gates[name]:.1e}"
                   for name, error in errors[family].items() if not error <= slack * gates[name]]  # NaN is above
-    return errors, "; ".join(wrong)
+    return errors, ("wrong results: " if kernel.peer and wrong else "") + "; ".join(wrong)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

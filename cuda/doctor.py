@@ -2,8 +2,8 @@
 """What this machine has, what it lacks and what to do next: python cuda/doctor.py [--json]
 
 Works without a GPU, without nvcc and without torch; builds nothing and leaves nothing behind. The output can be pasted
-into an issue: the repository's path becomes ".", a home folder "~". Exit status 1 when something has to be mended before
-this machine trains as well as it could, else 0.
+into an issue: the repository's path becomes ".", a home folder "~". Exit status 1 when something has to be mended for
+this machine to train as well as it could, else 0.
 """
 
 import argparse
@@ -115,9 +115,14 @@ def driver():
 
 def torch_facts(torch):
     """What torch was built for and what it sees."""
-    facts = dict(cuda=torch.version.cuda or "none", hip=getattr(torch.version, "hip", None), sees=0, obstacle="")
+    hip = getattr(torch.version, "hip", None)
+    built_for = f"ROCm {hip}" if hip else f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
+    facts = dict(built_for=built_for, sees=[], obstacle="")
     try:
-        facts["sees"] = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if torch.cuda.is_available():
+            for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count())):
+                sm = f"sm_{gpu.major}{gpu.minor}"
+                facts["sees"].append(dict(name=gpu.name, sm=sm, total=gpu.total_memory, free=None))
         if torch.version.cuda:
             facts["architectures"] = torch.cuda.get_arch_list()
             if not facts["sees"]:
@@ -275,15 +280,15 @@ def advice(facts):
 def unseen(facts):
     """The advice where there is a GPU, but torch does not see it."""
     torch, hidden = facts["torch"], facts["cuda_visible_devices"]
-    if torch["cuda"] == "none":
-        why = f"torch {facts['packages']['torch']} was built without CUDA"
+    if torch["built_for"] == "CPUs only":
+        why = f"torch {facts['packages']['torch']} was built for CPUs only"
         mend = "pip install --force-reinstall torch     (without PIP_EXTRA_INDEX_URL, if that names CPU wheels)"
     elif hidden in ("", "-1"):
         why, mend = f"CUDA_VISIBLE_DEVICES={hidden!r} hides it", "unset CUDA_VISIBLE_DEVICES"
     else:
         why = torch["obstacle"] or "torch.cuda.is_available() says no"
         mend = (f"nvidia-smi     (driver {facts['driver']['version']} serves CUDA up to {facts['driver']['cuda']}, "
-                f"torch is built for {torch['cuda']}: a newer driver or an older torch)")
+                f"torch is built for {torch['built_for']}: a newer driver or an older torch)")
     return f"there is a GPU, but torch does not see it: {why}", mend
 
 
@@ -299,13 +304,13 @@ def page(facts):
                   f"({gigabytes(facts['memory']['free'])} free), disk {gigabytes(facts['disk']['free'])} free")
     say("python", facts["python"])
     for name, version in facts["packages"].items():
-        say(name, version + (f", built for CUDA {facts['torch']['cuda']}, sees {facts['torch']['sees']} GPUs"
+        say(name, version + (f", built for {facts['torch']['built_for']}, sees {len(facts['torch']['sees'])} GPUs"
                              if name == "torch" and facts["torch"] else ""))
     for name, found in facts["tools"].items():
         say(name, f"{found['version']} ({found['path']})" if found else "not found")
     say("driver", f"{facts['driver']['version']}, for CUDA up to {facts['driver']['cuda']}" if facts["driver"] else
         "none (nvidia-smi is not there or fails)")
-    for i, gpu in enumerate(facts["driver"].get("gpus", [])):
+    for i, gpu in enumerate(facts["driver"].get("gpus", facts["torch"]["sees"] if facts["torch"] else [])):
         say(f"GPU {i}", f"{gpu['name']}, {gpu['sm']}, {gigabytes(gpu['total'])} ({gigabytes(gpu['free'])} free)")
     if facts["torch"] and facts["torch"]["obstacle"]:
         say("torch says", facts["torch"]["obstacle"])

@@ -30,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = dict(doctor=0.05, build=0.20, tests=0.25, bench=0.25, train=1.0)  # of all the time, at most; train: the rest
-STEPS, PROFILED = {"cuda": 30, "cpu": 3}, {"cuda": 3, "cpu": 1}
+WARM_UP, STEPS, PROFILED = {"cuda": 5, "cpu": 1}, {"cuda": 30, "cpu": 3}, {"cuda": 3, "cpu": 1}
 MICRO_BATCHES = {"cuda": (16, 32, 64), "cpu": (2,)}
 TOY = ["--track=tiny", "--device=cpu", "--dtype=fp32", "--width=32", "--headsz=16", "--layers=2", "--seq_len=32"]
 NO_TIME = "no time left"
@@ -179,13 +179,24 @@ def runs(device):
 def write_tokens(folder, device):
     """Shards of random tokens, enough for the longest run."""
     import numpy
-    count = 2**12 if device == "cpu" else (STEPS[device] + 20) * max(MICRO_BATCHES[device]) * 1024 + 1
+    count = 2**12 if device == "cpu" else all_steps(device) * max(MICRO_BATCHES[device]) * 1024 + 1
     generator = numpy.random.default_rng(0)
     for name in ("random_train_000001.bin", "random_val_000000.bin"):
         header = numpy.zeros(256, dtype="<i4")
         header[:3] = 20240520, 1, count
         tokens = generator.integers(256 if device == "cpu" else 50257, size=count, dtype="uint16")
         (folder / name).write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+
+
+def run_flags(job):
+    """The command line of a training run. bsz is device_bsz: a step is one micro-batch and one update."""
+    device, micro = job["device"], job["device_bsz"]
+    return [*(TOY if device == "cpu" else ["--track=fineweb", "--device=cuda"]), *job["flags"], f"--data={job['data']}",
+            f"--bsz={micro}", f"--device_bsz={micro}", f"--steps={all_steps(device)}", "--val_tokens=1024"]
+
+
+def all_steps(device):
+    return WARM_UP[device] + STEPS[device] + PROFILED[device]
 
 
 def worker(job):
@@ -195,16 +206,13 @@ def worker(job):
     import torch
     script, device, micro = importlib.import_module(job["script"]), job["device"], job["device_bsz"]
     cuda = device == "cuda"
-    steps = PROFILED[device] + STEPS[device] + 10
-    args = script.Hyperparameters.parse([
-        *(TOY if not cuda else ["--track=fineweb", "--device=cuda"]), *job["flags"], f"--data={job['data']}",
-        f"--bsz={micro}", f"--device_bsz={micro}", f"--steps={steps}", "--val_tokens=1024", "--val_every=1000000"])
+    args = script.Hyperparameters.parse(run_flags(job))
     _, (train_stream, _, _), model, optimizers, counts = script.set_up(args, 0)
     compiled = torch.compile(model, fullgraph=True, dynamic=False) if cuda and args.compile else model
     loader, started = script.DataLoader(train_stream, args, 0, micro), time.perf_counter()
     step = lambda: script.train_step(compiled, optimizers, *loader.next(), args)
     wait = torch.cuda.synchronize if cuda else lambda: None
-    for _ in range(5 if cuda else 1):
+    for _ in range(WARM_UP[device]):
         loss = step()
     wait()
     ready = time.perf_counter() - started

@@ -13,6 +13,7 @@ from helpers import ROOT
 
 sys.path.append(str(ROOT / "cuda"))
 import bench  # noqa: E402
+import operators  # noqa: E402
 
 SHAPE = (2, 20, 2, 16)
 
@@ -32,8 +33,8 @@ def call(*flags, readme=None):
 
 def rows_of(kernels, timer=None, shape=SHAPE):
     """measure() of these kernels; rows by name."""
-    kernels = {"torch": bench.Kernel(train_rwkv7.wkv7), **kernels}
-    rows = bench.measure(bench.wkv7(), shape, kernels, timer or bench.WallClock(), "cpu", 3, 1e9)
+    kernels = {"torch": operators.Kernel(train_rwkv7.wkv7), **kernels}
+    rows = bench.measure(operators.wkv7(), shape, kernels, timer or bench.WallClock(), "cpu", 3, 1e9)
     return {row["kernel"]: row for row in rows}
 
 
@@ -66,7 +67,7 @@ def test_whole_on_the_cpu(tmp_path, capsys, monkeypatch):
 
 def spoilt(name, spoil):
     """WKV-7 with one of y and the gradients spoilt."""
-    where = bench.wkv7().tensors.index(name)
+    where = operators.wkv7().tensors.index(name)
 
     class Spoilt(torch.autograd.Function):
         @staticmethod
@@ -102,7 +103,7 @@ def test_a_wrong_kernel_is_refused_and_not_timed(name, spoil, monkeypatch):
             timed.append(kernel)
             super().__init__(kernel, *rest)
     monkeypatch.setattr(bench, "Passes", Watched)
-    wrong = bench.Kernel(spoilt(name, spoil))
+    wrong = operators.Kernel(spoilt(name, spoil))
     rows = rows_of({"wrong": wrong})
     assert f"random {name} " in rows["wrong"]["refused"] and "above 2.0e-06" in rows["wrong"]["refused"]
     assert rows["torch"]["refused"] == "" and len(timed) == 1 and timed[0] is not wrong
@@ -113,7 +114,7 @@ def test_a_wrong_kernel_is_refused_and_not_timed(name, spoil, monkeypatch):
 
 def test_a_kernel_that_does_not_repeat_itself_is_refused():
     count = iter(range(100))
-    rows = rows_of({"restless": bench.Kernel(lambda *x: train_rwkv7.wkv7(*x) * (1 + (next(count) % 2) * 1.2e-7))})
+    rows = rows_of({"restless": operators.Kernel(lambda *x: train_rwkv7.wkv7(*x) * (1 + (next(count) % 2) * 1.2e-7))})
     assert rows["restless"]["refused"] == "random: two runs differ; correlated: two runs differ"
 
 
@@ -122,7 +123,7 @@ def test_wrong_only_on_correlated_keys():
     def forgetful(r, w, k, v, a, b):
         repeats = (a[:, 1:2] * a[:, :1]).sum(-1, keepdim=True).mean() > 0.5
         return train_rwkv7.wkv7(r, w, k, v, a, b * (1.001 if repeats else 1))
-    row = rows_of({"forgetful": bench.Kernel(forgetful)}, shape=(2, 20, 2, 64))["forgetful"]
+    row = rows_of({"forgetful": operators.Kernel(forgetful)}, shape=(2, 20, 2, 64))["forgetful"]
     assert row["refused"].startswith("correlated y ") and "random" not in row["refused"]
 
 
@@ -133,14 +134,14 @@ def test_gates_in_bf16(monkeypatch):
         y = train_rwkv7.wkv7(*inputs)
         noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
         return (y + 3e-3 * y.float().std().detach() * noise).to(y.dtype)
-    rows = rows_of({"worse": bench.Kernel(noisy), "tensor cores": bench.Kernel(noisy, rounds="bf16")})
+    rows = rows_of({"worse": operators.Kernel(noisy), "tensor cores": operators.Kernel(noisy, rounds="bf16")})
     assert rows["torch"]["refused"] == "" and rows["torch"]["dtype"] == "bfloat16"
     assert rows["torch"]["bytes"] == 20 * 2 * 2 * 20 * 2 * 16
     assert "random y " in rows["worse"]["refused"] and rows["tensor cores"]["refused"] == ""
 
 
 def fake_fla(monkeypatch, chunk_rwkv7):
-    monkeypatch.setattr(bench.importlib.metadata, "version", lambda package: "9.9")
+    monkeypatch.setattr(operators.importlib.metadata, "version", lambda package: "9.9")
     monkeypatch.setitem(sys.modules, "fla", types.ModuleType("fla"))
     monkeypatch.setitem(sys.modules, "fla.ops", types.ModuleType("fla.ops"))
     module = types.ModuleType("fla.ops.rwkv7")
@@ -158,7 +159,7 @@ def test_peer(monkeypatch):
         gate = -w / train_rwkv7.DECAY_BOUND
         return train_rwkv7.wkv7_recurrent(r, torch.log(gate / (1 - gate)), k, v, a, b)
     fake_fla(monkeypatch, chunk_rwkv7)
-    kernels = bench.wkv7_kernels("cpu", True)
+    kernels = operators.wkv7_kernels("cpu", True)
     rows = rows_of({name: kernels[name] for name in ("fla", "fla, more saved")})
     for name, saved in (("fla", False), ("fla, more saved", True)):
         assert rows[name]["refused"] == "" and rows[name]["both_ms"] > 0 and rows[name]["peer"]
@@ -170,22 +171,22 @@ def test_peer_that_is_wrong_or_does_not_compile(monkeypatch):
     def miscompiled(r, w, k, v, a, b):
         return train_rwkv7.wkv7_recurrent(r, w, k, v, a, b)
     fake_fla(monkeypatch, miscompiled)
-    row = rows_of({"fla": bench.wkv7_kernels("cpu", True)["fla"]})["fla"]
-    assert row["refused"].startswith("random y ") and "both_ms" not in row
+    row = rows_of({"fla": operators.wkv7_kernels("cpu", True)["fla"]})["fla"]
+    assert row["refused"].startswith("wrong results: random y ") and "both_ms" not in row
 
     def broken(r, w, k, v, a, b):
         raise IndexError("map::at\nand forty lines more")
     fake_fla(monkeypatch, broken)
-    assert rows_of({"fla": bench.wkv7_kernels("cpu", True)["fla"]})["fla"]["refused"] == "IndexError: map::at"
+    assert rows_of({"fla": operators.wkv7_kernels("cpu", True)["fla"]})["fla"]["refused"] == "IndexError: map::at"
     fake_fla(monkeypatch, None)
-    row = rows_of({"fla": bench.wkv7_kernels("cpu", True)["fla"]})["fla"]
+    row = rows_of({"fla": operators.wkv7_kernels("cpu", True)["fla"]})["fla"]
     assert "flash-linear-attention 9.9: AttributeError" in row["refused"]
 
 
 def test_peer_that_is_not_installed_is_said_and_no_failure(monkeypatch, capsys):
     def missing(package):
-        raise bench.importlib.metadata.PackageNotFoundError(package)
-    monkeypatch.setattr(bench.importlib.metadata, "version", missing)
+        raise operators.importlib.metadata.PackageNotFoundError(package)
+    monkeypatch.setattr(operators.importlib.metadata, "version", missing)
     monkeypatch.setattr(bench, "describe", lambda device: dict(device="d", date="today"))
     monkeypatch.setitem(bench.COPY_BYTES, "cpu", 2**20)
     _, rows = call("--peers", "--kernels", "torch", "fla", "--shape", "1,16,1,16")
@@ -275,8 +276,8 @@ def test_measure_with_events():
         cuda.clock += 2.0
         cuda.top = max(cuda.top, 3240)
         return train_rwkv7.wkv7(*inputs)
-    rows = rows_of({"greedy": bench.Kernel(greedy), "last": bench.Kernel(clocked), "narrow": bench.Kernel(
-        train_rwkv7.wkv7, head_sizes=(64,)), "absent": bench.Kernel(missing="not built")}, timer)
+    rows = rows_of({"greedy": operators.Kernel(greedy), "last": operators.Kernel(clocked), "narrow": operators.Kernel(
+        train_rwkv7.wkv7, head_sizes=(64,)), "absent": operators.Kernel(missing="not built")}, timer)
     assert rows["greedy"]["refused"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate"
     assert "both_ms" not in rows["greedy"]
     assert rows["narrow"]["refused"] == "head size 16 is not one of (64,)" and rows["absent"]["refused"] == "not built"
@@ -335,7 +336,7 @@ def test_bad_input(flags, parts, monkeypatch, capsys):
 
 
 def test_one_bad_kernel_and_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "why_not", lambda script, kernel: "not built")
+    monkeypatch.setattr(operators, "why_not", lambda script, kernel: "not built")
     monkeypatch.setitem(bench.COPY_BYTES, "cpu", 2**20)
     page = tmp_path / "README.md"
     page.write_text("<!-- bench wkv7 cpu: begin -->\n<!-- bench wkv7 cpu: end -->\n")

@@ -47,12 +47,13 @@ def test_here(tmp_path):
     assert str(ROOT) not in done.stdout
 
 
-def test_json():
-    done = process("--json")
-    facts = json.loads(done.stdout)
+def test_json(capsys):
+    doctor.main(["--json"])
+    out = capsys.readouterr().out
+    facts = json.loads(out)
     assert facts["next"] and facts["data"][0]["track"] == "fineweb" and facts["writable"]["records"] is True
     assert facts["data"][0]["need"] == 3200 * 512 * 1024 + 1 and facts["memory"]["total"] > 2**28
-    assert str(ROOT) not in done.stdout
+    assert str(ROOT) not in out
     for row in facts["kernels"]:
         assert row["state"] in ("ready", "built", "can be built", "cannot be built"), row
         assert bool(row["why"]) == (row["state"] == "cannot be built"), row
@@ -113,7 +114,7 @@ def test_driver_and_gpus_without_torch(tmp_path, monkeypatch):
 
 
 def test_a_gpu_that_a_torch_for_cpus_does_not_see(tmp_path):
-    """As a process: the driver is there, torch (here: the CPU build, or any that is told to see nothing) is not for it."""
+    """The driver is there, torch is not for it: here the CPU build, or any that is told to see nothing."""
     program(tmp_path, "nvidia-smi", SMI)
     done = process(PATH=f"{tmp_path}:{os.environ['PATH']}", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1, done.stdout
@@ -127,11 +128,15 @@ def test_what_torch_says():
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nMore lines")
     cuda = SimpleNamespace(is_available=lambda: False, get_arch_list=lambda: ["sm_90"], init=no_driver)
     facts = doctor.torch_facts(SimpleNamespace(cuda=cuda, version=SimpleNamespace(cuda="13.0")))
-    assert facts["sees"] == 0 and facts["cuda"] == "13.0" and facts["architectures"] == ["sm_90"]
+    assert facts["sees"] == [] and facts["built_for"] == "CUDA 13.0" and facts["architectures"] == ["sm_90"]
     assert facts["obstacle"] == "RuntimeError: The NVIDIA driver on your system is too old (found version 11040)."
-    cuda = SimpleNamespace(is_available=lambda: True, get_arch_list=lambda: ["sm_90"], device_count=lambda: 8)
+    cuda = SimpleNamespace(
+        is_available=lambda: True, get_arch_list=lambda: ["sm_90"], device_count=lambda: 2,
+        get_device_properties=lambda i: SimpleNamespace(name=f"GPU {i}", major=9, minor=i, total_memory=i))
     facts = doctor.torch_facts(SimpleNamespace(cuda=cuda, version=SimpleNamespace(cuda="13.0")))
-    assert facts["sees"] == 8 and facts["obstacle"] == ""
+    assert facts["sees"][1] == dict(name="GPU 1", sm="sm_91", total=1, free=None) and facts["obstacle"] == ""
+    page = doctor.page(machine(driver={}, torch=facts))
+    assert "GPU 1            GPU 1, sm_91, 0.0 GiB (? free)" in page and "built for CUDA 13.0, sees 2 GPUs" in page
 
 
 GPU = dict(version="550.54", cuda="12.4", gpus=[dict(name="NVIDIA H100", sm="sm_90", total=80 * 2**30, free=2**30)])
@@ -144,10 +149,11 @@ def machine(**changes):
     kernel = lambda name, why="": dict(script="train_rwkv7", kernel=name, why=why, state="built" if not why else
                                        "cannot be built")
     facts = dict(
-        date="2026-01-02", commit="abc1234", platform="Linux", python="3.11.7", cores=16, memory=dict(total=2**35, free=None),
-        disk=dict(total=2**40, free=2**39), packages={**dict.fromkeys(doctor.PACKAGES, "1.0"), "torch": "2.13.0"},
+        date="2026-01-02", commit="abc1234", platform="Linux", python="3.11.7", cores=16,
+        memory=dict(total=2**35, free=None), disk=dict(total=2**40, free=2**39),
+        packages={**dict.fromkeys(doctor.PACKAGES, "1.0"), "torch": "2.13.0"},
         tools=dict(nvcc=dict(path="/usr/local/cuda/bin/nvcc", version="12.4"), ninja={}), driver=GPU,
-        torch=dict(cuda="12.4", hip=None, sees=1, obstacle=""),
+        torch=dict(built_for="CUDA 12.4", sees=GPU["gpus"], obstacle=""),
         kernels=[kernel("torch"), kernel("cuda"), kernel("fast")],
         data=[dict(FOLDER, track="fineweb", folder="data/fineweb10B", make="python data/cached_fineweb10B.py 17"),
               dict(FOLDER, track="tiny", folder="data/pydocs", make="python data/pydocs.py")],
@@ -164,7 +170,7 @@ def machine(**changes):
     return facts
 
 
-BLIND = dict(sees=0)
+BLIND = dict(sees=[])
 ADVICE = {
     "all is well": (dict(), "", "./run_rwkv7.sh --fast_cuda"),
     "no fast kernel": (dict(fast_blocked="sm_80 needed"), "", "./run_rwkv7.sh --kernel cuda"),
@@ -173,12 +179,12 @@ ADVICE = {
     "no GPU, nvcc missing too": (dict(driver={}, torch=BLIND, blocked="no nvcc"), "", "--track tiny"),
     "no GPU, damaged corpus": (dict(driver={}, torch=BLIND, tiny=dict(faults=["a.bin is damaged"])),
                                "data/pydocs: a.bin is damaged", "python data/pydocs.py"),
-    "torch without CUDA": (dict(torch=dict(sees=0, cuda="none")), "torch 2.13.0 was built without CUDA",
+    "torch without CUDA": (dict(torch=dict(sees=[], built_for="CPUs only")), "torch 2.13.0 was built for CPUs only",
                            "pip install --force-reinstall torch"),
     "hidden": (dict(torch=BLIND, cuda_visible_devices=""), "CUDA_VISIBLE_DEVICES='' hides it",
                "unset CUDA_VISIBLE_DEVICES"),
-    "old driver": (dict(torch=dict(sees=0, cuda="13.0", obstacle="driver too old")), "driver too old",
-                   "driver 550.54 serves CUDA up to 12.4, torch is built for 13.0"),
+    "old driver": (dict(torch=dict(sees=[], built_for="CUDA 13.0", obstacle="driver too old")), "driver too old",
+                   "driver 550.54 serves CUDA up to 12.4, torch is built for CUDA 13.0"),
     "no shards": (dict(fineweb=dict(enough=False)), "data/fineweb10B has 200 of 100 train tokens",
                   "python data/cached_fineweb10B.py 17"),
     "damaged shards": (dict(fineweb=dict(faults=["x.bin is truncated"])), "x.bin is truncated", "cached_fineweb10B.py"),

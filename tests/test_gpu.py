@@ -13,7 +13,7 @@ from test_wkv7 import FAMILIES, NAMES, errors, make, run
 from train_rwkv7 import load_kernel, wkv7
 
 sys.path.append(str(ROOT / "cuda"))
-import bench  # noqa: E402
+import operators  # noqa: E402
 
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -39,7 +39,7 @@ def bf16(family, **sizes):
 def check(kernel, family, results, reference):
     """Every tensor within its gate, and every head of every sequence within twice that."""
     found = errors(results, reference)
-    gates = bench.wkv7_gates(ROUNDS[kernel], torch.bfloat16, family)
+    gates = operators.wkv7_gates(ROUNDS[kernel], torch.bfloat16, family)
     print(kernel, family, {name: f"{error:.1e}" for name, error in found.items()})
     over = [f"{name} {error:.1e}" for name, error in found.items()
             if not error <= gates[name.split()[0]] * (2 if "per head" in name else 1)]

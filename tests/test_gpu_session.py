@@ -1,5 +1,6 @@
 """dev/gpu.py, tried on the CPU: all of it with toy sizes, and what it does when a stage fails, hangs or has no time."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -160,3 +161,49 @@ def test_share_of_the_operator_reads_what_torch_has():
     for name in ("device_type", "self_device_time_total", "device_time_total", "cpu_parent", "is_user_annotation"):
         assert all(hasattr(event, name) for event in events), name
     assert 0.5 < gpu.operator_share(events, False)["wkv_share"] <= 1, "it is all there is"
+
+
+def test_steps_between_events(monkeypatch):
+    """The clock of a GPU, faked: the work of a step takes 5 ms there, and is not waited for before the end."""
+    clock, waited = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            assert not waited
+            self.at = clock[0]
+
+        def elapsed_time(self, end):
+            assert waited, "read before the GPU was done"
+            return end.at - self.at
+
+    def step():
+        clock[0] += 5.0
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
+    assert gpu.step_times(step, 4, True) == [5.0] * 4
+
+
+def test_command_lines_of_a_gpu(tmp_path, monkeypatch):
+    """Every run for a GPU is one its script understands, with tokens enough for all its steps."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setitem(gpu.MICRO_BATCHES, "cuda", (1, 2))
+    gpu.write_tokens(tmp_path, "cuda")
+    monkeypatch.setitem(gpu.MICRO_BATCHES, "cuda", (16, 32, 64))
+    jobs = gpu.runs("cuda")
+    assert {(script, micro) for script, _, micro in jobs} >= {
+        (script, micro) for script in ("train_rwkv7", "train_gpt2") for micro in (16, 32, 64)}
+    assert ("train_rwkv7", ["--fast_cuda"], 64) in jobs[:3]
+    for script, flags, micro in jobs:
+        module = importlib.import_module(script)
+        job = dict(device="cuda", device_bsz=micro, flags=flags, data=str(tmp_path))
+        args = module.Hyperparameters.parse(gpu.run_flags(job))
+        module.resolve(args, 1)
+        assert (args.track, args.device, args.dtype, args.bsz, args.seq_len) == ("fineweb", "cuda", "bf16", micro, 1024)
+        assert args.steps == 38
+        args.bsz = args.device_bsz = 2  # for which there are tokens here
+        train, val, _ = module.open_data(args, 1)
+        assert len(train) == 38 * 2 * 1024 + 1 and len(val) >= 1025
