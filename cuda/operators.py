@@ -1,5 +1,5 @@
 """The operators under cuda/ as cuda/bench.py and the tests see them: inputs, recurrence, kernels, peers, the errors
-that a sound kernel stays below, traffic and arithmetic. A table to import; python cuda/bench.py --help lists what is in it.
+that a sound kernel stays below, traffic and arithmetic. To be imported; python cuda/bench.py --help lists them.
 """
 
 import functools
