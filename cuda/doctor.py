@@ -137,8 +137,8 @@ def torch_facts(torch):
 
 
 def kernels():
-    """[{script, kernel, state, why}] as the scripts themselves see it, or in a word why that cannot be told. state:
-    ready (nothing to build), built (by some version of its sources), can be built, or cannot be built."""
+    """[{operator, kernel, flag, state, why}] as the scripts themselves see it, or in a word why that cannot be told.
+    state: ready (nothing to build), built, can be built, or cannot be built; why: cause, fix, way round, a line each."""
     rows = []
     for name in SCRIPTS:
         if not (ROOT / f"{name}.py").exists():
@@ -146,14 +146,20 @@ def kernels():
         try:
             script = importlib.import_module(name)
             facts = script.toolchain()
-            reasons = {kernel: script.obstacle(facts, kernel) or "" for kernel in script.KERNELS}
+            for kernel, about in script.KERNELS.items():
+                why = script.obstacle(facts, kernel) or "" if about.files else ""
+                state = "ready" if not about.files else "cannot be built" if why else (
+                    "built" if is_built(script, kernel) else "can be built")
+                rows.append(dict(operator=script.OPERATOR, kernel=kernel, flag=about.flag, state=state, why=why))
         except Exception as error:  # whatever it is, the other facts are worth having
             return f"{name}.py cannot be asked ({first_line(error)})"
-        for kernel, why in reasons.items():
-            built = any((ROOT / "cuda" / "build").glob(f"{name.replace('train_r', '')}_{kernel}_*.so"))
-            rows.append(dict(script=name, kernel=kernel, why=why, state="ready" if kernel == "torch" else
-                             "cannot be built" if why else "built" if built else "can be built"))
     return rows
+
+
+def is_built(script, kernel):
+    """Whether the library for these very sources is there. Only asked where there are some: asking makes a folder."""
+    some = any((ROOT / "cuda" / "build").glob(f"{script.OPERATOR}_{kernel}_*.so"))
+    return some and script.kernel_library(kernel).exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -269,12 +275,16 @@ def advice(facts):
         return (f"{fineweb['folder']} has {fineweb['train']['tokens']:,} of {fineweb['need']:,} train tokens",
                 f"{fineweb['make']}     (or now: ./run_rwkv7.sh --track tiny)")
     rows = facts["kernels"] if isinstance(facts["kernels"], list) else []
-    states = {row["kernel"]: row for row in rows if row["script"] == "train_rwkv7"}
-    for kernel, flag in (("fast", "--fast_cuda"), ("cuda", "--kernel cuda")):
-        if kernel in states and not states[kernel]["why"]:
-            return "", f"./run_rwkv7.sh {flag}"
-    blocked = [row for row in states.values() if row["why"] and row["kernel"] in ("fast", "cuda")]
-    return blocked[0]["why"] if blocked else "", "./run_rwkv7.sh --kernel torch     (slower, the same maths)"
+    known = {row["kernel"]: row for row in rows if row["operator"] == "wkv7"}
+    wanted = [known[kernel] for kernel in ("fast", "cuda") if kernel in known]  # the fastest first
+    for row in wanted:
+        if not row["why"]:
+            return "", f"./run_rwkv7.sh {row['flag']}"
+    around = "./run_rwkv7.sh --kernel torch     (slower, the same maths)"
+    if not wanted:
+        return "", around
+    cause, fix, *_ = wanted[-1]["why"].splitlines() + [""]
+    return cause, f"{fix} Or: {around}"
 
 
 def unseen(facts):
@@ -318,8 +328,9 @@ def page(facts):
         say("kernels", facts["kernels"])
     else:
         for row in facts["kernels"]:
-            operator = row["script"].replace("train_r", "")
-            say(f"{operator} {row['kernel']}", row["state"] + (f": {row['why']}" if row["why"] else ""))
+            say(f"{row['operator']} {row['kernel']}", row["state"])
+            for why in row["why"].splitlines():
+                say("", why)
     for d in facts["data"]:
         counted = ", ".join(f"{d[split]['shards']} {split} shards of {d[split]['tokens']:,} tokens"
                             for split in ("train", "val"))

@@ -44,7 +44,18 @@ class Operator:
 
 def why_not(script, kernel):
     """Load a kernel of a training script, built if need be. Returns "" or what is in the way."""
-    return "" if script.load_kernel(kernel) == kernel else "not built (python cuda/doctor.py says why)"
+    try:
+        script.load_kernel(kernel, required=True)
+    except ValueError as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def own_kernels(script, call, device):
+    """The kernels of a training script that run on a device, built if need be. call(kernel): the operator by it."""
+    return {name: Kernel(call(name), why_not(script, name), head_sizes=about.head_sizes,
+                         rounds="fp32" if torch.float32 in about.dtypes else "bf16")
+            for name, about in script.KERNELS.items() if about.device in (None, device)}
 
 
 def peer(package, module, name):
@@ -81,22 +92,20 @@ def wkv7_inputs(family, B, T, H, N):
 def wkv7_gates(rounds, dtype, family):
     """What the public kernels' errors and an emulation of the roundings leave to a sound kernel, by a margin."""
     if dtype == torch.float32:
-        return dict.fromkeys(("y", "dr", "dw", "dk", "dv", "da", "db"), 2e-6)  # measured 2e-7 to 1.2e-6
-    if rounds == "fp32":  # rounding y or a gradient to bf16 alone is 1.7e-3
-        return dict(y=2.5e-3, dr=2.5e-3, dw=4e-3, dk=2.5e-3, dv=2.5e-3, da=3e-3, db=3e-3)
-    if family == "identical":
-        return dict(y=2.5e-2, dr=2.5e-2, dw=2.5e-2, dk=2.5e-2, dv=2.5e-2, da=3e-2, db=3e-2)
-    if family == "correlated":
-        return dict(y=1.2e-2, dr=1.2e-2, dw=1.2e-2, dk=5e-3, dv=1.2e-2, da=1.6e-2, db=1.6e-2)
-    return dict(y=5e-3, dr=5e-3, dw=6e-3, dk=5e-3, dv=5e-3, da=7e-3, db=7e-3)
+        limits = train_rwkv7.LIMITS["cpu"]
+    elif rounds == "fp32":  # rounding y or a gradient to bf16 alone is 1.7e-3
+        limits = train_rwkv7.LIMITS["cuda"]
+    elif family == "identical":
+        limits = [2.5e-2, 2.5e-2, 2.5e-2, 2.5e-2, 2.5e-2, 3e-2, 3e-2]
+    elif family == "correlated":
+        limits = [1.2e-2, 1.2e-2, 1.2e-2, 5e-3, 1.2e-2, 1.6e-2, 1.6e-2]
+    else:
+        limits = train_rwkv7.LIMITS["fast"]
+    return dict(zip(("y", "dr", "dw", "dk", "dv", "da", "db"), limits))
 
 
 def wkv7_kernels(device, peers):
-    found = {"torch": Kernel(functools.partial(train_rwkv7.wkv7, kernel="torch"))}
-    own = {"cpu": {"cpu": {}}, "cuda": {"cuda": dict(head_sizes=(32, 64, 96, 128, 192)),
-                                        "fast": dict(rounds="bf16", head_sizes=(64, 128))}}[device]
-    for name, about in own.items():
-        found[name] = Kernel(functools.partial(train_rwkv7.wkv7, kernel=name), why_not(train_rwkv7, name), **about)
+    found = own_kernels(train_rwkv7, lambda name: functools.partial(train_rwkv7.wkv7, kernel=name), device)
     if peers:
         found.update({"fla": fla_wkv7(), "fla, more saved": fla_wkv7(disable_recompute=True)})
     return found
@@ -125,7 +134,7 @@ def wkv7():
         tensors=("y", "dr", "dw", "dk", "dv", "da", "db"), make=wkv7_inputs, kernels=wkv7_kernels, gates=wkv7_gates,
         recurrence=lambda *inputs: train_rwkv7.wkv7_recurrent(*inputs)[0],
         elements=lambda B, T, H, N: (7 + 13) * B * T * H * N, flops=lambda B, T, H, N: (9 + 19) * B * T * H * N * N,
-        head_sizes=train_rwkv7.HEAD_SIZES,
+        head_sizes=train_rwkv7.KERNELS["torch"].head_sizes,
         shapes={"cuda": [(64, 1024, 12, 64), (64, 1024, 6, 128), (8, 1024, 12, 64)],
                 "cpu": [(16, 256, 4, 32), (8, 256, 4, 64), (1, 1024, 12, 64)]})
 

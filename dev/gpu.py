@@ -95,7 +95,7 @@ def build(args, seconds):
     def one(job):
         script, kernel = job
         started = time.monotonic()
-        code = f"import {script} as s; print('loaded', s.load_kernel({kernel!r}))"
+        code = f"import {script} as s; print('loaded', s.load_kernel({kernel!r}, required=True))"
         status, output = call([sys.executable, "-c", code], seconds, PYTHONPATH=str(ROOT))
         ok = status == 0 and f"loaded {kernel}" in output.splitlines()
         said = [line for line in output.splitlines() if "self-test" in line or "cannot" in line or "rror" in line]

@@ -146,8 +146,11 @@ FOLDER = dict(faults=[], enough=True, need=100, train=dict(shards=1, tokens=200)
 
 def machine(**changes):
     """Facts of a machine on which all is well, with changes."""
-    kernel = lambda name, why="": dict(script="train_rwkv7", kernel=name, why=why, state="built" if not why else
-                                       "cannot be built")
+    def kernel(name, why=""):
+        flag = "--fast_cuda" if name == "fast" else f"--kernel {name}"
+        why = f"wkv7 {name} not built: {why}\nMend {why}.\nOr go on without it." if why else ""
+        return dict(operator="wkv7", kernel=name, flag=flag, why=why, state="cannot be built" if why else "built")
+
     facts = dict(
         date="2026-01-02", commit="abc1234", platform="Linux", python="3.11.7", cores=16,
         memory=dict(total=2**35, free=None), disk=dict(total=2**40, free=2**39),
@@ -174,7 +177,7 @@ BLIND = dict(sees=[])
 ADVICE = {
     "all is well": (dict(), "", "./run_rwkv7.sh --fast_cuda"),
     "no fast kernel": (dict(fast_blocked="sm_80 needed"), "", "./run_rwkv7.sh --kernel cuda"),
-    "no nvcc": (dict(blocked="wkv7 kernel not built: no nvcc"), "no nvcc", "--kernel torch"),
+    "no nvcc": (dict(blocked="no nvcc"), "wkv7 cuda not built: no nvcc", "Mend no nvcc. Or: ./run_rwkv7.sh --kernel torch"),
     "no GPU": (dict(driver={}, torch=BLIND), "", "./run_rwkv7.sh --track tiny"),
     "no GPU, nvcc missing too": (dict(driver={}, torch=BLIND, blocked="no nvcc"), "", "--track tiny"),
     "no GPU, damaged corpus": (dict(driver={}, torch=BLIND, tiny=dict(faults=["a.bin is damaged"])),
@@ -206,17 +209,29 @@ def test_advice(case):
     json.dumps(facts)
 
 
-def test_every_kernel_with_its_reason(monkeypatch):
-    """The scripts' own words; a library in cuda/build counts as built."""
+def test_every_kernel_with_its_reason(monkeypatch, tmp_path):
+    """The scripts' own words. Built is what has a library for its present sources."""
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    (tmp_path / "train_rwkv7.py").write_text("")
+    build = tmp_path / "cuda" / "build"
+    build.mkdir(parents=True)
+    for name in ("wkv7_new_1.so", "wkv7_old_1.so"):
+        (build / name).write_text("")
+    about = lambda *files: SimpleNamespace(files=files, flag="--flag")
     script = SimpleNamespace(
-        toolchain=lambda: dict(nvcc=None), KERNELS=("torch", "cpu", "cuda", "nonesuch"),
-        obstacle=lambda facts, kernel: f"no nvcc {facts['nvcc']}" if kernel == "cuda" else None)
+        OPERATOR="wkv7", toolchain=lambda: dict(nvcc=None), kernel_library=lambda kernel: build / {
+            "new": "wkv7_new_1.so", "old": "wkv7_old_2.so"}[kernel],
+        KERNELS=dict(torch=about(), new=about("a.cu"), old=about("a.cu"), never=about("a.cu"), cuda=about("a.cu")),
+        obstacle=lambda facts, kernel: f"no nvcc {facts['nvcc']}\nfix\naround" if kernel in ("torch", "cuda") else None)
     monkeypatch.setattr(doctor.importlib, "import_module", lambda name: script)
     monkeypatch.setattr(doctor, "SCRIPTS", ("train_rwkv7", "train_nonesuch"))
     rows = {row["kernel"]: row for row in doctor.kernels()}
-    assert rows["torch"]["state"] == "ready" and rows["nonesuch"]["state"] == "can be built"
-    assert rows["cuda"] == dict(script="train_rwkv7", kernel="cuda", state="cannot be built", why="no nvcc None")
-    assert "wkv7 cuda        cannot be built: no nvcc None" in doctor.page(machine(kernels=list(rows.values())))
+    assert {name: row["state"] for name, row in rows.items()} == dict(
+        torch="ready", new="built", old="can be built", never="can be built", cuda="cannot be built")
+    assert rows["cuda"]["why"] == "no nvcc None\nfix\naround" and rows["torch"]["why"] == ""
+    page = doctor.page(machine(kernels=list(rows.values())))
+    blank = " " * 17
+    assert f"wkv7 cuda        cannot be built\n{blank}no nvcc None\n{blank}fix\n{blank}around\n" in page
 
 
 def test_data(tmp_path, monkeypatch):

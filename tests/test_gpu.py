@@ -10,7 +10,7 @@ import torch
 
 from helpers import ROOT
 from test_wkv7 import FAMILIES, NAMES, errors, make, run
-from train_rwkv7 import load_kernel, wkv7
+from train_rwkv7 import KERNELS as ABOUT, load_kernel, wkv7, wkv7_recurrent
 
 sys.path.append(str(ROOT / "cuda"))
 import operators  # noqa: E402
@@ -18,9 +18,9 @@ import operators  # noqa: E402
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="torch sees no GPU")
 GPU = DEVICE == "cuda"
-ROUNDS = dict(torch="fp32", cpu="fp32", cuda="fp32", fast="bf16")
-SIZES = dict(torch=(64, 128), cpu=(32,), cuda=(32, 64, 96, 128, 192), fast=(64, 128))
-KERNELS = ("torch", "cuda", "fast") if GPU else ("torch", "cpu")
+KERNELS = [name for name, about in ABOUT.items() if about.device in (None, DEVICE)]
+ROUNDS = {name: "fp32" if torch.float32 in ABOUT[name].dtypes else "bf16" for name in KERNELS}
+SIZES = {name: ABOUT[name].head_sizes if name != "torch" else (64, 128) for name in KERNELS}
 CASES = [(kernel, N) for kernel in KERNELS for N in (SIZES[kernel] if GPU else (32,))]
 FULL = ((64, 1024, 12, 64), (64, 1024, 6, 128), (64, 4096, 2, 64)) if GPU else ((3, 64, 2, 32),)
 
@@ -28,7 +28,7 @@ FULL = ((64, 1024, 12, 64), (64, 1024, 6, 128), (64, 4096, 2, 64)) if GPU else (
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
     for kernel in KERNELS:
-        assert load_kernel(kernel) == kernel, f"{kernel} does not build here; python cuda/doctor.py says why"
+        load_kernel(kernel, required=True)
 
 
 def bf16(family, **sizes):
@@ -59,6 +59,29 @@ def test_lengths(kernel, N, T):
     inputs, dy = bf16("random", B=1, T=T, H=2, N=N, seed=T)
     exact = run("torch" if T > 1000 else "reference", [x.double() for x in inputs], dy.double())
     check(kernel, "random", run(kernel, inputs, dy), exact)
+
+
+@pytest.mark.parametrize("kernel, N", [(kernel, N) for kernel, N in CASES if ABOUT[kernel].states])
+def test_states(kernel, N):
+    """From a state that is not zero to the final one, with gradients of both; the states are fp32."""
+    inputs, dy = bf16("random", T=80, N=N)
+    generator = torch.Generator().manual_seed(2)
+    s0, dsT = (torch.randn(2, 3, N, N, generator=generator).to(DEVICE) for _ in range(2))
+
+    def both(function, dtype):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+        start = s0.to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_()
+        y, sT = function(leaves, start)
+        gradients = torch.autograd.grad((y, sT), (*leaves, start), (dy.to(y.dtype), dsT.to(sT.dtype)))
+        return dict(zip((*NAMES, "ds0", "sT"), (y.detach(), *gradients, sT.detach())))
+
+    exact = both(lambda x, s: wkv7_recurrent(*x, s), torch.float64)
+    results = both(lambda x, s: wkv7(*x, kernel=kernel, state=s, final=True), torch.bfloat16)
+    check(kernel, "random", results, exact)
+    gate = 1e-3 if ROUNDS[kernel] == "fp32" else 4e-3
+    for name in ("sT", "ds0"):
+        error = ((results[name].double() - exact[name]).norm() / exact[name].norm()).item()
+        assert results[name].dtype == torch.float32 and error <= gate, f"{name} {error:.1e}"
 
 
 @pytest.mark.parametrize("shape", FULL)
@@ -109,9 +132,8 @@ def test_on_another_stream(kernel, N):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_opcheck_and_compile(kernel):
-    N = SIZES[kernel][0]
-    inputs, dy = bf16("random", B=1, T=32, H=2, N=N)
+def test_compile(kernel):
+    inputs, dy = bf16("random", B=1, T=32, H=2, N=ABOUT[kernel].head_sizes[-1])
     kernel_input = [x.requires_grad_() for x in inputs]
     layer = lambda *x: wkv7(*x, kernel=kernel)
     y = layer(*kernel_input)
