@@ -177,7 +177,8 @@ BLIND = dict(sees=[])
 ADVICE = {
     "all is well": (dict(), "", "./run_rwkv7.sh --fast_cuda"),
     "no fast kernel": (dict(fast_blocked="sm_80 needed"), "", "./run_rwkv7.sh --kernel cuda"),
-    "no nvcc": (dict(blocked="no nvcc"), "wkv7 cuda not built: no nvcc", "Mend no nvcc. Or: ./run_rwkv7.sh --kernel torch"),
+    "no nvcc": (dict(blocked="no nvcc"), "wkv7 cuda not built: no nvcc",
+                "Mend no nvcc. Or: ./run_rwkv7.sh --kernel torch"),
     "no GPU": (dict(driver={}, torch=BLIND), "", "./run_rwkv7.sh --track tiny"),
     "no GPU, nvcc missing too": (dict(driver={}, torch=BLIND, blocked="no nvcc"), "", "--track tiny"),
     "no GPU, damaged corpus": (dict(driver={}, torch=BLIND, tiny=dict(faults=["a.bin is damaged"])),

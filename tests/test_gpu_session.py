@@ -53,6 +53,16 @@ def test_whole_on_a_cpu(tmp_path, capsys, monkeypatch):
     assert str(tmp_path / "results.md") in capsys.readouterr().out
 
 
+def test_a_kernel_that_cannot_be_built(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(gpu, "scripts", lambda: ["train_rwkv7"])
+    monkeypatch.setattr(gpu, "kernels", lambda script, device: ["cuda"])
+    facts, output = gpu.build(SimpleNamespace(device="cuda", out=tmp_path), 100)
+    assert not facts["ok"] and "Traceback" not in output
+    page = "\n".join(gpu.section("build", facts))
+    assert "| train_rwkv7 | cuda | NO | " in page and "wkv7 cuda not built: torch sees no CUDA device." in page
+
+
 def test_the_tests_stage(tmp_path, monkeypatch):
     """It runs tests/test_gpu.py on the device it is told, and a failure is named."""
     arguments = []
