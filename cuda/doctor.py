@@ -138,7 +138,7 @@ def torch_facts(torch):
 
 def kernels():
     """[{operator, kernel, flag, state, why}] as the scripts themselves see it, or in a line why that cannot be told.
-    state: ready (nothing to build), built, can be built, cannot be built; why: cause, fix and way round, a line each."""
+    state: ready (nothing to build), built, can be built, cannot be built; why: cause, fix, way round, a line each."""
     rows = []
     for name in SCRIPTS:
         if not (ROOT / f"{name}.py").exists():

@@ -60,7 +60,7 @@ def test_a_kernel_that_cannot_be_built(tmp_path, monkeypatch):
     facts, output = gpu.build(SimpleNamespace(device="cuda", out=tmp_path), 100)
     assert not facts["ok"] and "Traceback" not in output
     page = "\n".join(gpu.section("build", facts))
-    assert "| train_rwkv7 | cuda | NO | " in page and "wkv7 cuda not built: torch sees no CUDA device." in page
+    assert "| train_rwkv7 | cuda | NO | " in page and "wkv7 cuda not built: " in page
 
 
 def test_the_tests_stage(tmp_path, monkeypatch):
