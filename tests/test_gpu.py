@@ -2,6 +2,7 @@
 offsets. Skipped where torch sees no GPU; TEST_DEVICE=cpu tries this file itself, with the CPU's kernels, small sizes.
 """
 
+import functools
 import os
 import sys
 
@@ -84,12 +85,17 @@ def test_states(kernel, N):
         assert results[name].dtype == torch.float32 and error <= gate, f"{name} {error:.1e}"
 
 
-@pytest.mark.parametrize("shape", FULL)
+@functools.lru_cache(maxsize=1)
+def full_inputs(B, T, H, N):
+    return bf16("random", B=B, T=T, H=H, N=N)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_full_size(kernel, shape):
+@pytest.mark.parametrize("shape", FULL)
+def test_full_size(shape, kernel):
     """Against the chunked form in float64, itself within 1e-14 of the recurrence; and the same bits twice."""
     B, T, H, N = shape
-    inputs, dy = bf16("random", B=B, T=T, H=H, N=N)
+    inputs, dy = full_inputs(*shape)
     results, again = run(kernel, inputs, dy), run(kernel, inputs, dy)
     for name in NAMES:
         assert torch.equal(results[name], again[name]), f"{name} differs between two runs"
@@ -114,7 +120,7 @@ def test_alone_and_in_a_batch(kernel, N):
 
 
 @pytest.mark.skipif(not GPU, reason="a CPU has no streams")
-@pytest.mark.parametrize("kernel, N", CASES)
+@pytest.mark.parametrize("kernel, N", [case for case in CASES if case[0] != "torch"])
 def test_on_another_stream(kernel, N):
     """Launched on the current stream: there it sees inputs that are made there, late."""
     inputs, dy = bf16("random", T=64, N=N)
