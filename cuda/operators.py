@@ -42,6 +42,9 @@ class Operator:
     shapes: dict  # device: shapes timed by default
 
 
+FUSED = ("wind",)  # kernels with inputs of their own: an operator of their own here
+
+
 def why_not(script, kernel):
     """Load a kernel of a training script, built if need be. Returns "" or what is in the way."""
     try:
@@ -55,7 +58,7 @@ def own_kernels(script, call, device):
     """The kernels of a training script that run on a device, built if need be. call(kernel): the operator by it."""
     return {name: Kernel(call(name), why_not(script, name), head_sizes=about.head_sizes,
                          rounds="fp32" if torch.float32 in about.dtypes else "bf16")
-            for name, about in script.KERNELS.items() if about.device in (None, device)}
+            for name, about in script.KERNELS.items() if about.device in (None, device) and name not in FUSED}
 
 
 def peer(package, module, name):

@@ -140,6 +140,30 @@ def test_gates_in_bf16(monkeypatch):
     assert "random y " in rows["worse"]["refused"] and rows["tensor cores"]["refused"] == ""
 
 
+def test_an_operator_with_parameters(monkeypatch):
+    """What has no tokens stays in fp32, has a gradient of its own and is checked with the rest."""
+    monkeypatch.setitem(bench.DTYPES, "cpu", torch.bfloat16)
+    plain, seen = operators.wkv7(), set()
+
+    def make(family, B, T, H, N):
+        inputs, dy = plain.make(family, B, T, H, N)
+        return (*inputs, torch.linspace(1, 2, H * N).view(H, N)), dy
+
+    def gained(*inputs, wrong=1.0):
+        *inputs, gain = inputs
+        seen.add((inputs[0].dtype, gain.dtype))
+        return train_rwkv7.wkv7(*inputs) * (gain + (wrong - 1) * (gain - gain.detach())).to(inputs[0].dtype)
+    operator = operators.Operator(
+        tensors=(*plain.tensors, "d_gain"), make=make, kernels=None, elements=plain.elements, flops=plain.flops,
+        recurrence=lambda *x: plain.recurrence(*x[:6]) * x[6], head_sizes=plain.head_sizes, shapes={},
+        gates=lambda *about: {**dict.fromkeys(plain.tensors, 6e-3), "d_gain": 1e-2})
+    kernels = dict(good=operators.Kernel(gained), bad=operators.Kernel(lambda *x: gained(*x, wrong=1.5)))
+    good, bad = bench.measure(operator, SHAPE, kernels, bench.WallClock(), "cpu", 3, 1e9)
+    assert good["refused"] == "" and good["both_ms"] > 0 and good["errors"]["random"]["d_gain"] > 0
+    assert bad["refused"].startswith("random d_gain 5.0e-01 above 1.0e-02; correlated d_gain ")
+    assert seen == {(torch.bfloat16, torch.float32)}
+
+
 def fake_fla(monkeypatch, chunk_rwkv7):
     monkeypatch.setattr(operators.importlib.metadata, "version", lambda package: "9.9")
     monkeypatch.setitem(sys.modules, "fla", types.ModuleType("fla"))

@@ -19,7 +19,7 @@ import operators  # noqa: E402
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="torch sees no GPU")
 GPU = DEVICE == "cuda"
-KERNELS = [name for name, about in ABOUT.items() if about.device in (None, DEVICE)]
+KERNELS = [name for name, about in ABOUT.items() if about.device in (None, DEVICE) and name not in operators.FUSED]
 ROUNDS = {name: "fp32" if torch.float32 in ABOUT[name].dtypes else "bf16" for name in KERNELS}
 SIZES = {name: ABOUT[name].head_sizes if name != "torch" else (64, 128) for name in KERNELS}
 CASES = [(kernel, N) for kernel in KERNELS for N in (SIZES[kernel] if GPU else (32,))]
