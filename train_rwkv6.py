@@ -162,7 +162,8 @@ class Hyperparameters(Flags):
     records: str = flag("folder that receives the record", "records")
     # length and batch
     steps: int = flag("optimiser steps", fineweb=5100, tiny=4400)
-    warmdown_steps: int = flag("last steps, over which every learning rate falls linearly to 0", fineweb=1450, tiny=4400)
+    warmdown_steps: int = flag("last steps, over which every learning rate falls linearly to 0",
+                               fineweb=1450, tiny=4400)
     warmup_steps: int = flag("first steps, over which every learning rate rises linearly", fineweb=0, tiny=0)
     bsz: int = flag("sequences a step, over all devices and micro-batches", fineweb=512, tiny=2)
     device_bsz: int = flag("sequences a device takes at once, at most", fineweb=32, tiny=16)
@@ -202,8 +203,8 @@ class Hyperparameters(Flags):
 # WKV-6 operator
 # Per sequence and head, state S (row = value, column = key), S_0 = 0, decay d = exp(-exp(w)), u a vector for each head:
 #     y_t = S_{t-1} r_t + (sum_n r_n u_n k_n) v_t      S_t = S_{t-1} diag(d_t) + v_t k_t^T
-# r, k, v, w, y and their gradients are (B, T, H, N), u and du (H, N). w has no bounds: a product of decays can be 0, and
-# then its reciprocal is none. The state and every sum are fp32 whatever the dtype of the inputs.
+# r, k, v, w, y and their gradients are (B, T, H, N), u and du (H, N). w has no bounds: a product of decays may well be
+# 0 and have no reciprocal. The state and every sum are fp32 whatever the dtype of the inputs.
 
 HEAD_SIZES = (16, 32, 64, 96, 128, 192)
 CHUNK = 16  # tokens
@@ -247,16 +248,16 @@ def corners(A, level):
 
 
 def chunk_terms(r, k, v, w, u):
-    """What does not depend on the chunk's state S. Between the r of one token and the k of an earlier one lie the decays
-    of the tokens between them. At the level where the two are in different halves of a block these split in two, at the
-    edge of the halves: a product of its own for r and for k, each at most 1. So nothing is divided and nothing overflows,
-    and since every product is exp of a sum over its own tokens, no digits are lost in differences of large sums.
+    """What does not depend on the chunk's state S. Between the r of one token and the k of an earlier one lie the
+    decays of the tokens between them. At the level where the two are in different halves of a block their product
+    splits in two, at the edge of the halves: one factor for r and one for k, each at most 1. So nothing is divided and nothing
+    overflows; and as every factor is exp of a sum over its own tokens, no digits go in differences of large sums.
 
-    between: 0/1, (6 CHUNK, CHUNK), the tokens that a token's product takes in: at each level, since the chunk's start,
+    between: 0/1, (6 CHUNK, CHUNK), the tokens that a token's factor takes in: at each level, since the chunk's start,
     to the chunk's end. RK: r of the right and k of the left halves times these, (..., levels, CHUNK, N); R, K: r since
     the start and k to the end. A: all pairs, (..., CHUNK, CHUNK), u on the diagonal. P_end: product over the chunk."""
     r, k, v, u = to_chunks(r), to_chunks(k), to_chunks(v), u.to(torch.promote_types(r.dtype, torch.float32))[:, None]
-    log_d = -torch.exp(to_chunks(w, -torch.inf).clamp(max=LARGEST_W))  # padding: d = 1, k = v = 0 leave the state as it is
+    log_d = -torch.exp(to_chunks(w, -torch.inf).clamp(max=LARGEST_W))  # padding: d = 1, k = v = 0 keep the state as is
     t = torch.arange(CHUNK, device=r.device)
     to, s = t[:, None], t[None, :]
     edges = [(to // half | 1) * half for half in HALVES]
@@ -302,7 +303,7 @@ def torch_backward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, S: Ten
         d_left, d_right = halves(products[..., level, :, :], level)
         pairs = corners(dA, level)
         d_left.copy_(pairs.mT @ right), d_right.copy_(pairs @ left)
-    # A token's decay is in the products of `between` and in what the chunk hands on: sums in which nothing cancels.
+    # A token's decay is in the factors of `between` and in what the chunk hands on: sums in which nothing cancels.
     through = torch.cat((RK, torch.stack((R, K), -3)), -3) * products
     d_log = between.mT @ through.flatten(-3, -2) + P_end * (S * G).sum(-2, keepdim=True)
     products *= decay
