@@ -250,8 +250,8 @@ def corners(A, level):
 def chunk_terms(r, k, v, w, u):
     """What does not depend on the chunk's state S. Between the r of one token and the k of an earlier one lie the
     decays of the tokens between them. At the level where the two are in different halves of a block their product
-    splits in two, at the edge of the halves: one factor for r and one for k, each at most 1. So nothing is divided and nothing
-    overflows; and as every factor is exp of a sum over its own tokens, no digits go in differences of large sums.
+    splits in two, at the edge of the halves: one factor for r and one for k, each at most 1. So nothing is divided and
+    nothing overflows; and as every factor is exp of a sum over its own tokens, no digits go in differences of sums.
 
     between: 0/1, (6 CHUNK, CHUNK), the tokens that a token's factor takes in: at each level, since the chunk's start,
     to the chunk's end. RK: r of the right and k of the left halves times these, (..., levels, CHUNK, N); R, K: r since

@@ -245,7 +245,8 @@ def test_loss_falls_on_text_that_repeats(script, flags, tmp_path):
 @pytest.mark.parametrize("script, kernel, dtype", [
     (script, kernel, dtype) for script in SCRIPTS for kernel in KERNELS[script] for dtype in ("fp32", "mixed", "bf16")])
 def test_every_kernel_and_precision(script, kernel, dtype, data, tmp_path):
-    """Two steps each; all of them near the fp32 figures of the script."""
+    """Two steps each; all of them near the fp32 figures of the script. Where the head starts at zero, so do the
+    logits and their rounding; RWKV-6's, tied to the embedding, reach 3, and bf16 rounds them to 1 part in 500."""
     flags = ["--dtype", dtype, "--steps", 2, "--val_tokens", 64] + (["--kernel", kernel] if kernel else [])
     run_here(script, *tiny(script, data, tmp_path / "records", *flags))
     train, val = losses(tmp_path / "records")
@@ -254,7 +255,8 @@ def test_every_kernel_and_precision(script, kernel, dtype, data, tmp_path):
     run_here(script, *tiny(script, data, tmp_path / "fp32", *flags, "--dtype", "fp32"))
     far = max(abs(a - b) for a, b in zip(val, losses(tmp_path / "fp32")[1], strict=True))
     print(script, kernel, dtype, val, f"{far:.1e}")
-    assert all(map(math.isfinite, val)) and far < (2e-4 if dtype != "fp32" else 1e-12), far
+    assert all(map(math.isfinite, val))
+    assert far < (1e-12 if dtype == "fp32" else 1e-3 if script == "train_rwkv6" else 2e-4), far
 
 
 @pytest.mark.parametrize("script, kernel", [(script, kernel) for script in SCRIPTS for kernel in KERNELS[script]])

@@ -151,8 +151,8 @@ def test_gradcheck_torch_form():
     assert torch.autograd.gradcheck(wkv6, leaves, fast_mode=True)
 
 
-# Relative error of fp32, measured at 1.5 to 2.5 times below these gates. What sets the larger ones: where decay is slow,
-# d itself, rounded to fp32 and the same for every token; at the edge e^w = 81, whose last digit d = exp(-e^w) magnifies.
+# Relative error of fp32, measured 1.5 to 2.5 times below these gates. What sets the larger ones: where decay is slow, d
+# itself, rounded to fp32 and the same for every token; at the edge e^w = 81, whose last digit d = exp(-e^w) magnifies.
 FAMILIES = {"random": 5e-7, "hard": 5e-7, "slow": 1.5e-6, "strong": 5e-7, "at the edge": 5e-7, "nothing stays": 5e-7,
             "drops": 5e-7, "no bounds": 5e-7, "zeros": 5e-7, "large": 5e-7, "tiny dy": 5e-7, "sparse dy": 5e-7}
 GATES_OF_DW = {"at the edge": 4e-6}
@@ -168,8 +168,8 @@ def test_forms_on_every_family(family):
 
 
 def test_what_the_usual_factorisations_do():
-    """... to these inputs: the same pairs of r and k as (r P)(k / P)^T, P the product of the decays since the chunk's
-    start or its middle, and by exp of differences of sums. Were these any good, the families would prove nothing."""
+    """... to these inputs: pairs of r and k as (r P)(k / P)^T, P the product of decays since the chunk's start or its
+    middle, and by exp of differences of sums. Were these any good, the families would prove nothing."""
     def wrong(family, pairs):
         (r, k, v, w, _), _ = make(family, T=96)
         r, k, v, w = (x.unflatten(1, (6, 16)).transpose(2, 3).flatten(0, 2) for x in (r, k, v, w))  # (chunks, 16, N)
