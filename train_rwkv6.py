@@ -32,7 +32,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
@@ -52,9 +51,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 try:
+    import fcntl
     import resource
 except ImportError:  # Windows
-    resource = None
+    fcntl = resource = None
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line [shared]
@@ -200,13 +200,275 @@ class Hyperparameters(Flags):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Kernel build [shared]
+#
+# Kernels are built once into cuda/build/, by local rank 0, with plain calls of the compilers (no ninja). The section
+# after this one names the OPERATOR and its KERNELS, and defines register_kernel(kernel) and self_test(kernel).
+
+CUDA_FOLDER = Path(__file__).absolute().parent / "cuda"
+LOADED_KERNELS = {"torch"}
+AROUND = "Or go on without it: --kernel torch (any device, no compiler; slower, the same maths)."
+
+
+@dataclass
+class Kernel:
+    """A form of the operator: its files below cuda/, where it runs, the flag that asks for it and what it takes."""
+    files: tuple
+    device: str | None  # None: any
+    flag: str
+    head_sizes: tuple
+    dtypes: tuple = (torch.float32,)  # what it computes on as it is; other inputs are converted to the last of these
+    states: bool = True  # an initial state in and the final state out
+    multiple: int = 1  # of which T must be a multiple inside
+
+
+class KernelError(RuntimeError):
+    """A kernel cannot be had: three lines, the cause, how to mend it, how to go on without it; then the compiler's."""
+
+
+def kernel_sources(kernel):
+    """The files that `kernel` is built from, headers included."""
+    return [CUDA_FOLDER / file for file in KERNELS[kernel].files]
+
+
+def toolchain():
+    """Plain facts on what kernels are built with here: versions as text ("13.0"), architectures as numbers (90 for
+    sm_90), None for what is not there. compiler_refused: what nvcc says if it will not work with the C++ compiler."""
+    def ask(*command):
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        return done.stdout + done.stderr
+    cxx = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    home = os.environ.get("CUDA_HOME")
+    nvcc = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    facts = dict(
+        torch=torch.__version__, torch_cuda=torch.version.cuda, cxx_named=cxx[0], cxx_version=None, gcc=None,
+        torch_archs=[int(arch[3:]) for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", arch)],
+        devices=[dict(name=torch.cuda.get_device_name(i), arch=10 * major + minor) for i in range(
+            torch.cuda.device_count()) for major, minor in [torch.cuda.get_device_capability(i)]],
+        cxx=[shutil.which(cxx[0]), *cxx[1:]] if shutil.which(cxx[0]) else None, cuda_home=home,
+        nvcc=next(filter(None, map(shutil.which, nvcc)), None), cuda=None, nvcc_archs=[], compiler_refused=None)
+    if facts["cxx"]:
+        facts["cxx_version"] = (ask(*facts["cxx"], "--version").splitlines() or [""])[0]
+        gcc = re.search(r"(?<!clang version )\b(\d+)\.\d+\.\d+", facts["cxx_version"])
+        facts["gcc"] = int(gcc[1]) if gcc and "clang" not in facts["cxx_version"] else None
+    if facts["nvcc"]:
+        version = re.search(r"release (\d+\.\d+)", ask(facts["nvcc"], "--version"))
+        facts["cuda"] = version[1] if version else None
+        facts["nvcc_archs"] = sorted(map(int, set(re.findall(r"sm_(\d+)\b", ask(facts["nvcc"], "--list-gpu-code")))))
+        if facts["cxx"]:  # nvcc's headers look at the compiler's version
+            said = ask(facts["nvcc"], "-ccbin", facts["cxx"][-1], "-x", "cu", "-E", os.devnull)
+            facts["compiler_refused"] = (re.search(r"#error (?:-- )?(.*)", said) or [None, None])[1]
+    return facts
+
+
+def obstacle(facts, kernel):
+    """Why `kernel` cannot be built where toolchain() finds these facts, in KernelError's three lines; else None."""
+    def because(cause, fix):
+        return f"{OPERATOR} {kernel} not built: {cause}\n{fix}\n{AROUND}"
+    missing = [str(file) for file in kernel_sources(kernel) if not file.exists()]
+    if missing:
+        return because(f"{missing[0]} is missing.", "Restore it: git checkout -- cuda")
+    if KERNELS[kernel].device == "cuda":
+        old = [device for device in facts["devices"] if device["arch"] < 80]
+        new = [device for device in facts["devices"] if device["arch"] not in facts["nvcc_archs"]]
+        if not facts["devices"]:
+            return because("torch sees no CUDA device.", "Run it where there is one (nvidia-smi lists them).")
+        if old:
+            return because(f"{old[0]['name']} (sm_{old[0]['arch']}) has no bf16; the kernel needs sm_80 or newer.",
+                           "Take another GPU (CUDA_VISIBLE_DEVICES), or train here with --dtype fp32 (slow).")
+        if not facts["nvcc"]:
+            looked = f"$CUDA_HOME = {facts['cuda_home']}" if facts["cuda_home"] else "PATH, /usr/local/cuda"
+            return because(f"no nvcc (looked in {looked}).", f"torch {facts['torch']} was built for CUDA "
+                           f"{facts['torch_cuda']}: install that toolkit and set CUDA_HOME, or use the Dockerfile.")
+        ours, theirs = (str(facts[name]).split(".")[0] for name in ("cuda", "torch_cuda"))
+        if ours != theirs:
+            return because(f"nvcc is of CUDA {facts['cuda']}, but torch {facts['torch']} wants {theirs}.x.",
+                           f"Set CUDA_HOME to a toolkit {theirs}.x (minor differences are fine), or install a torch "
+                           f"for CUDA {ours}.x.")
+        if new:
+            newest = max(facts["nvcc_archs"], default=0)
+            return because(f"{new[0]['name']} is sm_{new[0]['arch']}; nvcc {facts['cuda']} stops at sm_{newest}.",
+                           "Install a newer CUDA toolkit, and a torch for it (yours is for "
+                           f"{', '.join(f'sm_{arch}' for arch in facts['torch_archs']) or 'no GPU'}).")
+    if not facts["cxx"]:
+        return because(f"no C++ compiler ({facts['cxx_named']} not found).", "Install g++ or set CXX.")
+    if facts["gcc"] and facts["gcc"] < 10:
+        return because(f"{facts['cxx_version']} knows no C++20.", "Install gcc 10 or newer: CC=gcc-12 CXX=g++-12")
+    if KERNELS[kernel].device == "cuda" and facts["compiler_refused"]:
+        limit = re.search(r"gcc versions later than (\d+)", facts["compiler_refused"])
+        if limit:
+            return because(f"nvcc {facts['cuda']} supports gcc <= {limit[1]}, found gcc {facts['gcc']}.",
+                           f"Install that one: CC=gcc-{limit[1]} CXX=g++-{limit[1]}")
+        return because(f"nvcc {facts['cuda']}: {facts['compiler_refused']}", "Set CXX to a g++ that it supports.")
+    return None
+
+
+def kernel_flags(kernel):
+    """(flags for the kernel's files, architectures of the GPUs here): with its sources, what a library depends on."""
+    if KERNELS[kernel].device == "cuda":
+        capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+        return ["-O3"], sorted({10 * major + minor for major, minor in capabilities})
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    return ["-O3", native, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"], []
+
+
+def kernel_library(kernel):
+    """Where the library of `kernel` is, or would be. Its name tells other sources, flags, versions and chips apart. In
+    cuda/build/, or where that cannot be written in a folder of this user's for temporary files."""
+    flags, archs = kernel_flags(kernel)
+    cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else platform.processor()
+    cpu = sorted(set(re.findall(r"^(?:model name|flags|Features|CPU part).*", cpu, re.M))) or cpu
+    key = repr((torch.__version__, torch.version.cuda, flags, archs or cpu,
+                [source.read_bytes() for source in kernel_sources(kernel) if source.exists()]))
+    name, folder = f"{OPERATOR}_{kernel}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so", CUDA_FOLDER / "build"
+    if not (folder / name).exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError:
+            folder = Path(tempfile.gettempdir()) / f"kernels-{os.getuid()}"
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if folder.stat().st_uid != os.getuid():
+                raise KernelError(f"{folder} is not yours; set TMPDIR to a folder of your own.") from None
+    return folder / name
+
+
+def compile_kernel(kernel, facts, archs, work):
+    """A library of the kernel's files in the folder `work`; what the compilers said if they failed, in KernelError."""
+    def call(command):
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            raise KernelError(f"{shlex.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    cuda, torch_folder = KERNELS[kernel].device == "cuda", Path(torch.__file__).parent
+    flags = [*kernel_flags(kernel)[0], "-I", CUDA_FOLDER]
+    nvcc = [facts["nvcc"], "-ccbin", facts["cxx"][-1] if facts["cxx"] else "c++", "-Xcompiler", "-fPIC"]
+    chips = [f"{arch}a" if arch == 90 else arch for arch in archs]
+    tools = {".cpp": [*facts["cxx"], "-std=c++20", "-fPIC", f"-DKERNEL={kernel}", "-isystem", torch_folder / "include"],
+             ".cu": [*nvcc, "-std=c++17", *(f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips)]}
+    units = [source for source in kernel_sources(kernel) if source.suffix in tools]
+    objects, library = [work / f"{source.name}.o" for source in units], work / "kernel.so"
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(call, ([*tools[source.suffix], *flags, "-c", source, "-o", made]
+                             for source, made in zip(units, objects))))
+    torch_has = [f"-l{name}" for name in ("torch_cpu", "torch_cuda") if list((torch_folder / "lib").glob(f"*{name}.*"))]
+    linker = nvcc if cuda else facts["cxx"]
+    call([*linker, "-shared", *objects, "-L", torch_folder / "lib", *torch_has, "-o", library])
+    return library
+
+
+@contextlib.contextmanager
+def build_lock(path):
+    """One process builds, the others wait and say so. The lock is the system's and goes with its owner; what the file
+    says (process and folder of the owner) is only still there after a killed build, whose folder is then removed."""
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{OPERATOR}: waiting for another process that builds the kernel ({path})", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (AttributeError, OSError):  # no such locks here: at worst two processes build the same
+            pass
+        file.seek(0)
+        left = file.read().splitlines()
+        if left:
+            print(f"{OPERATOR}: a killed build left {path} (age {(time.time() - path.stat().st_mtime) / 60:.0f} min, "
+                  f"process {left[0]} not running). Removing it.", file=sys.stderr)
+            shutil.rmtree(left[-1], ignore_errors=True)
+        work = tempfile.mkdtemp(prefix=f"{path.stem}.", dir=path.parent)
+        try:
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n{work}")
+            file.flush()
+            yield Path(work)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            file.truncate(0)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def build_kernel(kernel, library):
+    """Build and load `kernel`, hold it against the recurrence and only then keep it as `library`; else KernelError."""
+    facts, archs, log = toolchain(), kernel_flags(kernel)[1], library.with_suffix(".log")
+    problem = obstacle(facts, kernel)
+    if problem:
+        raise KernelError(problem)
+    with build_lock(library.with_suffix(".lock")) as work:
+        if library.exists():  # by the process waited for
+            return torch.ops.load_library(library)
+        try:
+            made = compile_kernel(kernel, facts, archs, work)
+        except KernelError as error:
+            log.write_text(str(error))
+            said = str(error).partition("\n")[2]
+            first = re.search(r".*(?:\berror\b|\bfatal\b|undefined reference|cannot find).*|.*", said)
+            raise KernelError(f"{OPERATOR} {kernel} not built: the compiler failed.\nMend what it names first, below; "
+                              f"the compilers found: python cuda/doctor.py\n{AROUND}\n{first[0]}\nfull log: {log}"
+                              ) from error
+        torch.ops.load_library(made)
+        register_kernel(kernel)
+        errors = self_test(kernel)
+        bad = [name for name, (error, limit) in errors.items() if not error <= limit]
+        said = ", ".join(f"{name} {error:.1e}" for name, (error, _) in errors.items())
+        limits = [limit for _, limit in errors.values()]
+        limits = " to ".join(f"{limit:.1e}" for limit in sorted({min(limits), max(limits)}))
+        said = f"{OPERATOR} {kernel} self-test: {said} (limit {limits})".replace("e-0", "e-")
+        if bad:
+            LOADED_KERNELS.discard(kernel)
+            raise KernelError(f"{said}: {', '.join(bad)} wrong, the kernel is refused.\n"
+                              f"Please report this line with what python cuda/doctor.py prints.\n{AROUND}")
+        print(f"{said} ok", file=sys.stderr)
+        os.replace(made, library)
+
+
+def load_kernel(kernel, required=False):
+    """Load `kernel`, built first if need be, and return its name. Where that fails: ValueError if it is required, else
+    a line and "torch". In a run of several ranks all must call this; local rank 0 builds."""
+    if kernel in LOADED_KERNELS:
+        return kernel
+    several, local_rank = dist.is_initialized(), int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
+    try:
+        library = kernel_library(kernel)
+        if local_rank > 0:
+            if not library.exists():
+                print(f"rank {dist.get_rank()}: waiting for rank {dist.get_rank() - local_rank} to build {OPERATOR} "
+                      "(usually 40-90 s)", file=sys.stderr)
+            dist.barrier()
+        try:
+            if library.exists():
+                torch.ops.load_library(library)
+            elif local_rank == 0:
+                build_kernel(kernel, library)
+            else:
+                raise KernelError(f"{OPERATOR} {kernel} not built: see rank {dist.get_rank() - local_rank}'s message")
+        finally:
+            if several and local_rank == 0:
+                dist.barrier()
+        if kernel not in LOADED_KERNELS:
+            register_kernel(kernel)
+    except (KernelError, OSError) as error:
+        if required:
+            raise ValueError(error) from error
+        if local_rank == 0:
+            print(f"{error}\n{OPERATOR}: going on with --kernel torch", file=sys.stderr)
+        return "torch"
+    return kernel
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # WKV-6 operator
 # Per sequence and head, state S (row = value, column = key), S_0 = 0, decay d = exp(-exp(w)), u a vector for each head:
 #     y_t = S_{t-1} r_t + (sum_n r_n u_n k_n) v_t      S_t = S_{t-1} diag(d_t) + v_t k_t^T
 # r, k, v, w, y and their gradients are (B, T, H, N), u and du (H, N). w has no bounds: a product of decays may well be
 # 0 and have no reciprocal. The state and every sum are fp32 whatever the dtype of the inputs.
 
+OPERATOR = "wkv6"
 HEAD_SIZES = (16, 32, 64, 96, 128, 192)
+KERNELS = dict(
+    torch=Kernel((), None, "--kernel torch", HEAD_SIZES, (torch.bfloat16, torch.float16, torch.float32, torch.float64),
+                 states=False),
+    cpu=Kernel(("wkv6/wkv6_cpu.cpp", "cpu.h"), "cpu", "--kernel cpu", HEAD_SIZES, states=False))
+LIMITS = dict(cpu=[2e-6] * 6)  # of the relative errors of y dr dk dv dw du after a build
 CHUNK = 16  # tokens
 HALVES = (1, 2, 4, 8)  # two tokens of a chunk lie in the two halves of exactly one block, of 2, 4, 8 or 16 tokens
 LARGEST_W = 30.0  # exp(-exp(30)) is 0 even in fp64, and 0 times exp(30) is 0
@@ -256,7 +518,7 @@ def chunk_terms(r, k, v, w, u):
     between: 0/1, (6 CHUNK, CHUNK), the tokens that a token's factor takes in: at each level, since the chunk's start,
     to the chunk's end. RK: r of the right and k of the left halves times these, (..., levels, CHUNK, N); R, K: r since
     the start and k to the end. A: all pairs, (..., CHUNK, CHUNK), u on the diagonal. P_end: product over the chunk."""
-    r, k, v, u = to_chunks(r), to_chunks(k), to_chunks(v), u.to(torch.promote_types(r.dtype, torch.float32))[:, None]
+    r, k, v, u = to_chunks(r), to_chunks(k), to_chunks(v), u[:, None]
     log_d = -torch.exp(to_chunks(w, -torch.inf).clamp(max=LARGEST_W))  # padding: d = 1, k = v = 0 keep the state as is
     t = torch.arange(CHUNK, device=r.device)
     to, s = t[:, None], t[None, :]
@@ -310,99 +572,45 @@ def torch_backward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, S: Ten
     q = dA.diagonal(dim1=-2, dim2=-1)[..., None]  # dy v
     dr = torch.where(is_right, products[..., :-2, :, :], 0).sum(-3) + products[..., -2, :, :] + u_ * k_ * q
     dk = torch.where(is_right, 0, products[..., :-2, :, :]).sum(-3) + products[..., -1, :, :] + u_ * r_ * q
-    du = (r_ * k_ * q).sum(-2).sum((0, 1)).to(u.dtype)
+    du = (r_ * k_ * q).sum(-2).sum((0, 1))
     return *(from_chunks(x, r) for x in (dr, dk, dV, d_log * log_d)), du
 
 
-def register_wkv6(kernel, kept_like=None):
-    """Make wkv6::<kernel>_forward -> y, or (y, kept for the backward), known to torch.compile, and <kernel>_backward
-    its backward."""
+def kept_like(kernel, r):
+    """Empty tensors as the forward of `kernel` keeps them for its backward; the CPU kernel keeps none."""
+    B, T, H, N = r.shape
+    wide = torch.promote_types(r.dtype, torch.float32)
+    return [r.new_empty(-(-T // CHUNK), B, H, N, N, dtype=wide)] if kernel == "torch" else []
+
+
+def register_kernel(kernel):
+    """Make wkv6::<kernel>_forward -> y, or (y, kept), known to torch.compile, and <kernel>_backward its backward."""
     forward, backward = (getattr(torch.ops.wkv6, f"{kernel}_{way}").default for way in ("forward", "backward"))
 
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs, *output[1:] if kept_like else ())
+        ctx.save_for_backward(*inputs, *output[1:] if isinstance(output, tuple) else ())
         ctx.set_materialize_grads(False)
 
-    def backward_of_y(ctx, dy, *_):  # what is kept for the backward has no gradient of its own
+    def backward_of(ctx, dy, *_):  # what is kept for the backward has no gradient of its own
         return (None,) * 5 if dy is None else backward(*ctx.saved_tensors, dy.contiguous())
 
     def fake_forward(*inputs):
-        y = inputs[0].new_empty(inputs[0].shape)
-        return (y, kept_like(inputs[0])) if kept_like else y
+        y, kept = inputs[0].new_empty(inputs[0].shape), kept_like(kernel, inputs[0])
+        return (y, *kept) if kept else y
 
     torch.library.register_fake(forward, fake_forward)
     torch.library.register_fake(backward, lambda *inputs: tuple(x.new_empty(x.shape) for x in inputs[:5]))
-    torch.library.register_autograd(forward, backward_of_y, setup_context=setup_context)
-
-
-register_wkv6("torch", lambda r: r.new_empty(-(-r.size(1) // CHUNK), r.size(0), r.size(2), r.size(3), r.size(3),
-                                             dtype=torch.promote_types(r.dtype, torch.float32)))
-LOADED_KERNELS = {"torch"}
-
-
-def kernel_sources(kernel):
-    """The files that `kernel` is built from, the one to compile first."""
-    folder = Path(__file__).absolute().parent / "cuda"
-    return {"torch": [], "cpu": [folder / "wkv6" / "wkv6_cpu.cpp", folder / "cpu.h"]}[kernel]
-
-
-def build_kernel(kernel):
-    """Load the library of `kernel` from cuda/build/, or build it first: in a folder of its own, so that neither another
-    process nor the rest of a killed one is in the way. Its name tells other sources, flags, CPUs and versions apart."""
-    sources, folder = kernel_sources(kernel), Path(__file__).absolute().parent / "cuda" / "build"
-    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    flags = ["-O3", native, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-    cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else platform.processor()
-    cpu = sorted(set(re.findall(r"^(?:model name|flags|Features|CPU part).*", cpu, re.M))) or cpu
-    key = repr((torch.__version__, flags, cpu, [source.read_bytes() for source in sources]))
-    name = f"wkv6_{kernel}_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    library, log = folder / f"{name}.so", folder / f"{name}.log"
-    if library.exists():
-        return torch.ops.load_library(library)
-    from torch.utils import cpp_extension
-    compiler = shlex.split(cpp_extension.get_cxx_compiler())[0]
-    if shutil.which(compiler) is None:
-        raise RuntimeError(f"no C++ compiler ({compiler} not found); install g++ or set CXX")
-    os.environ["PATH"] = os.environ.get("PATH", os.defpath) + os.pathsep + sysconfig.get_path("scripts")  # of ninja
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        work = tempfile.mkdtemp(prefix=f"{name}.", dir=folder)
-    except OSError:  # a checkout that cannot be written: build for this process alone
-        work, log = tempfile.mkdtemp(prefix=f"{name}."), None
-    cpp_extension.TORCH_LIB_PATH = shlex.quote(str(Path(torch.__file__).parent / "lib"))  # its -L breaks on spaces
-    try:
-        cpp_extension.load(name, [str(sources[0])], extra_cflags=flags, build_directory=work, is_python_module=False)
-        if log:
-            os.replace(next(Path(work).glob("*.so")), library)
-    except Exception as error:
-        cause = (re.search(r".*\berror: .*", str(error)) or re.search(".*", str(error)))[0]
-        if log:
-            log.write_text(str(error))
-            cause += f" (full log: {log})"
-        raise RuntimeError(cause) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def load_kernel(kernel: str) -> str:
-    """Load `kernel`, built first if need be. Returns the kernel to use: where that fails it says so and is "torch"."""
-    if kernel in LOADED_KERNELS:
-        return kernel
-    try:
-        if not hasattr(torch.ops.wkv6, f"{kernel}_forward"):
-            build_kernel(kernel)
-            register_wkv6(kernel)
-    except (RuntimeError, OSError) as error:
-        print(f"WKV-6: cannot build --kernel {kernel}: {error}\n"
-              "WKV-6: going on with --kernel torch, several times slower", file=sys.stderr)
-        return "torch"
+    torch.library.register_autograd(forward, backward_of, setup_context=setup_context)
     LOADED_KERNELS.add(kernel)
-    return kernel
+
+
+register_kernel("torch")
 
 
 def wkv6(r, k, v, w, u, kernel="torch"):
-    """y from the zero state, by a kernel that load_kernel has loaded; differentiable in all five inputs."""
-    inputs = (r, k, v, w)
+    """y from the zero state, by a kernel that load_kernel has loaded. Differentiable in all inputs. Any T; any strides;
+    the result has the dtype of r, u is taken in fp32 at least."""
+    inputs, about = (r, k, v, w), KERNELS.get(kernel)
     if r.dim() != 4 or not r.numel() or not r.is_floating_point() or any(
             (x.shape, x.dtype, x.device) != (r.shape, r.dtype, r.device) for x in inputs):
         raise ValueError("wkv6: r k v w must be (B, T, H, N), not empty, of one floating dtype and device; got "
@@ -410,15 +618,35 @@ def wkv6(r, k, v, w, u, kernel="torch"):
     if u.shape != r.shape[2:] or not u.is_floating_point() or u.device != r.device:
         raise ValueError(f"wkv6: u must be (H, N), {tuple(r.shape[2:])} here, floating and on {r.device}; got "
                          f"{tuple(u.shape)} {u.dtype} {u.device}")
-    if r.size(3) not in HEAD_SIZES:
-        raise ValueError(f"wkv6: head size {r.size(3)} is not one of {', '.join(map(str, HEAD_SIZES))}")
     if kernel not in LOADED_KERNELS:
         raise ValueError(f"wkv6: kernel {kernel!r} is not loaded (loaded: {', '.join(sorted(LOADED_KERNELS))})")
-    if kernel == "torch":
-        return torch.ops.wkv6.torch_forward(*inputs, u)[0]
-    if r.dtype == torch.float64 or r.device.type != "cpu":
-        raise ValueError(f"wkv6: --kernel cpu computes in fp32 on the CPU; got {r.dtype} on {r.device}")
-    return torch.ops.wkv6.cpu_forward(*(x.float().contiguous() for x in (*inputs, u))).to(r.dtype)
+    N, dtype = r.size(3), r.dtype if r.dtype in about.dtypes else about.dtypes[-1]
+    if N not in about.head_sizes:
+        raise ValueError(f"wkv6: head size {N} is not one of {', '.join(map(str, about.head_sizes))} ({about.flag})")
+    if r.dtype == torch.float64 != dtype or about.device not in (None, r.device.type):
+        raise ValueError(f"wkv6: {about.flag} computes in {' or '.join(map(str, about.dtypes))} on {about.device}; got "
+                         f"{r.dtype} on {r.device}")
+    inputs = [*(x.to(dtype).contiguous() for x in inputs), u.to(torch.promote_types(dtype, torch.float32)).contiguous()]
+    y = getattr(torch.ops.wkv6, f"{kernel}_forward")(*inputs)
+    return (y[0] if isinstance(y, tuple) else y).to(r.dtype)
+
+
+@torch.enable_grad()
+def self_test(kernel):
+    """{tensor: (relative error, limit)} against the recurrence in float64, on random inputs in the kernel's dtype."""
+    about, wrong, size = KERNELS[kernel], torch.zeros(6), torch.zeros(6)
+    for N in {64, 128}.intersection(about.head_sizes):
+        generator = torch.Generator().manual_seed(0)
+        inputs = [torch.randn(1, 88, 2, N, generator=generator).to(about.dtypes[0]) for _ in range(5)]
+        inputs.insert(4, torch.randn(2, N, generator=generator))  # r k v w u dy
+        exact = [x.double().requires_grad_() for x in inputs]
+        mine, results = [x.to(about.device, copy=True).requires_grad_() for x in inputs], []
+        for y, (*leaves, dy) in ((wkv6_recurrent(*exact[:5])[0], exact), (wkv6(*mine[:5], kernel), mine)):
+            results.append([x.detach().double().cpu() for x in (y, *torch.autograd.grad(y, leaves, dy))])
+        wrong += torch.tensor([(x - right).square().sum() for right, x in zip(*results)])
+        size += torch.tensor([right.square().sum() for right in results[0]])
+    errors = (wrong / size).sqrt().tolist()
+    return {name: pair for name, *pair in zip(("y", "dr", "dk", "dv", "dw", "du"), errors, LIMITS[kernel])}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -567,19 +795,23 @@ class RWKV6(nn.Module):
 
 def build_model(args):
     """The model on the default device, seeded by the caller. Raises ValueError when the flags do not fit together."""
-    fits = [n for n in HEAD_SIZES if args.width % n == 0]
-    if args.headsz not in fits:
-        divides = args.headsz > 0 and args.width % args.headsz == 0
-        why = "no kernel for it" if divides else f"{args.width} is not a multiple of {args.headsz}"
-        raise ValueError(f"--headsz {args.headsz}: {why}. Allowed: {', '.join(map(str, fits))}.")
-    if args.fast_cuda:
+    wanted = "fast" if args.fast_cuda else args.kernel
+    required = wanted != "auto"
+    if wanted not in KERNELS and required:
         raise ValueError("--fast_cuda: there is no CUDA kernel of WKV-6 here yet. "
                          "Go on without it: --kernel torch (any GPU; slower, the same maths).")
-    if args.kernel == "cpu" and args.device == "cuda":
-        raise ValueError("--kernel cpu runs on a CPU only. Use --kernel torch on a GPU, or --device cpu.")
-    if args.kernel == "auto":
-        args.kernel = "torch" if args.device == "cuda" else "cpu"
-    args.kernel = load_kernel(args.kernel)
+    if not required:
+        wanted = "cpu" if args.device == "cpu" else "torch"
+    about = KERNELS[wanted]
+    fits = [n for n in about.head_sizes if args.width % n == 0]
+    if args.headsz not in fits:
+        divides = args.headsz > 0 and args.width % args.headsz == 0
+        why = f"{about.flag} has no kernel for it" if divides else f"{args.width} is not a multiple of {args.headsz}"
+        raise ValueError(f"--headsz {args.headsz}: {why}. Allowed: {', '.join(map(str, fits))}.")
+    if about.device not in (None, args.device):
+        raise ValueError(f"{about.flag} runs on a {'GPU' if about.device == 'cuda' else 'CPU'} only. "
+                         f"Use --kernel torch, or --device {about.device}.")
+    args.kernel = load_kernel(wanted, required)
     return RWKV6(args, args.kernel)
 
 
