@@ -38,6 +38,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Optional
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends the program quietly
@@ -465,8 +466,7 @@ def load_kernel(kernel, required=False):
 OPERATOR = "wkv6"
 HEAD_SIZES = (16, 32, 64, 96, 128, 192)
 KERNELS = dict(
-    torch=Kernel((), None, "--kernel torch", HEAD_SIZES, (torch.bfloat16, torch.float16, torch.float32, torch.float64),
-                 states=False),
+    torch=Kernel((), None, "--kernel torch", HEAD_SIZES, (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
     cpu=Kernel(("wkv6/wkv6_cpu.cpp", "cpu.h"), "cpu", "--kernel cpu", HEAD_SIZES, states=False))
 LIMITS = dict(cpu=[2e-6] * 6)  # of the relative errors of y dr dk dv dw du after a build
 CHUNK = 16  # tokens
@@ -537,25 +537,31 @@ def chunk_terms(r, k, v, w, u):
 
 
 @torch.library.custom_op("wkv6::torch_forward", mutates_args=())
-def torch_forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """y and the states at the chunk starts, (chunks, B, H, N, N)."""
+def torch_forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, s0: Optional[Tensor]
+                  ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the states at the chunk starts, (chunks, B, H, N, N), and the final one."""
     _, _, V, _, _, _, _, _, _, R, K, A, P_end = chunk_terms(r, k, v, w, u)
     add = V.mT @ K
     S = torch.zeros_like(add)
+    if s0 is not None:
+        S[0] = s0
     for c in range(len(S) - 1):
         torch.addcmul(add[c], S[c], P_end[c], out=S[c + 1])
-    return from_chunks(R @ S.mT + A @ V, r), S
+    return from_chunks(R @ S.mT + A @ V, r), S, add[-1] + S[-1] * P_end[-1]
 
 
 @torch.library.custom_op("wkv6::torch_backward", mutates_args=())
-def torch_backward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, S: Tensor, dy: Tensor
-                   ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def torch_backward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, s0: Optional[Tensor], S: Tensor, dy: Tensor,
+                   dsT: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     r_, k_, V, u_, log_d, between, is_right, decay, RK, R, K, A, P_end = chunk_terms(r, k, v, w, u)
     dY = to_chunks(dy)
     add = dY.mT @ R
     G = torch.zeros_like(S)  # gradient of the state at the chunk's end
+    if dsT is not None:
+        G[-1] = dsT
     for c in range(len(S) - 1, 0, -1):
         torch.addcmul(add[c], G[c], P_end[c], out=G[c - 1])
+    ds0 = S.new_empty(0) if s0 is None else add[0] + G[0] * P_end[0]
     dA = dY @ V.mT
     dV = A.mT @ dY + K @ G.mT
     products = torch.empty_like(decay)  # gradients of RK, R and K
@@ -573,33 +579,47 @@ def torch_backward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, S: Ten
     dr = torch.where(is_right, products[..., :-2, :, :], 0).sum(-3) + products[..., -2, :, :] + u_ * k_ * q
     dk = torch.where(is_right, 0, products[..., :-2, :, :]).sum(-3) + products[..., -1, :, :] + u_ * r_ * q
     du = (r_ * k_ * q).sum(-2).sum((0, 1))
-    return *(from_chunks(x, r) for x in (dr, dk, dV, d_log * log_d)), du
+    return *(from_chunks(x, r) for x in (dr, dk, dV, d_log * log_d)), du, ds0
 
 
 def kept_like(kernel, r):
-    """Empty tensors as the forward of `kernel` keeps them for its backward; the CPU kernel keeps none."""
-    B, T, H, N = r.shape
-    wide = torch.promote_types(r.dtype, torch.float32)
-    return [r.new_empty(-(-T // CHUNK), B, H, N, N, dtype=wide)] if kernel == "torch" else []
+    """An empty tensor as the forward of `kernel` keeps it for its backward: the CPU's needs none."""
+    (B, T, H, N), wide = r.shape, torch.promote_types(r.dtype, torch.float32)
+    return r.new_empty(dict(torch=(-(-T // CHUNK), B, H, N, N), cpu=(0,))[kernel], dtype=wide)
 
 
 def register_kernel(kernel):
-    """Make wkv6::<kernel>_forward -> y, or (y, kept), known to torch.compile, and <kernel>_backward its backward."""
+    """Make wkv6::<kernel>_forward -> (y, kept, final state) known to torch.compile, <kernel>_backward its backward."""
     forward, backward = (getattr(torch.ops.wkv6, f"{kernel}_{way}").default for way in ("forward", "backward"))
+    states = KERNELS[kernel].states  # a kernel without takes and gives neither s0, sT nor their gradients
 
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs, *output[1:] if isinstance(output, tuple) else ())
+        ctx.save_for_backward(*inputs, output[1])
         ctx.set_materialize_grads(False)
 
-    def backward_of(ctx, dy, *_):  # what is kept for the backward has no gradient of its own
-        return (None,) * 5 if dy is None else backward(*ctx.saved_tensors, dy.contiguous())
+    def backward_of(ctx, dy, _, dsT=None):  # what is kept for the backward has no gradient of its own
+        *inputs, kept = ctx.saved_tensors
+        if dy is None and dsT is None:
+            return (None,) * len(inputs)
+        dy = torch.zeros_like(inputs[0]) if dy is None else dy.contiguous()
+        grads = backward(*inputs, kept, dy, *[None if dsT is None else dsT.contiguous()] * states)
+        return *grads[:5], *[grads[-1] if inputs[-1] is not None else None] * states
+
+    def state_like(r):
+        B, T, H, N = r.shape
+        return r.new_empty(B, H, N, N, dtype=torch.promote_types(r.dtype, torch.float32))
 
     def fake_forward(*inputs):
-        y, kept = inputs[0].new_empty(inputs[0].shape), kept_like(kernel, inputs[0])
-        return (y, *kept) if kept else y
+        r = inputs[0]
+        return r.new_empty(r.shape), kept_like(kernel, r), *[state_like(r)] * states
+
+    def fake_backward(*inputs):
+        r = inputs[0]
+        ds0 = [state_like(r) if inputs[5] is not None else state_like(r).new_empty(0)] if states else []
+        return *(x.new_empty(x.shape) for x in inputs[:5]), *ds0
 
     torch.library.register_fake(forward, fake_forward)
-    torch.library.register_fake(backward, lambda *inputs: tuple(x.new_empty(x.shape) for x in inputs[:5]))
+    torch.library.register_fake(backward, fake_backward)
     torch.library.register_autograd(forward, backward_of, setup_context=setup_context)
     LOADED_KERNELS.add(kernel)
 
@@ -607,9 +627,10 @@ def register_kernel(kernel):
 register_kernel("torch")
 
 
-def wkv6(r, k, v, w, u, kernel="torch"):
-    """y from the zero state, by a kernel that load_kernel has loaded. Differentiable in all inputs. Any T; any strides;
-    the result has the dtype of r, u is taken in fp32 at least."""
+def wkv6(r, k, v, w, u, kernel="torch", state=None, final=False):
+    """y, by a kernel that load_kernel has loaded, from the state given, (B, H, N, N), or zero; with `final` also the
+    state after the last token. Differentiable in all inputs. Any T; any strides. y has the dtype of r; u and the states
+    are fp32 inside."""
     inputs, about = (r, k, v, w), KERNELS.get(kernel)
     if r.dim() != 4 or not r.numel() or not r.is_floating_point() or any(
             (x.shape, x.dtype, x.device) != (r.shape, r.dtype, r.device) for x in inputs):
@@ -620,15 +641,26 @@ def wkv6(r, k, v, w, u, kernel="torch"):
                          f"{tuple(u.shape)} {u.dtype} {u.device}")
     if kernel not in LOADED_KERNELS:
         raise ValueError(f"wkv6: kernel {kernel!r} is not loaded (loaded: {', '.join(sorted(LOADED_KERNELS))})")
-    N, dtype = r.size(3), r.dtype if r.dtype in about.dtypes else about.dtypes[-1]
+    (B, T, H, N), dtype = r.shape, r.dtype if r.dtype in about.dtypes else about.dtypes[-1]
     if N not in about.head_sizes:
         raise ValueError(f"wkv6: head size {N} is not one of {', '.join(map(str, about.head_sizes))} ({about.flag})")
     if r.dtype == torch.float64 != dtype or about.device not in (None, r.device.type):
         raise ValueError(f"wkv6: {about.flag} computes in {' or '.join(map(str, about.dtypes))} on {about.device}; got "
                          f"{r.dtype} on {r.device}")
-    inputs = [*(x.to(dtype).contiguous() for x in inputs), u.to(torch.promote_types(dtype, torch.float32)).contiguous()]
-    y = getattr(torch.ops.wkv6, f"{kernel}_forward")(*inputs)
-    return (y[0] if isinstance(y, tuple) else y).to(r.dtype)
+    if (final or state is not None) and not about.states:
+        raise ValueError(f"wkv6: {about.flag} starts from the zero state and gives no final one; use --kernel torch")
+    if state is not None and (state.shape, state.device) != ((B, H, N, N), r.device):
+        raise ValueError(f"wkv6: the state must be {(B, H, N, N)} on {r.device}; got {tuple(state.shape)} on "
+                         f"{state.device}")
+    wide = torch.promote_types(dtype, torch.float32)
+    inputs = [*(x.to(dtype).contiguous() for x in inputs), u.to(wide).contiguous()]
+    if about.states:
+        state = state if state is None else state.to(wide).contiguous()
+        y, _, sT = getattr(torch.ops.wkv6, f"{kernel}_forward")(*inputs, state)
+    else:
+        y, sT = getattr(torch.ops.wkv6, f"{kernel}_forward")(*inputs)[0], None
+    y = y.to(r.dtype)
+    return (y, sT) if final else y
 
 
 @torch.enable_grad()

@@ -1,17 +1,13 @@
 """WKV-6: every form against the float64 recurrence (forward, five gradients), decays without bounds, its limits."""
 
+import functools
 import math
-import os
-import subprocess
-import sys
 
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 
-import train_rwkv6
-from helpers import ROOT, environment
 from train_rwkv6 import HEAD_SIZES, load_kernel, wkv6, wkv6_recurrent
 
 NAMES = ("y", "dr", "dk", "dv", "dw", "du")
@@ -136,6 +132,37 @@ def test_recurrence_in_pieces():
         pieces.append(y)
     assert torch.equal(torch.cat(pieces, 1), whole)
     assert torch.equal(state, end)
+
+
+def test_states_in_and_out():
+    """y, the final state and every gradient, the first state's among them, from both of them; in pieces as in one."""
+    inputs, dy = make("drops", T=37, N=16)
+    generator = torch.Generator().manual_seed(1)
+    start, d_end = (torch.randn(2, 3, 16, 16, generator=generator) for _ in range(2))
+    results = []
+    for form, dtype in ((wkv6_recurrent, torch.float64), (functools.partial(wkv6, final=True), torch.float32)):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (*inputs, start)]
+        y, end = form(*leaves[:5], state=leaves[5])
+        torch.autograd.backward((y, end), (dy.to(dtype), d_end.to(dtype)))
+        results.append([y.detach(), end.detach(), *(x.grad for x in leaves)])
+    for name, right, x in zip(("y", "sT", *NAMES[1:], "ds0"), *results):
+        error = ((x - right).norm() / right.norm()).item()
+        assert error < 5e-7, f"{name} {error:.1e}"
+    state, pieces = start, []
+    for begin, stop in ((0, 16), (16, 17), (17, 37)):
+        y, state = wkv6(*(x[:, begin:stop] for x in inputs[:4]), inputs[4], state=state, final=True)
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, 1), results[1][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, results[1][1], rtol=1e-5, atol=1e-5)
+    alone = wkv6(*inputs, state=start, final=True)[1]
+    leaf = start.clone().requires_grad_()
+    wkv6(*inputs, state=leaf, final=True)[1].sum().backward()
+    assert torch.equal(alone, results[1][1]) and leaf.grad.isfinite().all() and leaf.grad.abs().max() > 0
+    with pytest.raises(ValueError, match="the state must be .2, 3, 16, 16. on cpu; got .2, 3, 16. on cpu"):
+        wkv6(*inputs, state=start[..., 0])
+    for wrong in (dict(state=start), dict(final=True)):
+        with pytest.raises(ValueError, match="--kernel cpu starts from the zero state"):
+            wkv6(*inputs, kernel="cpu", **wrong)
 
 
 def test_gradcheck_recurrence():
@@ -315,10 +342,12 @@ def test_opcheck(form, T):
     inputs, dy = make("random", B=1, T=T, H=1, N=16)
     inputs = [x.requires_grad_() for x in inputs]
     forward, backward = (getattr(torch.ops.wkv6, f"{form}_{way}").default for way in ("forward", "backward"))
-    torch.library.opcheck(forward, tuple(inputs))
-    inputs = tuple(x.detach() for x in inputs)
-    kept = forward(*inputs)[1:] if form == "torch" else ()
-    torch.library.opcheck(backward, (*inputs, *kept, dy))
+    start = torch.randn(1, 1, 16, 16, requires_grad=True)
+    for s0 in {"torch": ([None], [start]), "cpu": ([],)}[form]:
+        torch.library.opcheck(forward, (*inputs, *s0))
+        s0 = [x if x is None else x.detach() for x in s0]
+        given = [*(x.detach() for x in inputs), *s0]
+        torch.library.opcheck(backward, (*given, forward(*given)[1], dy, *s0))  # s0 for dsT too
 
 
 class Layer(torch.nn.Module):

@@ -214,7 +214,7 @@ void check_u(const Tensor& u, const Shape& s) {
   STD_TORCH_CHECK(u.dim() == 2 && u.size(0) == s.H && u.size(1) == s.N, "wkv6: expected u of shape (H, N)");
 }
 
-Tensor forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u) {
+std::tuple<Tensor, Tensor> forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u) {
   const Shape s = check("wkv6", {&r, &k, &v, &w});
   check_u(u, s);
   Tensor y = torch::stable::empty_like(r);
@@ -224,11 +224,13 @@ Tensor forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u) {
   for_heads("wkv6", s, 0, [&](auto n, int64_t item, int64_t o, float*) {
     forward_head<n>(pr + o, pk + o, pv + o, pw + o, pu + item % s.H * n, py + o, s.T, s.stride);
   });
-  return y;
+  return {y, torch::stable::new_empty(r, {0})};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u,
-                                                            Tensor dy) {
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The forward keeps nothing for it: one tensor without elements, where other kernels have one.
+Gradients backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor, Tensor dy) {
   const Shape s = check("wkv6", {&r, &k, &v, &w, &dy});
   check_u(u, s);
   Tensor grads[4], du = torch::stable::empty_like(u);
@@ -252,8 +254,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor r, Tensor k, 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(wkv6, m) {
-  m.def("cpu_forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u) -> Tensor y");
-  m.def("cpu_backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor dy)"
+  m.def("cpu_forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u) -> (Tensor y, Tensor kept)");
+  m.def("cpu_backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor kept, Tensor dy)"
         " -> (Tensor dr, Tensor dk, Tensor dv, Tensor dw, Tensor du)");
 }
 
