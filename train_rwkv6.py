@@ -220,7 +220,6 @@ class Kernel:
     head_sizes: tuple
     dtypes: tuple = (torch.float32,)  # what it computes on as it is; other inputs are converted to the last of these
     states: bool = True  # an initial state in and the final state out
-    multiple: int = 1  # of which T must be a multiple inside
 
 
 class KernelError(RuntimeError):
@@ -1405,12 +1404,8 @@ def set_up(args, rank):
     if not alone:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     data = None if args.print_params else open_data(args, rank)
-    if not alone and local_rank > 0:
-        dist.barrier()  # local rank 0 builds kernels, if there are any to build; the others load them
     torch.manual_seed(args.random_seed)
     model = build_model(args)
-    if not alone and local_rank == 0:
-        dist.barrier()
     model.to(device)
     optimizers = build_optimizers(model, args)
     check_cover(model, optimizers)
