@@ -220,6 +220,7 @@ class Kernel:
     head_sizes: tuple
     dtypes: tuple = (torch.float32,)  # what it computes on as it is; other inputs are converted to the last of these
     states: bool = True  # an initial state in and the final state out
+    multiple: int = 1  # of which T must be a multiple inside
 
 
 class KernelError(RuntimeError):
