@@ -181,10 +181,10 @@ class Hyperparameters(Flags):
     ffn_ratio: float = flag("hidden width of the MLP / C", fineweb=3.5, tiny=3.0)
     emb_scale: float = flag("factor on the embedding; the head, tied to it, is without", 2.0)
     # learning rates
-    muon_lr: float = flag("Muon: matrices of the blocks", 0.00036)
+    muon_lr: float = flag("Muon: matrices of the blocks", fineweb=0.00036, tiny=0.0005)
     muon_scale: str = flag("Muon's scale of an update", "rms", choices=("spectral", "rms"))
     muon_warmup: int = flag("steps over which Muon's momentum rises from 0.85 to 0.95", fineweb=500, tiny=100)
-    adam_lr: float = flag("Adam: all the rest", 0.0022)
+    adam_lr: float = flag("Adam: all the rest", fineweb=0.0022, tiny=0.001)
     adam_beta2: float = flag("Adam: decay of the mean square", fineweb=0.95, tiny=0.99)
     # machine
     device: str = flag("where to train", "auto", choices=("auto", "cuda", "cpu"))
