@@ -1,0 +1,199 @@
+"""The operators under cuda/ as cuda/bench.py and the tests see them: inputs, recurrence, kernels, peers, the errors
+that a sound kernel stays below, traffic and arithmetic. To be imported; python cuda/bench.py --help lists them.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import train_rwkv6  # noqa: E402
+import train_rwkv7  # noqa: E402
+
+
+@dataclass
+class Kernel:
+    """One implementation. call(*prepare(inputs)) -> y; `rounds`: what the operands of its products are rounded to."""
+    call: Callable | None = None
+    missing: str = ""  # why there is no call
+    rounds: str = "fp32"
+    prepare: Callable = lambda inputs: inputs
+    head_sizes: tuple = ()  # any, if empty
+    peer: bool = False
+
+
+@dataclass
+class Operator:
+    """What is checked and timed. Inputs come in the order of the recurrence's arguments; sizes are for one B,T,H,N."""
+    tensors: tuple  # names: y, then the gradients in the order of the inputs
+    make: Callable  # family, B, T, H, N -> inputs, dy; fp32
+    recurrence: Callable  # inputs -> y
+    kernels: Callable  # device, peers -> {name: Kernel}, "torch" first
+    gates: Callable  # rounds, dtype, family -> {tensor: relative L2 error}
+    elements: Callable  # B, T, H, N -> numbers read or written at the least, both passes
+    flops: Callable  # B, T, H, N -> of the recurrence, both passes
+    head_sizes: tuple
+    shapes: dict  # device: shapes timed by default
+
+
+FUSED = ("wind",)  # kernels with inputs of their own: an operator of their own here
+
+
+def why_not(script, kernel):
+    """Load a kernel of a training script, built if need be. Returns "" or what is in the way."""
+    try:
+        script.load_kernel(kernel, required=True)
+    except ValueError as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def own_kernels(script, call, device):
+    """The kernels of a training script that run on a device, built if need be. call(kernel): the operator by it."""
+    return {name: Kernel(call(name), why_not(script, name), head_sizes=about.head_sizes,
+                         rounds="fp32" if torch.float32 in about.dtypes else "bf16")
+            for name, about in script.KERNELS.items() if about.device in (None, device) and name not in FUSED}
+
+
+def peer(package, module, name):
+    """A function of another project and "", or None and why there is none."""
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None, f"{package} is not installed"
+    try:
+        return getattr(importlib.import_module(module), name), ""
+    except Exception as error:  # what a package for other versions raises at import may be anything
+        return None, f"{package} {version}: {first_line(error)}"
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:150]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# WKV-7
+
+
+def wkv7_inputs(family, B, T, H, N):
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda T=T: torch.randn(B, T, H, N, generator=generator)
+    unit = functools.partial(torch.nn.functional.normalize, dim=-1)
+    r, w, k, v, dy, kappa, alpha = *(normal() for _ in range(5)), unit(normal()), torch.sigmoid(normal())
+    if family == "correlated":  # cosine 0.9 between keys, slow decay
+        kappa = unit(unit(normal(1)) * 0.9**0.5 + kappa * 0.1**0.5)
+        k, w, alpha = 8 * kappa, torch.full_like(w, -5.0), torch.full_like(alpha, 0.9)
+    return (r, w, k, v, -kappa, kappa * alpha), dy
+
+
+def wkv7_gates(rounds, dtype, family):
+    """What the public kernels' errors and an emulation of the roundings leave to a sound kernel, by a margin."""
+    if dtype == torch.float32:
+        limits = train_rwkv7.LIMITS["cpu"]
+    elif rounds == "fp32":  # rounding y or a gradient to bf16 alone is 1.7e-3
+        limits = train_rwkv7.LIMITS["cuda"]
+    elif family == "identical":
+        limits = [2.5e-2, 2.5e-2, 2.5e-2, 2.5e-2, 2.5e-2, 3e-2, 3e-2]
+    elif family == "correlated":
+        limits = [1.2e-2, 1.2e-2, 1.2e-2, 5e-3, 1.2e-2, 1.6e-2, 1.6e-2]
+    else:
+        limits = train_rwkv7.LIMITS["fast"]
+    return dict(zip(("y", "dr", "dw", "dk", "dv", "da", "db"), limits))
+
+
+def wkv7_kernels(device, peers):
+    found = own_kernels(train_rwkv7, lambda name: functools.partial(train_rwkv7.wkv7, kernel=name), device)
+    if peers:
+        found.update({"fla": fla_wkv7(), "fla, more saved": fla_wkv7(disable_recompute=True)})
+    return found
+
+
+def fla_wkv7(**settings):
+    """flash-linear-attention's operator with the settings of its own layer. It takes the logarithm of the decay, in
+    the dtype of the rest; that activation and its gradient are not timed."""
+    call, missing = peer("flash-linear-attention", "fla.ops.rwkv7", "chunk_rwkv7")
+    if missing:
+        return Kernel(missing=missing, peer=True)
+    settings = dict(safe_gate=True, lower_bound=-train_rwkv7.DECAY_BOUND, chunk_size=64, scale=1.0, **settings)
+    settings = {name: value for name, value in settings.items() if name in inspect.signature(call).parameters}
+
+    def log_decay(inputs):
+        r, w, k, v, a, b = inputs
+        return r, (-train_rwkv7.DECAY_BOUND * torch.sigmoid(w.float())).to(w.dtype), k, v, a, b
+
+    def y(r, w, k, v, a, b):
+        return call(r=r, w=w, k=k, v=v, a=a, b=b, **settings)[0]
+    return Kernel(y, rounds="bf16", prepare=log_decay, peer=True)
+
+
+def wkv7():
+    return Operator(
+        tensors=("y", "dr", "dw", "dk", "dv", "da", "db"), make=wkv7_inputs, kernels=wkv7_kernels, gates=wkv7_gates,
+        recurrence=lambda *inputs: train_rwkv7.wkv7_recurrent(*inputs)[0],
+        elements=lambda B, T, H, N: (7 + 13) * B * T * H * N, flops=lambda B, T, H, N: (9 + 19) * B * T * H * N * N,
+        head_sizes=train_rwkv7.KERNELS["torch"].head_sizes,
+        shapes={"cuda": [(64, 1024, 12, 64), (64, 1024, 6, 128), (8, 1024, 12, 64)],
+                "cpu": [(16, 256, 4, 32), (8, 256, 4, 64), (1, 1024, 12, 64)]})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# WKV-6
+
+
+def wkv6_inputs(family, B, T, H, N):
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)
+    r, k, v, w, dy, u = *(normal(B, T, H, N) for _ in range(5)), normal(H, N)
+    if family == "correlated":  # cosine 0.9 between keys, slow decay
+        unit = functools.partial(torch.nn.functional.normalize, dim=-1)
+        k, w = 8 * unit(unit(normal(B, 1, H, N)) * 0.9**0.5 + unit(k) * 0.1**0.5), torch.full_like(w, -5.5)
+    return (r, k, v, w, u), dy
+
+
+def wkv6_gates(rounds, dtype, family):
+    """As for WKV-7; u and du are fp32."""
+    limits = [5e-3, 5e-3, 5e-3, 5e-3, 5e-3, 1e-3]
+    if dtype == torch.float32:
+        limits = train_rwkv6.LIMITS["cpu"]
+    elif rounds == "fp32":
+        limits = [2.5e-3, 2.5e-3, 2.5e-3, 2.5e-3, 4e-3, 1e-3]
+    return dict(zip(("y", "dr", "dk", "dv", "dw", "du"), limits))
+
+
+def wkv6_kernels(device, peers):
+    found = own_kernels(train_rwkv6, lambda name: functools.partial(train_rwkv6.wkv6, kernel=name), device)
+    return {**found, "fla": fla_wkv6()} if peers else found
+
+
+def fla_wkv6():
+    """flash-linear-attention's operator. It takes the logarithm of the decay, in the dtype of the rest; that activation
+    and its gradient are not timed."""
+    call, missing = peer("flash-linear-attention", "fla.ops.rwkv6", "chunk_rwkv6")
+    if missing:
+        return Kernel(missing=missing, peer=True)
+
+    def log_decay(inputs):
+        r, k, v, w, u = inputs
+        return r, k, v, (-torch.exp(w.float())).to(w.dtype), u
+    return Kernel(lambda r, k, v, w, u: call(r=r, k=k, v=v, w=w, u=u, scale=1.0)[0], rounds="bf16", prepare=log_decay,
+                  peer=True)
+
+
+def wkv6():
+    return Operator(
+        tensors=("y", "dr", "dk", "dv", "dw", "du"), make=wkv6_inputs, kernels=wkv6_kernels, gates=wkv6_gates,
+        recurrence=lambda *inputs: train_rwkv6.wkv6_recurrent(*inputs)[0],
+        elements=lambda B, T, H, N: (5 + 9) * B * T * H * N, flops=lambda B, T, H, N: (5 + 11) * B * T * H * N * N,
+        head_sizes=train_rwkv6.KERNELS["torch"].head_sizes, shapes=wkv7().shapes)
+
+
+# Name on the command line: what is checked and timed under it. An operator with inputs of its own, as one that fuses
+# the recurrence with its surroundings has them, is one more in the tuple; its rows go into the same table.
+OPERATORS = {"wkv7": (wkv7,), "wkv6": (wkv6,)}
