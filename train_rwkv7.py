@@ -486,7 +486,8 @@ KERNELS = dict(
     cpu=Kernel(("wkv7/wkv7_cpu.cpp", "cpu.h"), "cpu", "--kernel cpu", HEAD_SIZES, states=False),
     cuda=Kernel((*ON_GPU, "wkv7/wkv7_cuda.cu"), "cuda", "--kernel cuda", (32, 64, 96, 128, 192),
                 (torch.bfloat16, torch.float32), multiple=16),
-    fast=Kernel((*ON_GPU, *CHUNKED, "wkv7/wkv7_fast.cu"), "cuda", "--fast_cuda", (64, 128), (torch.bfloat16,), multiple=16))
+    fast=Kernel((*ON_GPU, *CHUNKED, "wkv7/wkv7_fast.cu"), "cuda", "--fast_cuda", (64, 128), (torch.bfloat16,),
+                multiple=16))
 LIMITS = dict(  # of the relative errors of y dr dw dk dv da db after a build
     cpu=[2e-6] * 7, cuda=[2.5e-3, 2.5e-3, 4e-3, 2.5e-3, 2.5e-3, 3e-3, 3e-3],
     fast=[5e-3, 5e-3, 6e-3, 5e-3, 5e-3, 7e-3, 7e-3])

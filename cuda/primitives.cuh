@@ -123,6 +123,19 @@ __device__ inline float shuffle(float x, int lane) {
 #endif
 }
 
+// Sums each x[i] over the lanes that differ in bits FIRST .. LAST. A lane keeps one i: its bits from FIRST on, as many as
+// needed.
+template <int FIRST, int LAST, int COUNT>
+__device__ inline float sum(float (&x)[COUNT]) {
+#pragma unroll
+  for (int bit = FIRST, half = COUNT / 2; bit >= LAST; bit /= 2, half /= 2) {
+    const bool upper = threadIdx.x & bit;
+    for (int i = 0; i < half; i++) x[i] = (upper ? x[i + half] : x[i]) + shuffle_xor(upper ? x[i] : x[i + half], bit);
+    if (half == 0) x[0] += shuffle_xor(x[0], bit);
+  }
+  return x[0];
+}
+
 // Start of the block's dynamic shared memory, aligned to 128 bytes.
 __device__ inline unsigned char* shared_memory() {
 #ifdef __CUDACC__

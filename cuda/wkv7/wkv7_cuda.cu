@@ -59,18 +59,6 @@ __device__ inline void unpack(float* to, const E* from, const float* u) {
   }
 }
 
-// Sums each x[i] over the lanes that differ in bits FIRST .. LAST. A lane keeps one i: its bits from FIRST on, as many as needed.
-template <int FIRST, int LAST, int COUNT>
-__device__ inline float sum(float (&x)[COUNT]) {
-#pragma unroll
-  for (int bit = FIRST, half = COUNT / 2; bit >= LAST; bit /= 2, half /= 2) {
-    const bool upper = threadIdx.x & bit;
-    for (int i = 0; i < half; i++) x[i] = (upper ? x[i + half] : x[i]) + shuffle_xor(upper ? x[i] : x[i + half], bit);
-    if (half == 0) x[0] += shuffle_xor(x[0], bit);
-  }
-  return x[0];
-}
-
 // This thread's part of a state (N, N); `from` and `to` are its first number.
 template <int N, int ROWS>
 __device__ inline void load_state(float (&S)[ROWS][N / 8], const float* from) {
