@@ -56,7 +56,7 @@ struct Scaled {  // N x C, row = channel
   bf16 level[LEVELS][N * C], R[N * C], K[N * C];
   bf16 A[C * C];  // row = the later token
   float P[N], u[N];
-  float near[N / 16][32];  // of each warp's channels: what pairs() adds up to the bonus and the pairs of neighbours
+  float bonus[N / 16][C], before[N / 16][C / 2];  // each warp's part of A's diagonal, and left of it in odd rows
 };
 
 // exp(w), finite where w is not NaN: times a decay of 0 it must be 0.
@@ -65,78 +65,93 @@ __device__ inline float rate(float w) {
   return x > 1e30f ? 1e30f : x;
 }
 
+__device__ inline float decay(float w) { return fast_exp2(-LOG2_E * rate(w)); }
+
 // Whether a token with this half of the chunk is in the right half of its block of this level.
 __device__ inline bool is_right(int level, int half, const Thread& at) {
   return level == 2 ? half : at.q >> level & 1;
 }
 
-// Products of decays in the lane's channels; row, half, e as in Elements: channel g + 8 row, token 8 half + 2q + e.
-template <int N>
-struct Decays {
-  Elements d;
-  float pair[2][2], four[2][2], eight[2][2];  // over the other pair of its four, the other four of its eight, its eight
-  __device__ Decays(const bf16* w, const Thread& at) {
-    Block x;
-    load_transpose<N>(x, w, 0, 16 * at.warp, at);
-    FOR_ELEMENTS d[row][half][e] = fast_exp2(-LOG2_E * rate(element(x, row, half, e)));
-    for (int row = 0; row < 2; ++row)
-      for (int half = 0; half < 2; ++half) {
-        const float own = d[row][half][0] * d[row][half][1];
-        pair[row][half] = shuffle_xor(own, 1);
-        four[row][half] = shuffle_xor(own * pair[row][half], 2);
-        eight[row][half] = own * pair[row][half] * four[row][half];
-      }
+// Of one of the lane's channels the products of the decays before and after each of its tokens, [half][e], in the token's
+// aligned block of 2 tokens, then 4, 8, 16.
+struct Products {
+  float before[2][2], after[2][2], block[2];
+  __device__ Products(const Block& w, int row) {
+    for (int half = 0; half < 2; ++half) {
+      before[half][0] = after[half][1] = 1.f;
+      before[half][1] = decay(element(w, row, half, 0));
+      after[half][0] = decay(element(w, row, half, 1));
+      block[half] = after[half][0] * before[half][1];
+    }
   }
-  __device__ float chunk(int row) const { return eight[row][0] * eight[row][1]; }
-  // Over the tokens before or after it in its aligned block of 2, 4, 8 or 16.
-  __device__ float beside(bool before, int block, int row, int half, int e, const Thread& at) const {
-    float x = before == (e == 1) ? d[row][half][!e] : 1.f;
-    if (block > 2) x *= before == (at.q & 1) ? pair[row][half] : 1.f;
-    if (block > 4) x *= before == (at.q >> 1) ? four[row][half] : 1.f;
-    if (block > 8) x *= before == half ? eight[row][!half] : 1.f;
-    return x;
+  __device__ void next(int level, const Thread& at) {  // from the halves of this level's blocks to all of them
+    float other[2];
+    for (int half = 0; half < 2; ++half) other[half] = level == 2 ? block[!half] : shuffle_xor(block[half], 1 << level);
+    for (int half = 0; half < 2; ++half) {
+      const bool right = is_right(level, half, at);
+      for (int e = 0; e < 2; ++e) before[half][e] *= right ? other[half] : 1.f, after[half][e] *= right ? 1.f : other[half];
+      block[half] *= other[half];
+    }
   }
 };
-
-template <int N, class Factor>
-__device__ inline void put_scaled(bf16* to, const Block& x, Factor by, const Thread& at) {
-  Block scaled;
-  for (int i = 0; i < 4; ++i)
-    scaled[i] = pack_bf16(low_bf16(x[i]) * by(i % 2, i / 2, 0), high_bf16(x[i]) * by(i % 2, i / 2, 1));
-  store<C>(to, 16 * at.warp, 0, scaled, at);
+// x of one row of the lane's channels, scaled.
+__device__ inline void put_scaled(bf16* to, uint32_t low, uint32_t high, int row, const float (&by)[2][2], const Thread& at) {
+  to += (16 * at.warp + 8 * row) * C;
+  const int own = offset<C>(at.g, 2 * at.q);
+  pair_at(to + own) = pack_bf16(low_bf16(low) * by[0][0], high_bf16(low) * by[0][1]);
+  pair_at(to + (own ^ 8)) = pack_bf16(low_bf16(high) * by[1][0], high_bf16(high) * by[1][1]);
 }
 
 // K and P of the warp's channels: all that the state asks for.
 template <int N>
-__device__ inline void scale_keys(Scaled<N>& to, const Block& k, const Decays<N>& decays, const Thread& at) {
-  put_scaled<N>(to.K, k, [&](int row, int half, int e) { return decays.beside(false, 16, row, half, e, at); }, at);
-  if (at.q == 0)
-    for (int row = 0; row < 2; ++row) to.P[16 * at.warp + at.g + 8 * row] = decays.chunk(row);
+__device__ inline void scale_keys(Scaled<N>& to, const Block& k, const Block& w, const Thread& at) {
+  for (int row = 0; row < 2; ++row) {
+    Products by(w, row);
+    for (int level = 0; level < LEVELS; ++level) by.next(level, at);
+    put_scaled(to.K, k[row], k[row + 2], row, by.after, at);
+    if (at.q == 0) to.P[16 * at.warp + at.g + 8 * row] = by.block[0];
+  }
 }
 
 template <int N>
-__device__ inline void scale(Scaled<N>& to, const Tiles& tile, const Decays<N>& decays, const Thread& at) {
-  Block r, k, x;
+__device__ inline void scale(Scaled<N>& to, const Tiles& tile, const Thread& at) {
+  Block r, k, w;
   load_transpose<N>(r, tile.R, 0, 16 * at.warp, at);
   load_transpose<N>(k, tile.K, 0, 16 * at.warp, at);
-  float near[8] = {};  // [4 half + 0, 1]: the bonus of the two tokens; + 2: r of the second with k of the first
-  for (int row = 0; row < 2; ++row) {
-    const float u = to.u[16 * at.warp + at.g + 8 * row];
-    for (int half = 0; half < 2; ++half) {
-      for (int e = 0; e < 2; ++e) near[4 * half + e] += u * element(r, row, half, e) * element(k, row, half, e);
-      near[4 * half + 2] += element(r, row, half, 1) * element(k, row, half, 0);
+  {
+    float x[2] = {};  // of each half
+    for (int row = 0; row < 2; ++row)
+      for (int half = 0; half < 2; ++half) x[half] += element(r, row, half, 1) * element(k, row, half, 0);
+    const float before = sum<16, 4>(x);
+    if (at.g % 4 == 0) to.before[at.warp][at.g + at.q] = before;
+  }
+  {
+    float x[4] = {};  // of token e of each half
+    for (int row = 0; row < 2; ++row) {
+      const float u = to.u[16 * at.warp + at.g + 8 * row];
+      for (int i = 0; i < 4; ++i) x[i] += u * element(r, row, i / 2, i % 2) * element(k, row, i / 2, i % 2);
     }
+    const float bonus = sum<16, 4>(x);
+    if (at.g % 2 == 0) to.bonus[at.warp][2 * at.g + at.q] = bonus;
   }
-  to.near[at.warp][at.lane] = sum<16, 4>(near);
-  for (int level = 0; level < LEVELS; ++level) {
-    for (int i = 0; i < 4; ++i) x[i] = is_right(level, i / 2, at) ? r[i] : k[i];
-    const auto by = [&](int row, int half, int e) {
-      return decays.beside(is_right(level, half, at), 2 << level, row, half, e, at);
-    };
-    put_scaled<N>(to.level[level], x, by, at);
+  load_transpose<N>(w, tile.W, 0, 16 * at.warp, at);
+  for (int row = 0; row < 2; ++row) {
+    Products by(w, row);
+    for (int level = 0; level < LEVELS; ++level) {
+      float own[2][2];
+      uint32_t x[2];
+      for (int half = 0; half < 2; ++half) {
+        const bool right = is_right(level, half, at);
+        x[half] = right ? r[row + 2 * half] : k[row + 2 * half];
+        for (int e = 0; e < 2; ++e) own[half][e] = right ? by.before[half][e] : by.after[half][e];
+      }
+      put_scaled(to.level[level], x[0], x[1], row, own, at);
+      by.next(level, at);
+    }
+    put_scaled(to.R, r[row], r[row + 2], row, by.before, at);
+    put_scaled(to.K, k[row], k[row + 2], row, by.after, at);
+    if (at.q == 0) to.P[16 * at.warp + at.g + 8 * row] = by.block[0];
   }
-  put_scaled<N>(to.R, r, [&](int row, int half, int e) { return decays.beside(true, 16, row, half, e, at); }, at);
-  scale_keys<N>(to, k, decays, at);
 }
 
 // Whether the tokens of pair i of a Block, row and column, lie in the two halves of a block of this level.
@@ -161,11 +176,11 @@ __device__ inline void pairs(Scaled<N>& scaled, const Thread& at) {
       if (t > s && parted(at.warp, i, at)) pair_at(scaled.A + offset<C>(t, s)) = x[i];
     }
   } else if (at.warp == LEVELS && at.lane < C) {
-    const int t = at.lane, from = t / 8 * 16 + t % 8 / 2;  // near's [8 half + i][q]
+    const int t = at.lane, pair = t / 8 * 4 + t % 8 / 2;
     float bonus = 0.f, before = 0.f;
     for (int warp = 0; warp < N / 16; ++warp) {
-      bonus += scaled.near[warp][from + t % 2 * 4];
-      before += scaled.near[warp][from + 8];
+      bonus += scaled.bonus[warp][pair + (t / 8 + t % 2) * 4];  // [half][e][q]
+      before += scaled.before[warp][pair];
     }
     pair_at(scaled.A + offset<C>(t, t & ~1)) = t % 2 ? pack_bf16(before, bonus) : pack_bf16(bonus, 0.f);
   }
@@ -210,8 +225,8 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? FORWARD_BLOCKS : 2)
     copy_commit();
   };
 
-  Sum S[N / 16], Y;
-  Block v;
+  Sum S[N / 16], Y = {};
+  Block v = {};
   auto finish = [&](int chunk) {  // a barrier after its pairs()
     const Thread at;
     Block x;
@@ -232,18 +247,19 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? FORWARD_BLOCKS : 2)
     if (chunk % (GROUP / C) == 0) write_state<N>(kept, int64_t{head} * groups + chunk / (GROUP / C), S);
     auto& x = shared.tile[chunk % 2];
     const Tiles tile = {x[0], x[1], x[2], x[3], nullptr};
-    scale<N>(scaled, tile, Decays<N>(tile.W, at), at);
+    scale<N>(scaled, tile, at);
     sync_block();
-    pairs<N>(scaled, at);
-    load_transpose<N>(v, tile.V, 0, 16 * at.warp, at);
+    pairs<N>(scaled, Thread());
+    const Thread now;
+    load_transpose<N>(v, tile.V, 0, 16 * now.warp, now);
     FOR_ELEMENTS Y[half][2 * row + e] = 0.f;
 #pragma unroll
     for (int j = 0; j < N / 16; ++j) {
       Block s, r;
       to_block(s, S[j]);
-      load_transpose<C>(r, scaled.R, 16 * j, 0, at);
+      load_transpose<C>(r, scaled.R, 16 * j, 0, now);
       add_product(Y, r, s);
-      step<N>(S[j], v, scaled, j, at);
+      step<N>(S[j], v, scaled, j, now);
     }
   }
   sync_block();
@@ -313,11 +329,12 @@ struct Passed {
 
 // With dA and G in shared memory: the gradients of r, k and log d in the warp's channels, channel times token; adds to du.
 template <int N>
-__device__ inline void keys(Sum& dr, Sum& dk, Passed& passed, float (&du)[2], const Decays<N>& decays,
+__device__ inline void keys(Sum& dr, Sum& dk, Passed& passed, float (&du)[2],
                             const BackwardMemory<N>& shared, const bf16* state, const Tiles& tile) {
   const Thread at;
   const auto& scaled = shared.scaled;
   float all[2] = {0.f, 0.f};  // column sums of S * G
+  Sum to_r = {}, to_k = {};  // of pairs
 #pragma unroll 2
   for (int j = 0; j < N; j += 16) {
     Block s, g, x;
@@ -329,33 +346,40 @@ __device__ inline void keys(Sum& dr, Sum& dk, Passed& passed, float (&du)[2], co
     add_product(dk, g, x);
     for (int i = 0; i < 4; ++i) all[i % 2] += low_bf16(s[i]) * low_bf16(g[i]) + high_bf16(s[i]) * high_bf16(g[i]);
   }
-  for (int row = 0; row < 2; ++row) {
+  for (int row = 0; row < 2; ++row)
     for (int by = 1; by < 4; by *= 2) all[row] += shuffle_xor(all[row], by);
-    all[row] *= decays.chunk(row);
-  }
   Block r, k;
   load_transpose<N>(r, tile.R, 0, 16 * at.warp, at);
   load_transpose<N>(k, tile.K, 0, 16 * at.warp, at);
-  FOR_ELEMENTS {
-    float &to_r = dr[half][2 * row + e], &to_k = dk[half][2 * row + e];
-    to_r *= decays.beside(true, 16, row, half, e, at);
-    to_k *= decays.beside(false, 16, row, half, e, at);
-    passed.add(element(r, row, half, e) * to_r, true, 16, row, half, e, at);
-    passed.add(element(k, row, half, e) * to_k, false, 16, row, half, e, at);
-  }
-  for (int level = 0; level < LEVELS; ++level) {
-    Block x, pairs;
-    Sum c = {};
-    load<C>(x, scaled.level[level], 16 * at.warp, 0, at);
-    load<C>(pairs, shared.dA, 0, 0, at);
-    for (int i = 0; i < 4; ++i) pairs[i] = parted(level, i, at) ? pairs[i] : 0;
-    add_product(c, x, pairs);
+  {
+    Block w;
+    load_transpose<N>(w, tile.W, 0, 16 * at.warp, at);
+    Products by[2] = {Products(w, 0), Products(w, 1)};
+    for (int level = 0; level < LEVELS; ++level) {
+      Block x, pairs;
+      Sum c = {};
+      load<C>(x, scaled.level[level], 16 * at.warp, 0, at);
+      load<C>(pairs, shared.dA, 0, 0, at);
+      for (int i = 0; i < 4; ++i) pairs[i] = parted(level, i, at) ? pairs[i] : 0;
+      add_product(c, x, pairs);
+      FOR_ELEMENTS {
+        const bool right = is_right(level, half, at);
+        const float to = c[half][2 * row + e] * (right ? by[row].before[half][e] : by[row].after[half][e]);
+        to_r[half][2 * row + e] += right ? to : 0.f;
+        to_k[half][2 * row + e] += right ? 0.f : to;
+        const float own = right ? element(r, row, half, e) : element(k, row, half, e);
+        passed.add(own * to, right, 2 << level, row, half, e, at);
+      }
+      for (int row = 0; row < 2; ++row) by[row].next(level, at);
+    }
+    for (int row = 0; row < 2; ++row) all[row] *= by[row].block[0];
     FOR_ELEMENTS {
-      const bool right = is_right(level, half, at);
-      const float to = c[half][2 * row + e] * decays.beside(right, 2 << level, row, half, e, at);
-      dr[half][2 * row + e] += right ? to : 0.f;
-      dk[half][2 * row + e] += right ? 0.f : to;
-      passed.add(element(right ? r : k, row, half, e) * to, right, 2 << level, row, half, e, at);
+      const float from_r = dr[half][2 * row + e] * by[row].before[half][e];
+      const float from_k = dk[half][2 * row + e] * by[row].after[half][e];
+      passed.add(element(r, row, half, e) * from_r, true, 16, row, half, e, at);
+      passed.add(element(k, row, half, e) * from_k, false, 16, row, half, e, at);
+      dr[half][2 * row + e] = from_r + to_r[half][2 * row + e];
+      dk[half][2 * row + e] = from_k + to_k[half][2 * row + e];
     }
   }
   for (int half = 0; half < 2; ++half) {
@@ -417,10 +441,11 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? BACKWARD_BLOCKS : 1)
       fetch(group, i + 1, stage ^ 1);
       auto& x = shared.tile[stage];
       if (i == 0) load_state<N>(S, shared.state[slot(group, 0)], at);
-      Block k, v;
+      Block k, v, w;
       load_transpose<N>(k, x[1], 0, 16 * at.warp, at);
       load_transpose<N>(v, x[2], 0, 16 * at.warp, at);
-      scale_keys<N>(scaled, k, Decays<N>(x[3], at), at);
+      load_transpose<N>(w, x[3], 0, 16 * at.warp, at);
+      scale_keys<N>(scaled, k, w, at);
       sync_block();
 #pragma unroll
       for (int j = 0; j < N / 16; ++j) step<N>(S[j], v, scaled, j, at);
@@ -436,8 +461,7 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? BACKWARD_BLOCKS : 1)
       auto put = [&](bf16* tensor, const Block& values, const Thread& at) {
         write(tensor + start + int64_t{(group * (GROUP / C) + i) * C} * stride, stride, values, at);
       };
-      const Decays<N> decays(tile.W, at);
-      scale<N>(scaled, tile, decays, at);
+      scale<N>(scaled, tile, at);
       sync_block();
       pairs<N>(scaled, at);
       if (at.warp == LEVELS) pair_gradients<N>(shared, tile, at);
@@ -462,7 +486,7 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? BACKWARD_BLOCKS : 1)
       put(dv, values, at);
       Sum dR = {}, dK = {};
       Passed passed = {};
-      keys<N>(dR, dK, passed, du_own, decays, shared, shared.state[slot(group, i)], tile);
+      keys<N>(dR, dK, passed, du_own, shared, shared.state[slot(group, i)], tile);
       const Thread now;
       Block w;
       load_transpose<N>(w, tile.W, 0, 16 * now.warp, now);
