@@ -130,6 +130,7 @@ __device__ inline float sum(float (&x)[COUNT]) {
 #pragma unroll
   for (int bit = FIRST, half = COUNT / 2; bit >= LAST; bit /= 2, half /= 2) {
     const bool upper = threadIdx.x & bit;
+#pragma unroll
     for (int i = 0; i < half; i++) x[i] = (upper ? x[i + half] : x[i]) + shuffle_xor(upper ? x[i] : x[i + half], bit);
     if (half == 0) x[0] += shuffle_xor(x[0], bit);
   }

@@ -4,18 +4,17 @@
 //     G_t = dS_t + dy_t r_t^T     dr = S_t^T dy   dk = G_t^T v   dv = G_t k   db = G_t^T u   du = G_t b   da = S_{t-1}^T du
 //     dd = sum over values of G_t * S_{t-1}
 // Tensors  see wkv7.h; bf16 or fp32. kept: S after every 16 tokens, and u.
-// Threads  one block per (sequence, head), N threads forward, 2 N backward. Eight lanes share ROWS rows of S (and G) in their
-//          registers; lane c of them holds columns 32 m + 4 c .. + 3. So a number read from shared memory serves 4 or 8 FMA:
-//          with a thread a row it would serve one, and reading would set the pace. Sums over the columns stay within the
-//          eight lanes; sums over the rows go through shared memory, with one barrier a token.
+// Threads  one block per (sequence, head), N threads forward, 2 N backward, S (and G) in their registers as in exact.cuh.
+//          Sums over the columns stay within eight lanes; sums over the rows go through shared memory, with one barrier a
+//          token.
 // Numerics fp32 throughout. The backward finds S_{t-1} = (S_t - u b^T - v k^T) / d at most 8 times in a row: from S kept after
 //          16 tokens and, for the first 8 of them, from S kept before and stepped 8 tokens on. 8 divisions by d > 0.545
 //          enlarge an error at most 128 times (16: 16,000 times). Every sum has a fixed order; no atomics.
 // Limits   N in {32, 64, 96, 128, 192}; the backward of 192 spills registers and wants a GPU's 179 KB of shared memory.
 // Cost     per token and head 5 N^2 FMA forward, 14.5 N^2 backward; memory traffic of 17 and 23 bf16 tensors (N 64). B 64, T 1024,
 //          H 12, N 64 on an H200, computed: FMA 0.55 and 1.6 ms, with sums and shared memory 0.7 and 2.0, traffic 0.4 and 0.6.
+#include "../exact.cuh"
 #include "../launch.cuh"
-#include "../primitives.cuh"
 #include "wkv7.h"
 
 #ifndef HEAD_SIZES  // given, it compiles faster
@@ -23,17 +22,10 @@
 #endif
 
 namespace {
+using namespace exact;
+
 constexpr int TILE = 8, CHUNK = 16;  // tokens in shared memory at once, and between two kept states
 constexpr float DECAY_BOUND = 0.60653065971263342f;  // e^{-1/2}
-
-__device__ inline float number(bf16 x) { return to_float(x); }
-__device__ inline float number(float x) { return x; }
-__device__ inline void store(bf16* to, float x) { *to = to_bf16(x); }
-__device__ inline void store(float* to, float x) { *to = x; }
-__device__ inline void load4(float* to, const float* from) {
-  const float4 x = *reinterpret_cast<const float4*>(from);
-  to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
-}
 
 // One tile of `COUNT` tensors from global memory: rows of N numbers, `stride` apart.
 template <int N, int COUNT, class E>
@@ -57,20 +49,6 @@ __device__ inline void unpack(float* to, const E* from, const float* u) {
     const float d = to[TILE * N + i] = expf(-DECAY_BOUND * (w < 0 ? e * s : s));
     if (u) to[7 * TILE * N + i] = u[i], to[8 * TILE * N + i] = 1 / d, to[9 * TILE * N + i] = -DECAY_BOUND * (e * s * s) * d;
   }
-}
-
-// This thread's part of a state (N, N); `from` and `to` are its first number.
-template <int N, int ROWS>
-__device__ inline void load_state(float (&S)[ROWS][N / 8], const float* from) {
-  for (int i = 0; i < ROWS * N / 8; i++) S[i / (N / 8)][i % (N / 8)] = 0;
-  for (int i = 0; from && i < ROWS * N / 32; i++) load4(&S[i / (N / 32)][i % (N / 32) * 4], from + i / (N / 32) * N + i % (N / 32) * 32);
-}
-
-template <int N, int ROWS>
-__device__ inline void store_state(float* to, const float (&S)[ROWS][N / 8]) {
-  for (int p = 0; p < ROWS; p++)
-    for (int j = 0; j < N / 8; j += 4)
-      *reinterpret_cast<float4*>(to + p * N + 8 * j) = make_float4(S[p][j], S[p][j + 1], S[p][j + 2], S[p][j + 3]);
 }
 
 // S_t from S_{t-1}; adds S_t r_t to y_sum where there is one. `rows` and `columns`: this thread's part of the token's numbers.
