@@ -246,9 +246,10 @@ def kernel_sources(kernel):
     return [CUDA_FOLDER / file for file in KERNELS[kernel].files]
 
 
-def toolchain():
+def toolchain(gpu=True):
     """Plain facts on what kernels are built with here: versions as text ("13.0"), architectures as numbers (90 for
-    sm_90), None for what is not there. compiler_refused: what nvcc says if it will not work with the C++ compiler."""
+    sm_90), None for what is not there. compiler_refused: what nvcc says if it will not work with the C++ compiler.
+    Without `gpu` nvcc is not looked for."""
     def ask(*command):
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         return done.stdout + done.stderr
@@ -261,10 +262,10 @@ def toolchain():
         devices=[dict(name=torch.cuda.get_device_name(i), arch=10 * major + minor) for i in range(
             torch.cuda.device_count()) for major, minor in [torch.cuda.get_device_capability(i)]],
         cxx=[shutil.which(cxx[0]), *cxx[1:]] if shutil.which(cxx[0]) else None, cuda_home=home,
-        nvcc=next(filter(None, map(shutil.which, nvcc)), None), cuda=None, nvcc_archs=[], compiler_refused=None)
+        nvcc=next(filter(None, map(shutil.which, nvcc if gpu else ())), None), cuda=None, nvcc_archs=[], compiler_refused=None)
     if facts["cxx"]:
         facts["cxx_version"] = (ask(*facts["cxx"], "--version").splitlines() or [""])[0]
-        gcc = re.search(r"(?<!clang version )\b(\d+)\.\d+\.\d+", facts["cxx_version"])
+        gcc = re.search(r"\b(\d+)\.\d+\.\d+", re.sub(r"\(.*?\)", "", facts["cxx_version"]))
         facts["gcc"] = int(gcc[1]) if gcc and "clang" not in facts["cxx_version"] else None
     if facts["nvcc"]:
         version = re.search(r"release (\d+\.\d+)", ask(facts["nvcc"], "--version"))
@@ -404,7 +405,8 @@ def build_lock(path):
 
 def build_kernel(kernel, library):
     """Build and load `kernel`, hold it against the recurrence and only then keep it as `library`; else KernelError."""
-    facts, archs, log = toolchain(), kernel_flags(kernel)[1], library.with_suffix(".log")
+    facts = toolchain(gpu=KERNELS[kernel].device == "cuda")
+    archs, log = kernel_flags(kernel)[1], library.with_suffix(".log")
     problem = obstacle(facts, kernel)
     if problem:
         raise KernelError(problem)
@@ -443,6 +445,8 @@ def load_kernel(kernel, required=False):
         return kernel
     several, local_rank = dist.is_initialized(), int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
     try:
+        if hasattr(getattr(torch.ops, OPERATOR), f"{kernel}_forward"):  # twice in one process ends it
+            raise KernelError(f"{OPERATOR} {kernel} was refused before.\n{AROUND}")
         library = kernel_library(kernel)
         if local_rank > 0:
             if not library.exists():
