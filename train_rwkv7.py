@@ -492,8 +492,8 @@ KERNELS = dict(
                 (torch.bfloat16, torch.float32), multiple=16),
     fast=Kernel((*ON_GPU, *CHUNKED, "wkv7/wkv7_fast.cu"), "cuda", "--fast_cuda", (64, 128), (torch.bfloat16,),
                 multiple=16),
-    wind=Kernel((*ON_GPU[:-1], "wkv7/wkv7_wind_binding.cpp", *CHUNKED, "wkv7/wkv7_wind.cu"), "cuda", "--wind_cuda", (64,),
-                (torch.bfloat16,), states=False, multiple=16))  # time_mix in one operator
+    wind=Kernel((*ON_GPU[:-1], "wkv7/wkv7_wind_binding.cpp", *CHUNKED, "wkv7/wkv7_wind.cu"), "cuda", "--wind_cuda",
+                (64,), (torch.bfloat16,), states=False, multiple=16))  # time_mix in one operator
 LIMITS = dict(  # of the relative errors of y dr dw dk dv da db after a build
     cpu=[2e-6] * 7, cuda=[2.5e-3, 2.5e-3, 4e-3, 2.5e-3, 2.5e-3, 3e-3, 3e-3],
     fast=[5e-3, 5e-3, 6e-3, 5e-3, 5e-3, 7e-3, 7e-3],
@@ -708,8 +708,8 @@ def wkv7(r, w, k, v, a, b, kernel="torch", state=None, final=False):
 
 
 def time_mix(r, w, k, v, a, g, parameters, kernel="torch"):
-    """WKV-7 and what is around it in a head: r w k v a g and the result (B, T, H, N); parameters w0 a0 k_k k_a r_k and the
-    norm's weight and bias (H, N) each. a is the logit of the in-context learning rate, g the gate.
+    """WKV-7 and what is around it in a head: r w k v a g and the result (B, T, H, N); parameters w0 a0 k_k k_a r_k and
+    the norm's weight and bias (H, N) each. a is the logit of the in-context learning rate, g the gate.
         alpha = sigmoid(a + a0)   kappa = k k_k / |k k_k|   k' = k (1 + (alpha - 1) k_a)
         ((LN(wkv7(r, w + w0, k', v, -kappa, kappa alpha)) ln_w + ln_b) + (sum_n r k' r_k) v) g
     --wind_cuda does it in one operator, in fp32 between bf16 inputs and results."""
@@ -745,7 +745,8 @@ def self_test(kernel):
         exact = [x.double().requires_grad_() for x in inputs]
         mine, results = [x.to(about.device, copy=True).requires_grad_() for x in inputs], []
         if wind:
-            forms = (time_mix(*exact[:6], [x.double() for x in p]), time_mix(*mine[:6], [x.to(about.device) for x in p], kernel))
+            forms = [time_mix(*inputs[:6], [x.to(inputs[0].device, type) for x in p], form) for inputs, type, form in
+                     ((exact, torch.float64, "torch"), (mine, torch.float32, kernel))]
         else:
             forms = wkv7_recurrent(*exact[:6])[0], wkv7(*mine[:6], kernel)
         for y, (*leaves, dy) in zip(forms, (exact, mine)):

@@ -349,8 +349,8 @@ def test_address_and_undefined_behaviour_sanitizers(name):
 def test_nvcc_report(name, arch):
     flags, budget = ((), dict(BUDGET[name])) if arch == "90a" or name != "cuda" else (["-DHEAD_SIZES=64"], {
         kernel: limit for kernel, limit in BUDGET[name].items() if kernel.endswith("<64")})
-    if arch == "80" and name == "fast":  # whose 164 KB of shared memory hold 2 blocks
-        budget["wkv7::backward<64>"] = (255, 0)
+    if arch == "80" and name == "fast":  # whose 164 KB of shared memory hold 5 and 2 blocks
+        budget["wkv7::forward<64>"], budget["wkv7::backward<64>"] = (96, 0), (255, 0)
     report = nvcc_report(train_rwkv7.CUDA_FOLDER / "wkv7" / f"wkv7_{name}.cu", arch, flags)
     assert {kernel.split(",")[0] for kernel in report} == set(budget), list(report)
     for kernel, used in report.items():

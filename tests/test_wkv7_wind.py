@@ -1,5 +1,5 @@
-"""The fused time mixing (--wind_cuda): the .cu file itself on the CPU of tests/cuda_on_cpu, against time_mix in float64 and
-against the unfused time_mix in bf16, every gradient, parameters included; shapes, races, memory, registration, nvcc."""
+"""The fused time mixing (--wind_cuda): the .cu file itself on the CPU of tests/cuda_on_cpu, against time_mix in float64
+and against the unfused time_mix in bf16, every gradient, parameters' too; shapes, races, memory, registration, nvcc."""
 
 import ctypes
 import subprocess
@@ -90,7 +90,7 @@ def test_lengths(T, B, H):
     arguments = sample("random", B=B, T=T, H=H, seed=T)
     found = errors({name: x for name, x in run("wind", *arguments).items() if T > 1 or name not in ("dw", "w0", "k_k")},
                    run("reference", *arguments))  # the first token has no state for its decay and its kappa to act on
-    apart = errors(run("fast", *arguments), run("reference", *arguments))  # tokens whose y is all but constant cost digits
+    apart = errors(run("fast", *arguments), run("reference", *arguments))  # tokens of all but constant y cost digits
     over = {name: error for name, error in found.items() if not error <= max(GATE[name], 2 * apart[name])}
     assert not over, f"T {T}, B {B}, H {H}: {over}"
 
@@ -160,7 +160,7 @@ def test_model_in_one_graph(T):
         assert g.norm() > 0 and (grads_fused[name] - g).norm() < 0.05 * g.norm(), name
 
 
-# Without the operator: every order of threads, every access watched, sanitizers. The last run in processes of their own.
+# Without the operator, in a process of its own: every order of threads, every access watched, sanitizers.
 
 DIRECT = """
 import ctypes, sys
@@ -194,7 +194,8 @@ def direct(library, orders, **env):
 
 
 def test_the_order_of_threads_does_not_matter():
-    direct(build_on_cpu([FOLDER / "wkv7_wind.cu"]), [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 0, 2), (2, 1, 0), (2, 2, 1), (2, 3, 2)])
+    orders = [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 0, 2), (2, 1, 0), (2, 2, 1), (2, 3, 2)]
+    direct(build_on_cpu([FOLDER / "wkv7_wind.cu"]), orders)
 
 
 def test_no_races():

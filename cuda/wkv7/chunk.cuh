@@ -120,6 +120,17 @@ __device__ inline void copy_tile(bf16* tile, const bf16* from, int thread) {
   copy_async(tile + offset<N>(thread / (N / 8), thread % (N / 8) * 8), from);
 }
 
+// Starts copying a chunk's tiles: the first `count` of the tensors x whose first number of this head is at `start`.
+template <int N>
+__device__ inline void fetch(bf16 (*tile)[C * N], const bf16* const (&x)[7], int count, int chunk, int64_t start, int stride,
+                             unsigned skip = 0) {
+  const int thread = thread_index();
+  const int64_t from = start + int64_t{chunk * C} * stride + piece<N>(stride, thread);
+#pragma unroll 1
+  for (int i = 0; i < count; ++i)
+    if (!(skip >> i & 1)) copy_tile<N>(tile[i], x[i] + from, thread);
+}
+
 // The sum over all rows up to each row, in place; always added in the same order.
 __device__ inline void sum_down(Elements& x, const Thread& at) {
   for (int row = 0; row < 2; ++row)

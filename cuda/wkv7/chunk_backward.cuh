@@ -40,6 +40,20 @@ struct Order {
 // first state is fetched, and is that group's slot of chunk 0.
 __device__ inline int slot(int group, int i) { return group % 2 ? GROUP / C - 1 - i : i; }
 
+// Starts copying what a step of a group needs; the states are found without the tensors in `skip`.
+template <int N>
+__device__ inline void fetch_step(bf16 (*tile)[C * N], Backward<N>& shared, const bf16* const (&x)[7], unsigned skip,
+                                  const bf16* kept, const Order& order, int group, int step, int64_t start, int stride) {
+  int n = order.size(group);
+  if (step > 2 * n - 2) step = 0, n = GROUP / C, --group;
+  if (group >= 0) {
+    fetch<N>(tile, x, 7, group * (GROUP / C) + order.chunk(n, step), start, stride, step < n - 1 ? skip : 0);
+    if (step == 0)
+      copy_state<N>(shared.state[slot(group, 0)], kept, int64_t{blockIdx.x} * order.groups + group, thread_index());
+  }
+  copy_commit();
+}
+
 // With the scaled tiles in shared memory: what G and S give to Z^T, dU^T and dV. G becomes G diag(P), for all in `at.G`.
 template <int N>
 __device__ inline void read_states(Sum& Z, Sum& dU, Sum& dV, Sum* Y, Sum (&G)[N / 16], Backward<N>& shared, const bf16* state,
