@@ -262,7 +262,8 @@ def toolchain(gpu=True):
         devices=[dict(name=torch.cuda.get_device_name(i), arch=10 * major + minor) for i in range(
             torch.cuda.device_count()) for major, minor in [torch.cuda.get_device_capability(i)]],
         cxx=[shutil.which(cxx[0]), *cxx[1:]] if shutil.which(cxx[0]) else None, cuda_home=home,
-        nvcc=next(filter(None, map(shutil.which, nvcc if gpu else ())), None), cuda=None, nvcc_archs=[], compiler_refused=None)
+        nvcc=next(filter(None, map(shutil.which, nvcc if gpu else ())), None), cuda=None, nvcc_archs=[],
+        compiler_refused=None)
     if facts["cxx"]:
         facts["cxx_version"] = (ask(*facts["cxx"], "--version").splitlines() or [""])[0]
         gcc = re.search(r"\b(\d+)\.\d+\.\d+", re.sub(r"\(.*?\)", "", facts["cxx_version"]))

@@ -323,7 +323,7 @@ def test_a_kernel_that_computes_something_else_is_refused(copy):
     source.write_text(text.replace("0.60653065971263342f", "0.6065f"))
     out, err = finish(start(copy))
     assert out[0] == "torch", (out, err)
-    assert re.match(r"wkv7 cpu self-test: y .* \(limit 2.0e-6\): .*dw.* wrong, the kernel is refused.\nPlease", err), err
+    assert re.match(r"wkv7 cpu self-test: y .* \(limit 2.0e-6\): .*dw.* wrong, the kernel is refused.\n", err), err
     assert not list((copy / "cuda" / "build").glob("*"))
 
 
@@ -363,9 +363,10 @@ def test_a_cuda_kernel_with_an_nvcc_for_cpus(copy):
             *--version*) echo "Cuda compilation tools, release 13.1, V13.1.0"; exit;;
             *--list-gpu-code*) echo sm_80; echo sm_90; exit;;
             *" -E "*) exit;;
-            *-shared*) echo "$*" >> calls; o=""; for x in "$@"; do case "$x" in *.o) o="$o${{o:+|}}$x";; esac; out="$x"; done
-                IFS="|"; exec "{GXX}" -std=c++20 -fPIC -shared -I "{STAND_IN}" $o "{STAND_IN}/cuda_on_cpu.cpp" "$torch" \\
-                    -ltorch_cpu -o "$out";;
+            *-shared*) echo "$*" >> calls; o=""
+                for x in "$@"; do case "$x" in *.o) o="$o${{o:+|}}$x";; esac; out="$x"; done
+                IFS="|"; exec "{GXX}" -std=c++20 -fPIC -shared -I "{STAND_IN}" $o "{STAND_IN}/cuda_on_cpu.cpp" \\
+                    "$torch" -ltorch_cpu -o "$out";;
         esac
         echo "$*" >> calls
         while [ $# -gt 0 ]; do case "$1" in -c) in="$2";; -o) out="$2";; esac; shift; done
