@@ -8,7 +8,7 @@ Track tiny:    the same script on bytes of text, about 1M parameters, two minute
     CPU      ./run_rwkv7.sh --track tiny                 (python data/pydocs.py; python train_rwkv7.py --track tiny)
 
 Claims: on fineweb none yet (the public run of this recipe reached 3.2756 after 3200 steps); on tiny the table of
-README.md, from the runs in records/. The file stands alone: besides itself it reads only its kernel in cuda/wkv7/.
+README.md, from the runs in records/. The file stands alone: besides itself it reads only its kernels in cuda/.
 """
 
 import argparse
