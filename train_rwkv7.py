@@ -288,6 +288,8 @@ def obstacle(facts, kernel):
     if KERNELS[kernel].device == "cuda":
         old = [device for device in facts["devices"] if device["arch"] < 80]
         new = [device for device in facts["devices"] if device["arch"] not in facts["nvcc_archs"]]
+        if not facts["torch_cuda"]:
+            return because(f"torch {facts['torch']} was built without CUDA.", "For an NVIDIA GPU install one with it.")
         if not facts["devices"]:
             return because("torch sees no CUDA device.", "Run it where there is one (nvidia-smi lists them).")
         if old:
@@ -940,14 +942,15 @@ def build_model(args):
         wanted = "cuda" if args.device == "cuda" and args.headsz in KERNELS["cuda"].head_sizes else "torch"
         wanted = "cpu" if args.device == "cpu" else wanted
     about = KERNELS[wanted]
+    if about.device not in (None, args.device):
+        raise ValueError(f"{about.flag} runs on a {'GPU' if about.device == 'cuda' else 'CPU'} only. "
+                         f"Use --kernel torch, or --device {about.device}.")
     fits = [n for n in about.head_sizes if args.width % n == 0]
     if args.headsz not in fits:
         divides = args.headsz > 0 and args.width % args.headsz == 0
         why = f"{about.flag} has no kernel for it" if divides else f"{args.width} is not a multiple of {args.headsz}"
-        raise ValueError(f"--headsz {args.headsz}: {why}. Allowed: {', '.join(map(str, fits))}.")
-    if about.device not in (None, args.device):
-        raise ValueError(f"{about.flag} runs on a {'GPU' if about.device == 'cuda' else 'CPU'} only. "
-                         f"Use --kernel torch, or --device {about.device}.")
+        allowed = ", ".join(map(str, fits or about.head_sizes)) + ("" if fits else ", of which --width is a multiple")
+        raise ValueError(f"--headsz {args.headsz}: {why}. Allowed: {allowed}.")
     if args.dtype == "fp32" and torch.float32 not in about.dtypes:
         raise ValueError(f"{about.flag} computes in bf16: not with --dtype fp32. Use --kernel cuda or another --dtype.")
     args.kernel = load_kernel(wanted, required)

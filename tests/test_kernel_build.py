@@ -14,7 +14,7 @@ import torch
 
 import train_rwkv7
 from cuda_build import STAND_IN, find_nvcc
-from helpers import ROOT, environment, run_here, tiny
+from helpers import ROOT, environment
 from train_rwkv7 import KERNELS, Kernel, kernel_library, kernel_sources, load_kernel, obstacle, toolchain
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs Linux and g++")
@@ -69,7 +69,7 @@ MESSAGES = {
                                   "CUDA_HOME", "Dockerfile"]),
     "no nvcc in CUDA_HOME": (dict(home="/nowhere"), ["no nvcc (looked in $CUDA_HOME = /nowhere)"]),
     "other major version": (dict(nvcc="11.8", torch_cuda="12.4"), ["nvcc is of CUDA 11.8", "wants 12.x", "CUDA_HOME"]),
-    "torch without CUDA": (dict(torch_cuda=None), ["nvcc is of CUDA 13.0", "torch for CUDA 13.x"]),
+    "torch without CUDA": (dict(torch_cuda=None), ["torch 2.13.0+cu130 was built without CUDA", "NVIDIA GPU"]),
     "gcc too new": (dict(gxx="11.4.0", nvcc="11.5", torch_cuda="11.8", refuses=GCC_10, archs=(80, 90)),
                     ["nvcc 11.5 supports gcc <= 10, found gcc 11", "CC=gcc-10 CXX=g++-10"]),
     "clang nvcc refuses": (dict(kind="Debian clang version", gxx="25.0.1", refuses="#error -- unsupported clang"),
@@ -129,20 +129,23 @@ def test_asked_for_it_ends_the_run_else_torch(machine, capfd):
 
 
 @pytest.mark.parametrize("flags, parts", [
-    (["--kernel", "cuda"], ["--kernel cuda runs on a GPU only", "--device cuda", "--kernel torch"]),
-    (["--fast_cuda"], ["--fast_cuda runs on a GPU only"]),
-    (["--fast_cuda", "--headsz", 32], ["--headsz 32: --fast_cuda has no kernel for it. Allowed: 64, 128."]),
-    (["--kernel", "cuda", "--headsz", 16], ["--headsz 16: --kernel cuda has no kernel for it", "32, 64, 128"]),
-    (["--fast_cuda", "--headsz", 100], ["--headsz 100: 128 is not a multiple of 100. Allowed: 64, 128."]),
-    (["--wind_cuda"], ["--wind_cuda", "--kernel torch"]),
+    (dict(kernel="cuda", device="cpu"), ["--kernel cuda runs on a GPU only", "--device cuda", "--kernel torch"]),
+    (dict(fast_cuda=True, device="cpu"), ["--fast_cuda runs on a GPU only"]),
+    (dict(kernel="cpu"), ["--kernel cpu runs on a CPU only", "--kernel torch"]),
+    (dict(fast_cuda=True, headsz=32), ["--headsz 32: --fast_cuda has no kernel for it. Allowed: 64, 128."]),
+    (dict(fast_cuda=True, headsz=100), ["--headsz 100: 128 is not a multiple of 100. Allowed: 64, 128."]),
+    (dict(fast_cuda=True, headsz=16, width=96), ["Allowed: 64, 128, of which --width is a multiple."]),
+    (dict(kernel="cuda", headsz=16), ["--headsz 16: --kernel cuda has no kernel for it", "Allowed: 32, 64, 128."]),
+    (dict(fast_cuda=True, dtype="fp32"), ["--fast_cuda computes in bf16", "--kernel cuda"]),
+    (dict(wind_cuda=True), ["--wind_cuda", "--kernel torch"]),
 ])
-def test_flags_that_do_not_fit(flags, parts, tmp_path, capfd):
-    from helpers import make_corpus
-    sound = tiny("train_rwkv7", make_corpus(tmp_path / "data"), tmp_path / "records", "--width", 128, "--headsz", 64)
-    with pytest.raises(SystemExit) as ended:
-        run_here("train_rwkv7", *sound, *flags)
-    said = capfd.readouterr().err
-    assert ended.value.code == 1 and said.count("\n") == 1 and all(part in said for part in parts), said
+def test_flags_that_do_not_fit(flags, parts):
+    sound = dict(track="tiny", device="cuda", width=128, headsz=64, dtype="bf16")
+    args = train_rwkv7.Hyperparameters(**{**sound, **flags})
+    with pytest.raises(ValueError) as refused:
+        train_rwkv7.build_model(args)
+    said = str(refused.value)
+    assert "\n" not in said and all(part in said for part in parts), said
 
 
 # What a library depends on
