@@ -255,7 +255,7 @@ def toolchain(gpu=True):
         return done.stdout + done.stderr
     cxx = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     home = os.environ.get("CUDA_HOME")
-    nvcc = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    nvcc = [*[f"{home}/bin/nvcc"] * bool(home), "nvcc", "/usr/local/cuda/bin/nvcc"]
     facts = dict(
         torch=torch.__version__, torch_cuda=torch.version.cuda, cxx_named=cxx[0], cxx_version=None, gcc=None,
         torch_archs=[int(arch[3:]) for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", arch)],
@@ -296,7 +296,7 @@ def obstacle(facts, kernel):
             return because(f"{old[0]['name']} (sm_{old[0]['arch']}) has no bf16; the kernel needs sm_80 or newer.",
                            "Take another GPU (CUDA_VISIBLE_DEVICES), or train here with --dtype fp32 (slow).")
         if not facts["nvcc"]:
-            looked = f"$CUDA_HOME = {facts['cuda_home']}" if facts["cuda_home"] else "PATH, /usr/local/cuda"
+            looked = f"$CUDA_HOME: {facts['cuda_home'] or 'not set'}, PATH, /usr/local/cuda"
             return because(f"no nvcc (looked in {looked}).", f"torch {facts['torch']} was built for CUDA "
                            f"{facts['torch_cuda']}: install that toolkit and set CUDA_HOME, or use the Dockerfile.")
         ours, theirs = (str(facts[name]).split(".")[0] for name in ("cuda", "torch_cuda"))

@@ -65,9 +65,9 @@ def machine(tmp_path, monkeypatch):
 
 GCC_10 = "#error -- unsupported GNU version! gcc versions later than 10 are not supported! The nvcc flag"
 MESSAGES = {
-    "no nvcc": (dict(nvcc=None), ["no nvcc (looked in PATH, /usr/local/cuda)", "torch 2.13.0+cu130", "CUDA 13.0",
+    "no nvcc": (dict(nvcc=None), ["no nvcc (looked in $CUDA_HOME: not set, PATH,", "torch 2.13.0+cu130", "CUDA 13.0",
                                   "CUDA_HOME", "Dockerfile"]),
-    "no nvcc in CUDA_HOME": (dict(home="/nowhere"), ["no nvcc (looked in $CUDA_HOME = /nowhere)"]),
+    "no nvcc in CUDA_HOME": (dict(home="/nowhere"), ["no nvcc (looked in $CUDA_HOME: /nowhere, PATH, "]),
     "other major version": (dict(nvcc="11.8", torch_cuda="12.4"), ["nvcc is of CUDA 11.8", "wants 12.x", "CUDA_HOME"]),
     "torch without CUDA": (dict(torch_cuda=None), ["torch 2.13.0+cu130 was built without CUDA", "NVIDIA GPU"]),
     "gcc too new": (dict(gxx="11.4.0", nvcc="11.5", torch_cuda="11.8", refuses=GCC_10, archs=(80, 90)),
@@ -98,6 +98,7 @@ def test_nothing_in_the_way(machine):
     assert obstacle(facts, "cuda") is None and obstacle(facts, "cpu") is None
     assert facts["nvcc"].endswith("bin/nvcc") and (facts["cuda"], facts["gcc"]) == ("13.0", 12)
     assert facts["devices"] == [dict(name="NVIDIA H200", arch=90)] and facts["nvcc_archs"] == [75, 80, 90, 100]
+    assert machine(home="/nowhere")["nvcc"] == facts["nvcc"]
     assert obstacle(machine(nvcc="13.2", torch_cuda="13.0"), "cuda") is None, "minor differences are fine"
     assert obstacle(machine(gpus=(), nvcc=None, torch_cuda=None), "cpu") is None, "the CPU kernel needs none of it"
     assert "no C++ compiler" in obstacle(machine(gxx=None), "cpu")
@@ -174,6 +175,15 @@ def test_libraries_are_told_apart(tmp_path, monkeypatch, machine):
     assert {"primitives.cuh", "wkv7.h", "wkv7_binding.cpp"} < {source.name for source in sources}
     machine(nvcc=None, gxx=None)
     assert kernel_library("cuda") == seen[len(sources)], "what compilers there are does not matter to what is built"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_included_file_is_named(kernel):
+    """The list of a kernel's files is what its library depends on and what a record keeps: nothing more, nothing less."""
+    named = {path.resolve() for path in kernel_sources(kernel)}
+    included = {(path.parent / name).resolve() for path in named
+                for name in re.findall(r'^#include "(.*)"', path.read_text(), re.M)}
+    assert included == {path for path in named if path.suffix in (".h", ".cuh")}
 
 
 # Builds, of a copy of the script in a folder whose name has spaces; so has torch's.
