@@ -67,7 +67,7 @@ GCC_10 = "#error -- unsupported GNU version! gcc versions later than 10 are not 
 MESSAGES = {
     "no nvcc": (dict(nvcc=None), ["no nvcc (looked in $CUDA_HOME: not set, PATH,", "torch 2.13.0+cu130", "CUDA 13.0",
                                   "CUDA_HOME", "Dockerfile"]),
-    "no nvcc in CUDA_HOME": (dict(home="/nowhere"), ["no nvcc (looked in $CUDA_HOME: /nowhere, PATH, "]),
+    "no nvcc in CUDA_HOME": (dict(nvcc=None, home="/nowhere"), ["no nvcc (looked in $CUDA_HOME: /nowhere, PATH, "]),
     "other major version": (dict(nvcc="11.8", torch_cuda="12.4"), ["nvcc is of CUDA 11.8", "wants 12.x", "CUDA_HOME"]),
     "torch without CUDA": (dict(torch_cuda=None), ["torch 2.13.0+cu130 was built without CUDA", "NVIDIA GPU"]),
     "gcc too new": (dict(gxx="11.4.0", nvcc="11.5", torch_cuda="11.8", refuses=GCC_10, archs=(80, 90)),
@@ -179,7 +179,7 @@ def test_libraries_are_told_apart(tmp_path, monkeypatch, machine):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_included_file_is_named(kernel):
-    """The list of a kernel's files is what its library depends on and what a record keeps: nothing more, nothing less."""
+    """The list of a kernel's files is what its library depends on and what a record keeps: no more, no less."""
     named = {path.resolve() for path in kernel_sources(kernel)}
     included = {(path.parent / name).resolve() for path in named
                 for name in re.findall(r'^#include "(.*)"', path.read_text(), re.M)}
