@@ -8,7 +8,7 @@ Track tiny:    the same script on bytes of text, about 1M parameters, two minute
     CPU      ./run_rwkv7.sh --track tiny                 (python data/pydocs.py; python train_rwkv7.py --track tiny)
 
 Claims: on fineweb none yet (the public run of this recipe reached 3.2756 after 3200 steps); on tiny the table of
-README.md, from the runs in records/. The file stands alone: besides itself it reads only its kernel in cuda/wkv7/.
+README.md, from the runs in records/. The file stands alone: besides itself it reads only its kernels in cuda/.
 """
 
 import argparse
@@ -255,14 +255,15 @@ def toolchain(gpu=True):
         return done.stdout + done.stderr
     cxx = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     home = os.environ.get("CUDA_HOME")
-    nvcc = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    nvcc = [*[f"{home}/bin/nvcc"] * bool(home), "nvcc", "/usr/local/cuda/bin/nvcc"]
     facts = dict(
         torch=torch.__version__, torch_cuda=torch.version.cuda, cxx_named=cxx[0], cxx_version=None, gcc=None,
         torch_archs=[int(arch[3:]) for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", arch)],
         devices=[dict(name=torch.cuda.get_device_name(i), arch=10 * major + minor) for i in range(
             torch.cuda.device_count()) for major, minor in [torch.cuda.get_device_capability(i)]],
         cxx=[shutil.which(cxx[0]), *cxx[1:]] if shutil.which(cxx[0]) else None, cuda_home=home,
-        nvcc=next(filter(None, map(shutil.which, nvcc if gpu else ())), None), cuda=None, nvcc_archs=[], compiler_refused=None)
+        nvcc=next(filter(None, map(shutil.which, nvcc if gpu else ())), None), cuda=None, nvcc_archs=[],
+        compiler_refused=None)
     if facts["cxx"]:
         facts["cxx_version"] = (ask(*facts["cxx"], "--version").splitlines() or [""])[0]
         gcc = re.search(r"\b(\d+)\.\d+\.\d+", re.sub(r"\(.*?\)", "", facts["cxx_version"]))
@@ -287,13 +288,15 @@ def obstacle(facts, kernel):
     if KERNELS[kernel].device == "cuda":
         old = [device for device in facts["devices"] if device["arch"] < 80]
         new = [device for device in facts["devices"] if device["arch"] not in facts["nvcc_archs"]]
+        if not facts["torch_cuda"]:
+            return because(f"torch {facts['torch']} was built without CUDA.", "For an NVIDIA GPU install one with it.")
         if not facts["devices"]:
             return because("torch sees no CUDA device.", "Run it where there is one (nvidia-smi lists them).")
         if old:
             return because(f"{old[0]['name']} (sm_{old[0]['arch']}) has no bf16; the kernel needs sm_80 or newer.",
                            "Take another GPU (CUDA_VISIBLE_DEVICES), or train here with --dtype fp32 (slow).")
         if not facts["nvcc"]:
-            looked = f"$CUDA_HOME = {facts['cuda_home']}" if facts["cuda_home"] else "PATH, /usr/local/cuda"
+            looked = f"$CUDA_HOME: {facts['cuda_home'] or 'not set'}, PATH, /usr/local/cuda"
             return because(f"no nvcc (looked in {looked}).", f"torch {facts['torch']} was built for CUDA "
                            f"{facts['torch_cuda']}: install that toolkit and set CUDA_HOME, or use the Dockerfile.")
         ours, theirs = (str(facts[name]).split(".")[0] for name in ("cuda", "torch_cuda"))
@@ -940,14 +943,15 @@ def build_model(args):
         wanted = "cuda" if args.device == "cuda" and args.headsz in KERNELS["cuda"].head_sizes else "torch"
         wanted = "cpu" if args.device == "cpu" else wanted
     about = KERNELS[wanted]
+    if about.device not in (None, args.device):
+        raise ValueError(f"{about.flag} runs on a {'GPU' if about.device == 'cuda' else 'CPU'} only. "
+                         f"Use --kernel torch, or --device {about.device}.")
     fits = [n for n in about.head_sizes if args.width % n == 0]
     if args.headsz not in fits:
         divides = args.headsz > 0 and args.width % args.headsz == 0
         why = f"{about.flag} has no kernel for it" if divides else f"{args.width} is not a multiple of {args.headsz}"
-        raise ValueError(f"--headsz {args.headsz}: {why}. Allowed: {', '.join(map(str, fits))}.")
-    if about.device not in (None, args.device):
-        raise ValueError(f"{about.flag} runs on a {'GPU' if about.device == 'cuda' else 'CPU'} only. "
-                         f"Use --kernel torch, or --device {about.device}.")
+        allowed = ", ".join(map(str, fits or about.head_sizes)) + ("" if fits else ", of which --width is a multiple")
+        raise ValueError(f"--headsz {args.headsz}: {why}. Allowed: {allowed}.")
     if args.dtype == "fp32" and torch.float32 not in about.dtypes:
         raise ValueError(f"{about.flag} computes in bf16: not with --dtype fp32. Use --kernel cuda or another --dtype.")
     args.kernel = load_kernel(wanted, required)

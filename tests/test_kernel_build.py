@@ -14,7 +14,7 @@ import torch
 
 import train_rwkv7
 from cuda_build import STAND_IN, find_nvcc
-from helpers import ROOT, environment, run_here, tiny
+from helpers import ROOT, environment
 from train_rwkv7 import KERNELS, Kernel, kernel_library, kernel_sources, load_kernel, obstacle, toolchain
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs Linux and g++")
@@ -65,11 +65,11 @@ def machine(tmp_path, monkeypatch):
 
 GCC_10 = "#error -- unsupported GNU version! gcc versions later than 10 are not supported! The nvcc flag"
 MESSAGES = {
-    "no nvcc": (dict(nvcc=None), ["no nvcc (looked in PATH, /usr/local/cuda)", "torch 2.13.0+cu130", "CUDA 13.0",
+    "no nvcc": (dict(nvcc=None), ["no nvcc (looked in $CUDA_HOME: not set, PATH,", "torch 2.13.0+cu130", "CUDA 13.0",
                                   "CUDA_HOME", "Dockerfile"]),
-    "no nvcc in CUDA_HOME": (dict(home="/nowhere"), ["no nvcc (looked in $CUDA_HOME = /nowhere)"]),
+    "no nvcc in CUDA_HOME": (dict(nvcc=None, home="/nowhere"), ["no nvcc (looked in $CUDA_HOME: /nowhere, PATH, "]),
     "other major version": (dict(nvcc="11.8", torch_cuda="12.4"), ["nvcc is of CUDA 11.8", "wants 12.x", "CUDA_HOME"]),
-    "torch without CUDA": (dict(torch_cuda=None), ["nvcc is of CUDA 13.0", "torch for CUDA 13.x"]),
+    "torch without CUDA": (dict(torch_cuda=None), ["torch 2.13.0+cu130 was built without CUDA", "NVIDIA GPU"]),
     "gcc too new": (dict(gxx="11.4.0", nvcc="11.5", torch_cuda="11.8", refuses=GCC_10, archs=(80, 90)),
                     ["nvcc 11.5 supports gcc <= 10, found gcc 11", "CC=gcc-10 CXX=g++-10"]),
     "clang nvcc refuses": (dict(kind="Debian clang version", gxx="25.0.1", refuses="#error -- unsupported clang"),
@@ -98,6 +98,7 @@ def test_nothing_in_the_way(machine):
     assert obstacle(facts, "cuda") is None and obstacle(facts, "cpu") is None
     assert facts["nvcc"].endswith("bin/nvcc") and (facts["cuda"], facts["gcc"]) == ("13.0", 12)
     assert facts["devices"] == [dict(name="NVIDIA H200", arch=90)] and facts["nvcc_archs"] == [75, 80, 90, 100]
+    assert machine(home="/nowhere")["nvcc"] == facts["nvcc"]
     assert obstacle(machine(nvcc="13.2", torch_cuda="13.0"), "cuda") is None, "minor differences are fine"
     assert obstacle(machine(gpus=(), nvcc=None, torch_cuda=None), "cpu") is None, "the CPU kernel needs none of it"
     assert "no C++ compiler" in obstacle(machine(gxx=None), "cpu")
@@ -129,20 +130,25 @@ def test_asked_for_it_ends_the_run_else_torch(machine, capfd):
 
 
 @pytest.mark.parametrize("flags, parts", [
-    (["--kernel", "cuda"], ["--kernel cuda runs on a GPU only", "--device cuda", "--kernel torch"]),
-    (["--fast_cuda"], ["--fast_cuda runs on a GPU only"]),
-    (["--fast_cuda", "--headsz", 32], ["--headsz 32: --fast_cuda has no kernel for it. Allowed: 64, 128."]),
-    (["--kernel", "cuda", "--headsz", 16], ["--headsz 16: --kernel cuda has no kernel for it", "32, 64, 128"]),
-    (["--fast_cuda", "--headsz", 100], ["--headsz 100: 128 is not a multiple of 100. Allowed: 64, 128."]),
-    (["--wind_cuda"], ["--wind_cuda", "--kernel torch"]),
+    (dict(kernel="cuda", device="cpu"), ["--kernel cuda runs on a GPU only", "--device cuda", "--kernel torch"]),
+    (dict(fast_cuda=True, device="cpu"), ["--fast_cuda runs on a GPU only"]),
+    (dict(kernel="cpu"), ["--kernel cpu runs on a CPU only", "--kernel torch"]),
+    (dict(fast_cuda=True, headsz=32), ["--headsz 32: --fast_cuda has no kernel for it. Allowed: 64, 128."]),
+    (dict(fast_cuda=True, headsz=100), ["--headsz 100: 128 is not a multiple of 100. Allowed: 64, 128."]),
+    (dict(fast_cuda=True, headsz=16, width=96), ["Allowed: 64, 128, of which --width is a multiple."]),
+    (dict(kernel="cuda", headsz=16), ["--headsz 16: --kernel cuda has no kernel for it", "Allowed: 32, 64, 128."]),
+    (dict(fast_cuda=True, dtype="fp32"), ["--fast_cuda computes in bf16", "--kernel cuda"]),
+    (dict(wind_cuda=True, headsz=128), ["--headsz 128: --wind_cuda has no kernel for it. Allowed: 64."]),
+    (dict(wind_cuda=True, dtype="fp32"), ["--wind_cuda computes in bf16"]),
+    (dict(wind_cuda=True, fast_cuda=True), ["--fast_cuda and --wind_cuda exclude each other"]),
 ])
-def test_flags_that_do_not_fit(flags, parts, tmp_path, capfd):
-    from helpers import make_corpus
-    sound = tiny("train_rwkv7", make_corpus(tmp_path / "data"), tmp_path / "records", "--width", 128, "--headsz", 64)
-    with pytest.raises(SystemExit) as ended:
-        run_here("train_rwkv7", *sound, *flags)
-    said = capfd.readouterr().err
-    assert ended.value.code == 1 and said.count("\n") == 1 and all(part in said for part in parts), said
+def test_flags_that_do_not_fit(flags, parts):
+    sound = dict(track="tiny", device="cuda", width=128, headsz=64, dtype="bf16")
+    args = train_rwkv7.Hyperparameters(**{**sound, **flags})
+    with pytest.raises(ValueError) as refused:
+        train_rwkv7.build_model(args)
+    said = str(refused.value)
+    assert "\n" not in said and all(part in said for part in parts), said
 
 
 # What a library depends on
@@ -154,7 +160,8 @@ def test_libraries_are_told_apart(tmp_path, monkeypatch, machine):
     machine()
     seen = [kernel_library("cuda")]
     assert seen == [kernel_library("cuda")] and seen[0].parent == tmp_path / "cuda" / "build"
-    for source in kernel_sources("cuda"):
+    sources = kernel_sources("cuda")
+    for source in sources:
         with source.open("a") as file:
             file.write("// changed\n")
         seen.append(kernel_library("cuda"))
@@ -164,10 +171,19 @@ def test_libraries_are_told_apart(tmp_path, monkeypatch, machine):
         seen.append(kernel_library("cuda"))
     monkeypatch.setattr(torch, "__version__", "2.11.0")
     seen.append(kernel_library("cuda"))
-    assert len(set(seen)) == len(seen) == 1 + 5 + 3 + 1
-    assert {"primitives.cuh", "wkv7.h", "wkv7_binding.cpp"} < {source.name for source in kernel_sources("cuda")}
+    assert len(set(seen)) == len(seen) == 1 + len(sources) + 3 + 1
+    assert {"primitives.cuh", "wkv7.h", "wkv7_binding.cpp"} < {source.name for source in sources}
     machine(nvcc=None, gxx=None)
-    assert kernel_library("cuda") == seen[5], "what compilers there are does not matter to what is built"
+    assert kernel_library("cuda") == seen[len(sources)], "what compilers there are does not matter to what is built"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_included_file_is_named(kernel):
+    """The list of a kernel's files is what its library depends on and what a record keeps: no more, no less."""
+    named = {path.resolve() for path in kernel_sources(kernel)}
+    included = {(path.parent / name).resolve() for path in named
+                for name in re.findall(r'^#include "(.*)"', path.read_text(), re.M)}
+    assert included == {path for path in named if path.suffix in (".h", ".cuh")}
 
 
 # Builds, of a copy of the script in a folder whose name has spaces; so has torch's.
@@ -323,7 +339,7 @@ def test_a_kernel_that_computes_something_else_is_refused(copy):
     source.write_text(text.replace("0.60653065971263342f", "0.6065f"))
     out, err = finish(start(copy))
     assert out[0] == "torch", (out, err)
-    assert re.match(r"wkv7 cpu self-test: y .* \(limit 2.0e-6\): .*dw.* wrong, the kernel is refused.\nPlease", err), err
+    assert re.match(r"wkv7 cpu self-test: y .* \(limit 2.0e-6\): .*dw.* wrong, the kernel is refused.\n", err), err
     assert not list((copy / "cuda" / "build").glob("*"))
 
 
@@ -344,6 +360,7 @@ torch.version.cuda = "13.0"
 torch.cuda.device_count, torch.cuda.get_device_name = lambda: 2, lambda i: "H200"
 torch.cuda.get_device_capability = lambda i: ((9, 0), (8, 0))[i]
 about, test = train_rwkv7.KERNELS["cuda"], train_rwkv7.self_test
+about.head_sizes = (64,)
 def self_test(kernel):
     about.device = "cpu"
     try: return test(kernel)
@@ -363,15 +380,16 @@ def test_a_cuda_kernel_with_an_nvcc_for_cpus(copy):
             *--version*) echo "Cuda compilation tools, release 13.1, V13.1.0"; exit;;
             *--list-gpu-code*) echo sm_80; echo sm_90; exit;;
             *" -E "*) exit;;
-            *-shared*) echo "$*" >> calls; o=""; for x in "$@"; do case "$x" in *.o) o="$o${{o:+|}}$x";; esac; out="$x"; done
-                IFS="|"; exec "{GXX}" -std=c++20 -fPIC -shared -I "{STAND_IN}" $o "{STAND_IN}/cuda_on_cpu.cpp" "$torch" \\
-                    -ltorch_cpu -o "$out";;
+            *-shared*) echo "$*" >> calls; o=""
+                for x in "$@"; do case "$x" in *.o) o="$o${{o:+|}}$x";; esac; out="$x"; done
+                IFS="|"; exec "{GXX}" -std=c++20 -fPIC -shared -I "{STAND_IN}" $o "{STAND_IN}/cuda_on_cpu.cpp" \\
+                    "$torch" -ltorch_cpu -o "$out";;
         esac
         echo "$*" >> calls
         while [ $# -gt 0 ]; do case "$1" in -c) in="$2";; -o) out="$2";; esac; shift; done
-        exec "{GXX}" -std=c++20 -O1 -fPIC -DCUDA_ON_CPU -DHEAD_SIZES=64,128 -I "{STAND_IN}" -c -x c++ "$in" -o "$out"
+        exec "{GXX}" -std=c++20 -O0 -fPIC -DCUDA_ON_CPU -DHEAD_SIZES=64 -I "{STAND_IN}" -c -x c++ "$in" -o "$out"
         """)
-    program(copy.parent / "quick" / "c++", f'exec "{GXX}" -DCUDA_ON_CPU -I "{STAND_IN}" "$@"')
+    program(copy.parent / "quick" / "c++", f'exec "{GXX}" -DCUDA_ON_CPU -I "{STAND_IN}" "$@" -O0')
     out, err = finish(start(copy, GPU))
     assert out == ["cuda", "64.0"]
     assert re.fullmatch(r"wkv7 cuda self-test: y \d\.\de-3, .*, db \d\.\de-3 \(limit 2.5e-3 to 4.0e-3\) ok\n", err), err

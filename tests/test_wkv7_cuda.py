@@ -98,6 +98,12 @@ def test_lengths(kernel, B, T, H):
     check(found, gates(kernel, "random"), f"{kernel}, T {T}")
 
 
+@pytest.mark.parametrize("family", ("slow", "correlated"))
+def test_a_long_sequence(kernel, family):
+    inputs, dy = bf16(family, B=1, T=1024, H=1)
+    check(errors(run(kernel, inputs, dy), run("reference", inputs, dy)), gates(kernel, family), f"{kernel}, {family}")
+
+
 @pytest.mark.parametrize("N", (32, 64, 96, 128, 192))
 @pytest.mark.parametrize("family", ("random", "identical"))
 def test_head_sizes(kernel, N, family):
