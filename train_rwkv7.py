@@ -200,8 +200,8 @@ class Hyperparameters(Flags):
     compile: bool = flag("torch.compile the model on a GPU", True)
     kernel: str = flag("WKV-7: torch (anywhere), cpu (C++), cuda (exact) or auto (the device's, else torch)", "auto",
                        choices=("auto", "torch", "cpu", "cuda"))
-    fast_cuda: bool = flag("WKV-7 on tensor cores", False)
-    wind_cuda: bool = flag("WKV-7 fused with the time mixing around it", False)
+    fast_cuda: bool = flag("WKV-7 on tensor cores, heads of 64 or 128", False)
+    wind_cuda: bool = flag("WKV-7 fused with the time mixing around it, on tensor cores, heads of 64", False)
     # report
     check: bool = flag("only check flags, machine and data, for WORLD_SIZE ranks, and stop", False)
     print_params: bool = flag("print every parameter with its optimiser, rate, mean and sd, and stop", False)
@@ -246,9 +246,10 @@ def kernel_sources(kernel):
     return [CUDA_FOLDER / file for file in KERNELS[kernel].files]
 
 
-def toolchain():
+def toolchain(gpu=True):
     """Plain facts on what kernels are built with here: versions as text ("13.0"), architectures as numbers (90 for
-    sm_90), None for what is not there. compiler_refused: what nvcc says if it will not work with the C++ compiler."""
+    sm_90), None for what is not there. compiler_refused: what nvcc says if it will not work with the C++ compiler.
+    Without `gpu` nvcc is not looked for."""
     def ask(*command):
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         return done.stdout + done.stderr
@@ -261,10 +262,10 @@ def toolchain():
         devices=[dict(name=torch.cuda.get_device_name(i), arch=10 * major + minor) for i in range(
             torch.cuda.device_count()) for major, minor in [torch.cuda.get_device_capability(i)]],
         cxx=[shutil.which(cxx[0]), *cxx[1:]] if shutil.which(cxx[0]) else None, cuda_home=home,
-        nvcc=next(filter(None, map(shutil.which, nvcc)), None), cuda=None, nvcc_archs=[], compiler_refused=None)
+        nvcc=next(filter(None, map(shutil.which, nvcc if gpu else ())), None), cuda=None, nvcc_archs=[], compiler_refused=None)
     if facts["cxx"]:
         facts["cxx_version"] = (ask(*facts["cxx"], "--version").splitlines() or [""])[0]
-        gcc = re.search(r"(?<!clang version )\b(\d+)\.\d+\.\d+", facts["cxx_version"])
+        gcc = re.search(r"\b(\d+)\.\d+\.\d+", re.sub(r"\(.*?\)", "", facts["cxx_version"]))
         facts["gcc"] = int(gcc[1]) if gcc and "clang" not in facts["cxx_version"] else None
     if facts["nvcc"]:
         version = re.search(r"release (\d+\.\d+)", ask(facts["nvcc"], "--version"))
@@ -404,7 +405,8 @@ def build_lock(path):
 
 def build_kernel(kernel, library):
     """Build and load `kernel`, hold it against the recurrence and only then keep it as `library`; else KernelError."""
-    facts, archs, log = toolchain(), kernel_flags(kernel)[1], library.with_suffix(".log")
+    facts = toolchain(gpu=KERNELS[kernel].device == "cuda")
+    archs, log = kernel_flags(kernel)[1], library.with_suffix(".log")
     problem = obstacle(facts, kernel)
     if problem:
         raise KernelError(problem)
@@ -443,6 +445,8 @@ def load_kernel(kernel, required=False):
         return kernel
     several, local_rank = dist.is_initialized(), int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
     try:
+        if hasattr(getattr(torch.ops, OPERATOR), f"{kernel}_forward"):  # twice in one process ends it
+            raise KernelError(f"{OPERATOR} {kernel} was refused before.\n{AROUND}")
         library = kernel_library(kernel)
         if local_rank > 0:
             if not library.exists():
@@ -479,16 +483,21 @@ def load_kernel(kernel, required=False):
 
 OPERATOR = "wkv7"
 HEAD_SIZES = (16, 32, 64, 96, 128, 192)
-ON_GPU = ("primitives.cuh", "launch.cuh", "wkv7/wkv7.h", "wkv7/wkv7_binding.cpp")
+ON_GPU = ("primitives.cuh", "launch.cuh", "binding.h", "wkv7/wkv7.h", "wkv7/wkv7_binding.cpp")
+CHUNKED = ("wkv7/chunk.cuh", "wkv7/chunk_backward.cuh")
 KERNELS = dict(
     torch=Kernel((), None, "--kernel torch", HEAD_SIZES, (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
     cpu=Kernel(("wkv7/wkv7_cpu.cpp",), "cpu", "--kernel cpu", HEAD_SIZES, states=False),
     cuda=Kernel((*ON_GPU, "wkv7/wkv7_cuda.cu"), "cuda", "--kernel cuda", (32, 64, 96, 128, 192),
                 (torch.bfloat16, torch.float32), multiple=16),
-    fast=Kernel((*ON_GPU, "wkv7/wkv7_fast.cu"), "cuda", "--fast_cuda", (64, 128), (torch.bfloat16,), multiple=16))
+    fast=Kernel((*ON_GPU, *CHUNKED, "wkv7/wkv7_fast.cu"), "cuda", "--fast_cuda", (64, 128), (torch.bfloat16,),
+                multiple=16),
+    wind=Kernel((*ON_GPU[:-1], "wkv7/wkv7_wind_binding.cpp", *CHUNKED, "wkv7/wkv7_wind.cu"), "cuda", "--wind_cuda", (64,),
+                (torch.bfloat16,), states=False, multiple=16))  # time_mix in one operator
 LIMITS = dict(  # of the relative errors of y dr dw dk dv da db after a build
     cpu=[2e-6] * 7, cuda=[2.5e-3, 2.5e-3, 4e-3, 2.5e-3, 2.5e-3, 3e-3, 3e-3],
-    fast=[5e-3, 5e-3, 6e-3, 5e-3, 5e-3, 7e-3, 7e-3])
+    fast=[5e-3, 5e-3, 6e-3, 5e-3, 5e-3, 7e-3, 7e-3],
+    wind=[5e-3, 2e-2, 2e-2, 2e-2, 5e-3, 2e-2, 5e-3])  # of out dr dw dk dv da dg; the norm costs digits where y is small
 DECAY_BOUND = 0.6065306597126334  # e^{-1/2}
 CHUNK = 16  # tokens; where keys repeat, small chunks are the accurate ones
 
@@ -590,12 +599,15 @@ def kept_like(kernel, r):
     (B, T, H, N), wide = r.shape, torch.promote_types(r.dtype, torch.float32)
     shape, dtype = dict(torch=((-(-T // CHUNK), B, H, N, N), wide), cpu=(r.shape, r.dtype),
                         cuda=((B, H, -(-T // 16), N + 16, N), torch.float32),
-                        fast=((B, H, -(-T // 64), N, N), torch.bfloat16))[kernel]
+                        fast=((B, H, -(-T // 64), N, N), torch.bfloat16),
+                        wind=((B, H, -(-T // 64), N, N), torch.bfloat16))[kernel]
     return r.new_empty(shape, dtype=dtype)
 
 
 def register_kernel(kernel):
     """Make wkv7::<kernel>_forward -> (y, kept, final state) known to torch.compile, <kernel>_backward its backward."""
+    if kernel == "wind":
+        return register_wind()
     forward, backward = (getattr(torch.ops.wkv7, f"{kernel}_{way}").default for way in ("forward", "backward"))
     states = KERNELS[kernel].states  # a kernel without takes and gives neither s0, sT nor their gradients
 
@@ -630,6 +642,30 @@ def register_kernel(kernel):
     LOADED_KERNELS.add(kernel)
 
 
+def register_wind():
+    """Make wkv7::wind_forward(r, w, k, v, a, g, parameters) -> (out, kept) and its backward known to torch.compile."""
+    forward, backward = (getattr(torch.ops.wkv7, f"wind_{way}").default for way in ("forward", "backward"))
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.set_materialize_grads(False)
+
+    def backward_of(ctx, dout, _):
+        if dout is None:
+            return (None,) * 7
+        *grads, parts = backward(*ctx.saved_tensors, dout.contiguous())
+        return *grads, parts.sum(0).transpose(0, 1)  # a part for each sequence
+
+    def fake_backward(*inputs):
+        B, T, H, N = inputs[0].shape
+        return *(x.new_empty(x.shape) for x in inputs[:6]), inputs[6].new_empty(B, H, 7, N)
+
+    torch.library.register_fake(forward, lambda *x: (x[0].new_empty(x[0].shape), kept_like("wind", x[0])))
+    torch.library.register_fake(backward, fake_backward)
+    torch.library.register_autograd(forward, backward_of, setup_context=setup_context)
+    LOADED_KERNELS.add("wind")
+
+
 register_kernel("torch")
 
 
@@ -645,6 +681,8 @@ def wkv7(r, w, k, v, a, b, kernel="torch", state=None, final=False):
     if kernel not in LOADED_KERNELS:
         raise ValueError(f"wkv7: kernel {kernel!r} is not loaded (loaded: {', '.join(sorted(LOADED_KERNELS))})")
     (B, T, H, N), dtype = r.shape, r.dtype if r.dtype in about.dtypes else about.dtypes[-1]
+    if kernel == "wind":
+        raise ValueError("wkv7: --wind_cuda is the whole time mixing, time_mix(), not this operator alone")
     if N not in about.head_sizes:
         raise ValueError(f"wkv7: head size {N} is not one of {', '.join(map(str, about.head_sizes))} ({about.flag})")
     if r.dtype == torch.float64 != dtype or about.device not in (None, r.device.type):
@@ -669,23 +707,53 @@ def wkv7(r, w, k, v, a, b, kernel="torch", state=None, final=False):
     return (y, sT) if final else y
 
 
+def time_mix(r, w, k, v, a, g, parameters, kernel="torch"):
+    """WKV-7 and what is around it in a head: r w k v a g and the result (B, T, H, N); parameters w0 a0 k_k k_a r_k and the
+    norm's weight and bias (H, N) each. a is the logit of the in-context learning rate, g the gate.
+        alpha = sigmoid(a + a0)   kappa = k k_k / |k k_k|   k' = k (1 + (alpha - 1) k_a)
+        ((LN(wkv7(r, w + w0, k', v, -kappa, kappa alpha)) ln_w + ln_b) + (sum_n r k' r_k) v) g
+    --wind_cuda does it in one operator, in fp32 between bf16 inputs and results."""
+    B, T, H, N = r.shape
+    if kernel == "wind":
+        if N != 64 or kernel not in LOADED_KERNELS or r.device.type != KERNELS[kernel].device:
+            raise ValueError(f"time_mix: --wind_cuda must be loaded and needs heads of 64 on {KERNELS[kernel].device}; "
+                             f"got {N} on {r.device}")
+        inputs = [F.pad(x.to(torch.bfloat16), (0, 0, 0, 0, 0, -T % 16), value=-torch.inf if i == 1 else 0).contiguous()
+                  for i, x in enumerate((r, w, k, v, a, g))]  # padding: d = 1 and the rest 0
+        return torch.ops.wkv7.wind_forward(*inputs, torch.stack(parameters).float())[0][:, :T].to(r.dtype)
+    w0, a0, k_k, k_a, r_k, ln_w, ln_b = (p.to(r.dtype) for p in parameters)
+    alpha = torch.sigmoid(a0 + a)
+    wide = torch.promote_types(r.dtype, torch.float32)
+    kappa = F.normalize((k * k_k).to(wide), dim=-1, eps=1e-12).to(r.dtype)
+    k = k * (1 + (alpha - 1) * k_a)
+    y = wkv7(r, w0 + w, k, v, -kappa, kappa * alpha, kernel)
+    y = F.group_norm(y.reshape(B * T, H * N), H, ln_w.flatten(), ln_b.flatten(), eps=64e-5).view(B, T, H, N)
+    return (y + (r * k * r_k).sum(-1, keepdim=True) * v) * g
+
+
 @torch.enable_grad()
 def self_test(kernel):
     """{tensor: (relative error, limit)} against the recurrence in float64, on random inputs in the kernel's dtype."""
-    about, wrong, size = KERNELS[kernel], torch.zeros(7), torch.zeros(7)
+    about, wrong, size, wind = KERNELS[kernel], torch.zeros(7), torch.zeros(7), kernel == "wind"
     for N in {64, 128}.intersection(about.head_sizes):
         generator = torch.Generator().manual_seed(0)
-        r, w, k, v, kappa, alpha, dy = (torch.randn(1, 88, 2, N, generator=generator) for _ in range(7))
-        kappa = F.normalize(kappa, dim=-1)
-        inputs = [x.to(about.dtypes[0]) for x in (r, w, k, v, -kappa, kappa * alpha.sigmoid(), dy)]
+        normal = lambda *shape: torch.randn(*shape, generator=generator)
+        r, w, k, v, kappa, alpha, dy = (normal(1, 88, 2, N) for _ in range(7))
+        kappa, p = F.normalize(kappa, dim=-1), [mean + 0.1 * normal(2, N) for mean in (0, 0, 0.7, 1, 0, 1, 0)]
+        inputs = (r, w, k, v, kappa * N ** 0.5, alpha) if wind else (r, w, k, v, -kappa, kappa * alpha.sigmoid())
+        inputs = [x.to(about.dtypes[0]) for x in (*inputs, dy)]
         exact = [x.double().requires_grad_() for x in inputs]
         mine, results = [x.to(about.device, copy=True).requires_grad_() for x in inputs], []
-        for y, (*leaves, dy) in ((wkv7_recurrent(*exact[:6])[0], exact), (wkv7(*mine[:6], kernel), mine)):
+        if wind:
+            forms = (time_mix(*exact[:6], [x.double() for x in p]), time_mix(*mine[:6], [x.to(about.device) for x in p], kernel))
+        else:
+            forms = wkv7_recurrent(*exact[:6])[0], wkv7(*mine[:6], kernel)
+        for y, (*leaves, dy) in zip(forms, (exact, mine)):
             results.append([x.detach().double().cpu() for x in (y, *torch.autograd.grad(y, leaves, dy))])
         wrong += torch.tensor([(x - right).square().sum() for right, x in zip(*results)])
         size += torch.tensor([right.square().sum() for right in results[0]])
-    errors = (wrong / size).sqrt().tolist()
-    return {name: pair for name, *pair in zip(("y", "dr", "dw", "dk", "dv", "da", "db"), errors, LIMITS[kernel])}
+    names = ("out", "dr", "dw", "dk", "dv", "da", "dg") if wind else ("y", "dr", "dw", "dk", "dv", "da", "db")
+    return {name: pair for name, *pair in zip(names, (wrong / size).sqrt().tolist(), LIMITS[kernel])}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -763,21 +831,16 @@ class TimeMixing(nn.Module):
         xr, xw, xk, xv, xa, xg = (torch.addcmul(x, xx, cast(mu)) for mu in
                                   (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))  # (B, T, C) each
         r, k, v = (linear(t).to(x.dtype) for linear, t in ((self.receptance, xr), (self.key, xk), (self.value, xv)))
-        w = cast(self.w0) + product(torch.tanh(product(xw, self.w1)), self.w2)  # pre-activation p of the decay
-        alpha = torch.sigmoid(cast(self.a0) + product(product(xa, self.a1), self.a2))
+        w = product(torch.tanh(product(xw, self.w1)), self.w2)  # pre-activation of the decay, without w0
+        a = product(product(xa, self.a1), self.a2)
         g = product(torch.sigmoid(product(xg, self.g1)), self.g2)
         if self.l == 0:
             v_first = v
         else:
             v = torch.lerp(v, v_first, torch.sigmoid(cast(self.v0) + product(product(xv, self.v1), self.v2)))
-        kappa = F.normalize(heads(k * cast(self.k_k)).float(), dim=-1, eps=1e-12).to(x.dtype)  # (B, T, H, N)
-        k = heads(k * (1 + (alpha - 1) * cast(self.k_a)))
-        r, v = heads(r), heads(v)
-        y = wkv7(r, heads(w), k, v, -kappa, kappa * heads(alpha), self.kernel)
-        y = F.group_norm(y.reshape(B * T, C), self.ln_x.num_groups, cast(self.ln_x.weight), cast(self.ln_x.bias),
-                         self.ln_x.eps)
-        y = y.view(B, T, C) + ((r * k * cast(self.r_k)).sum(-1, keepdim=True) * v).view(B, T, C)
-        return self.output(y * g), v_first
+        parameters = self.w0, self.a0, self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias
+        y = time_mix(*map(heads, (r, w, k, v, a, g)), [p.view(-1, self.N) for p in parameters], self.kernel)
+        return self.output(y.reshape(B, T, C)), v_first
 
 
 class ChannelMixing(nn.Module):
@@ -868,10 +931,9 @@ class RWKV7(nn.Module):
 
 def build_model(args):
     """The model on the default device, seeded by the caller. Raises ValueError when the flags do not fit together."""
-    if args.wind_cuda:
-        raise ValueError("--wind_cuda: there is no such kernel of WKV-7 here yet. "
-                         "Go on without it: --fast_cuda or --kernel torch (slower, the same maths).")
-    wanted = "fast" if args.fast_cuda else args.kernel
+    if args.fast_cuda and args.wind_cuda:
+        raise ValueError("--fast_cuda and --wind_cuda exclude each other: --wind_cuda is the larger fusion.")
+    wanted = "wind" if args.wind_cuda else "fast" if args.fast_cuda else args.kernel
     required = wanted != "auto"
     if not required:
         wanted = "cuda" if args.device == "cuda" and args.headsz in KERNELS["cuda"].head_sizes else "torch"

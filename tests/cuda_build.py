@@ -66,7 +66,7 @@ def build_on_cpu(sources, sanitize=False, races=False, flags=()):
     objects, libraries = [], []
     for source in [*sources, STAND_IN / "cuda_on_cpu.cpp"]:
         more, used = ["-fsanitize=thread"] if races and source.suffix == ".cu" else [], headers
-        if "torch/" in source.read_text():
+        if re.search(r"#include.*(torch/|binding\.h)", source.read_text()):
             import torch
             more, used = ["-isystem", pathlib.Path(torch.__file__).parent / "include"], [*headers, torch.__version__]
             libraries = ["-L", pathlib.Path(torch.__file__).parent / "lib", "-ltorch_cpu"]
