@@ -1,13 +1,21 @@
 #!/usr/bin/env python3
-"""Time an operator's kernels, each checked first: python cuda/bench.py wkv7 --device cpu [--shape 16,256,4,32 ...]
+"""Check an operator's kernels, then time them: python cuda/bench.py wkv7 [--device cpu] [--peers] [--shape B,T,H,N]
 
-Every kernel is held against the float64 recurrence, forward and all gradients, at the head size to be timed. One that
-fails is not timed. The repeats of the kernels are interleaved, so that whatever else the machine does hits all alike.
-GB/s counts the least possible traffic (forward 7 tensors of fp32, backward 13 more), GFLOP/s the arithmetic of the
-recurrence itself (9 N^2 a token and head forward, 19 N^2 backward): the same yardstick for every form.
+Every kernel is first held against the float64 recurrence at the head size to be timed, y and all gradients, on random
+inputs and on correlated keys (what text with repeats does), and must give the same bits twice. One that fails is not
+timed. Then forward and backward, median over the repeats, spread between the quartiles, after warm-up repeats:
+on a GPU between two events, launches enqueued ahead, the L2 cache overwritten before either pass; on a CPU by the wall
+clock, kernels interleaved, so that whatever else the machine does hits all alike.
+
+MB is the least possible traffic (WKV-7: 7 tensors forward and 13 backward), "of floor" the time that traffic takes at
+the speed of a large copy, measured in the same run, over the time taken. TFLOP/s counts the recurrence's arithmetic
+(WKV-7: 9 N^2 a token and head forward, 19 N^2 backward): one yardstick for every form. memory is the peak of all that
+both passes allocate, results included, over the size of inputs and dy. --peers: flash-linear-attention, if installed.
 """
 
 import argparse
+import datetime
+import importlib.metadata
 import json
 import os
 import re
@@ -19,88 +27,148 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
+sys.path += [str(ROOT), str(ROOT / "cuda")]
 import train_rwkv7  # noqa: E402
+from operators import OPERATORS, first_line  # noqa: E402
 
-SHAPES = ["16,256,4,32", "8,256,4,64", "1,1024,12,64"]
-CHECK_SHAPE = 2, 50, 2  # B, T, H
-GATE = 2e-6  # relative L2 error of any tensor, fp32; measured 2e-7 to 5e-7
-WARM_UP = 3
-COLUMNS = ("B,T,H,N", "kernel", "forward ms", "spread", "both ms", "spread", "GB/s", "GFLOP/s", "error", "speed-up")
-
-
-def parse_shape(text):
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){3}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not B,T,H,N, four numbers above zero")
-    shape = tuple(map(int, text.split(",")))
-    if shape[3] not in train_rwkv7.HEAD_SIZES:
-        raise argparse.ArgumentTypeError(f"head size {shape[3]} is not one of {train_rwkv7.HEAD_SIZES}")
-    return shape
+FAMILIES = ("random", "correlated")
+CHECK_SHAPE = {"cpu": (2, 50, 2), "cuda": (2, 200, 3)}  # B, T, H; no multiple of a chunk
+REPEATS = {"cpu": 50, "cuda": 100}
+WARM_UP = {"cpu": 3, "cuda": 10}
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+PEER_SLACK = 4  # a peer is timed unless it is wrong: less accurate is not wrong, and its row shows the error
+COLUMNS = ("device", "date", "B,T,H,N", "dtype", "kernel", "forward ms", "backward ms", "both ms", "spread", "MB",
+           "of floor", "TFLOP/s", "memory", "error", "correlated", "speed-up")
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("operator", choices=["wkv7"], help="what to time")
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="where (default: cpu)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s, as torch")
-    parser.add_argument("--shape", type=parse_shape, nargs="+", action="extend", metavar="B,T,H,N",
-                        help=f"shapes to time (default: {' '.join(SHAPES)})")
-    parser.add_argument("--repeats", type=int, default=30, help="timed repeats of each kernel (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
-    parser.add_argument("--write", action="store_true", help="also write the table into cuda/README.md")
-    arguments = parser.parse_args()
-    if arguments.threads < 1 or arguments.repeats < 2:
-        parser.error("--threads must be at least 1 and --repeats at least 2")
-    return arguments
+# ----------------------------------------------------------------------------------------------------------------------
+# Check
 
 
-def make_inputs(B, T, H, N):
-    torch.manual_seed(0)
-    r, w, k, v, kappa, dy = (torch.randn(B, T, H, N) for _ in range(6))
-    kappa = torch.nn.functional.normalize(kappa, dim=-1)
-    return (r, w, k, v, -kappa, kappa * torch.rand(B, T, H, N)), dy
+def cast(inputs, dtype):
+    """What has tokens, (B, T, H, N), in the dtype; parameters stay in fp32, as a model keeps them."""
+    return [x.to(dtype) if x.dim() == 4 else x for x in inputs]
 
 
-def run(function, inputs, dy, dtype):
-    """y and the six gradients."""
-    leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+def run(function, inputs, dy, device):
+    """y and the gradients of the inputs, in float64 on the CPU."""
+    leaves = [x.to(device, copy=True).requires_grad_() for x in inputs]
     y = function(*leaves)
-    return y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))
+    return [x.detach().cpu().double() for x in (y, *torch.autograd.grad(y, leaves, dy.to(y)))]
 
 
-def kernel_error(kernel, N):
-    """The largest relative L2 error of y and the gradients; NaN where one is not finite."""
-    inputs, dy = make_inputs(*CHECK_SHAPE, N)
-    reference = run(lambda *x: train_rwkv7.wkv7_recurrent(*x)[0], inputs, dy, torch.float64)
-    results = run(lambda *x: train_rwkv7.wkv7(*x, kernel=kernel), inputs, dy, torch.float32)
-    errors = [((x.double() - exact).norm() / exact.norm()).item() for x, exact in zip(results, reference)]
-    return max(errors) if all(map(torch.isfinite, map(torch.tensor, errors))) else float("nan")
+def check(operator, kernel, N, device, dtype):
+    """{family: {tensor: relative L2 error}} and "" or why the kernel must not be timed."""
+    errors, wrong = {}, []
+    for family in FAMILIES:
+        inputs, dy = operator.make(family, *CHECK_SHAPE[device], N)
+        inputs, dy = cast(inputs, dtype), dy.to(dtype)  # the rounding of the inputs is no kernel's fault
+        reference = run(operator.recurrence, [x.double() for x in inputs], dy.double(), "cpu")
+        results, again = (run(lambda *x: kernel.call(*kernel.prepare(x)), inputs, dy, device) for _ in range(2))
+        errors[family] = {name: ((x - exact).norm() / exact.norm()).item()
+                          for name, x, exact in zip(operator.tensors, results, reference)}
+        if not kernel.peer and not all(map(torch.equal, results, again)):
+            wrong.append(f"{family}: two runs differ")
+        slack, gates = PEER_SLACK if kernel.peer else 1, operator.gates(kernel.rounds, dtype, family)
+        wrong += [f"{family} {name} {error:.1e} above {slack * gates[name]:.1e}"
+                  for name, error in errors[family].items() if not error <= slack * gates[name]]  # NaN is above
+    return errors, ("wrong results: " if kernel.peer and wrong else "") + "; ".join(wrong)
 
 
-def time_kernels(kernels, shape, repeats):
-    """Milliseconds of every repeat: {kernel: ([forward], [forward and backward])}."""
-    inputs, dy = make_inputs(*shape)
-    inputs = [x.requires_grad_() for x in inputs]
-    times = {kernel: ([], []) for kernel in kernels}
-    for repeat in range(-WARM_UP, repeats):
-        for kernel in kernels:
-            start = time.perf_counter()
-            y = train_rwkv7.wkv7(*inputs, kernel=kernel)
-            middle = time.perf_counter()
-            gradients = torch.autograd.grad(y, inputs, dy)
-            end = time.perf_counter()
-            del y, gradients
+# ----------------------------------------------------------------------------------------------------------------------
+# Time
+
+
+class WallClock:
+    """Times on the CPU. Caches keep what they have from the repeat before."""
+
+    interleaved, how = True, "wall clock, warm caches"
+
+    def time(self, work):
+        """Milliseconds of work()."""
+        start = time.perf_counter()
+        work()
+        return 1e3 * (time.perf_counter() - start)
+
+    def peak(self, work):
+        """Bytes allocated at most by work() beyond what there was; None if that cannot be told."""
+        return None
+
+
+class Events:
+    """Times on the GPU, where launches wait for the GPU and not the GPU for launches: it is put to sleep for twice as
+    long as the same work took to enqueue the last time. cuda: torch.cuda, or what stands in for it in a test."""
+
+    interleaved, how = False, "events, L2 overwritten"
+    CYCLES, LONGEST = 2e9, 0.02  # a second (no GPU's clock is faster); s, as a full queue of launches would block
+
+    def __init__(self, cuda=torch.cuda, device="cuda"):
+        self.cuda, self.enqueue = cuda, {}
+        cache = getattr(cuda.get_device_properties(device), "L2_cache_size", 0) or 2**27
+        self.flush = torch.empty(2 * cache, dtype=torch.uint8, device=device)
+
+    def time(self, work):
+        start, end = self.cuda.Event(enable_timing=True), self.cuda.Event(enable_timing=True)
+        self.cuda._sleep(int(self.CYCLES * min(self.LONGEST, 2 * self.enqueue.get(work, 0.0))))
+        self.flush.zero_()
+        start.record()
+        began = time.perf_counter()
+        work()
+        self.enqueue[work] = time.perf_counter() - began
+        end.record()
+        self.cuda.synchronize()
+        return start.elapsed_time(end)
+
+    def peak(self, work):
+        self.cuda.synchronize()
+        self.cuda.reset_peak_memory_stats()
+        before = self.cuda.memory_allocated()
+        work()
+        self.cuda.synchronize()
+        return self.cuda.max_memory_allocated() - before
+
+
+class Passes:
+    """The forward and backward pass of a kernel on one set of inputs."""
+
+    def __init__(self, kernel, inputs, dy):
+        self.kernel, self.dy = kernel, dy
+        self.leaves = [x.detach().requires_grad_() for x in kernel.prepare(inputs)]
+
+    def forward(self):
+        self.y = self.kernel.call(*self.leaves)
+
+    def backward(self):
+        self.gradients = torch.autograd.grad(self.y, self.leaves, self.dy)
+
+    def both(self):
+        self.forward()
+        self.backward()
+
+    def drop(self):
+        self.y = self.gradients = None
+
+
+def time_passes(timer, passes, repeats, warm_up):
+    """Milliseconds of every repeat, {name: ([forward], [backward])}, for passes of {name: Passes}."""
+    times = {name: ([], []) for name in passes}
+    for repeat in range(-warm_up, repeats):
+        for name, one in passes.items():
+            pair = timer.time(one.forward), timer.time(one.backward)
+            one.drop()
             if repeat >= 0:
-                times[kernel][0].append(1e3 * (middle - start))
-                times[kernel][1].append(1e3 * (end - start))
+                for column, ms in zip(times[name], pair):
+                    column.append(ms)
     return times
 
 
-def describe():
-    cpu, versions = train_rwkv7.hardware(torch.device("cpu"))["name"], train_rwkv7.environment()
-    return {"cpu": f"{cpu} ({torch.backends.cpu.get_cpu_capability()})", "cores": os.cpu_count(),
-            "torch": versions["torch"], "compiler": versions["compiler"],
-            "commit": versions["git_commit"][:7] + (" and changes" if versions["git_dirty"] else "")}
+def copy_speed(timer, device):
+    """Bytes a second of a large copy at its best, read and written: the memory's speed in practice."""
+    source = torch.ones(COPY_BYTES[device], dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    work = lambda: target.copy_(source)
+    return 2 * source.nbytes / 1e-3 / min([timer.time(work) for _ in range(23)][3:])
 
 
 def quartiles(times):
@@ -109,68 +177,186 @@ def quartiles(times):
     return middle, high - low
 
 
-def measure(shape, kernels, repeats):
-    """One row a kernel; `refused` says why it was not timed."""
-    B, T, H, N = shape
-    rows = {kernel: {"shape": shape, "kernel": kernel, "error": kernel_error(kernel, N)} for kernel in kernels}
+def measure(operator, shape, kernels, timer, device, repeats, speed):
+    """One row for each kernel of this head size; `refused` says why it was not timed."""
+    dtype, rows, green = DTYPES[device], {}, {}
+    for name, kernel in kernels.items():
+        if shape[3] not in (kernel.head_sizes or operator.head_sizes):
+            continue
+        row = rows[name] = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "kernel": name,
+                            "peer": kernel.peer, "refused": kernel.missing}
+        if kernel.missing:
+            continue
+        try:
+            row["errors"], row["refused"] = check(operator, kernel, shape[3], device, dtype)
+        except Exception as error:  # a compiler in a peer can fail in any way
+            row["refused"] = first_line(error)
+        if not row["refused"]:
+            green[name] = kernel
+    inputs, dy = operator.make("random", *shape)
+    inputs, dy = [x.to(device) for x in cast(inputs, dtype)], dy.to(device, dtype)
+    for names in [list(green)] if timer.interleaved else [[name] for name in green]:
+        try:
+            passes = {name: Passes(green[name], inputs, dy) for name in names}
+            times = time_passes(timer, passes, repeats, WARM_UP[device])
+            peaks = {name: timer.peak(one.both) for name, one in passes.items()}
+        except Exception as error:  # out of memory, say: the other kernels still have their turn
+            if timer.interleaved:
+                raise
+            rows[names[0]]["refused"] = first_line(error)
+            continue
+        finally:
+            passes = None
+        for name in names:
+            fill(rows[name], times[name], operator, inputs, dy, speed, peaks[name])
+    first = next(iter(rows.values()), {})
     for row in rows.values():
-        if not row["error"] <= GATE:
-            row["refused"] = f"error {row['error']:.1e} above {GATE:.1e}"
-    green = [kernel for kernel in kernels if "refused" not in rows[kernel]]
-    for kernel, (forward, both) in time_kernels(green, shape, repeats).items():
-        row = rows[kernel]
-        row["forward_ms"], row["forward_spread_ms"] = quartiles(forward)
-        row["both_ms"], row["both_spread_ms"] = quartiles(both)
-        row["GB_s"] = 20 * 4 * B * T * H * N / row["both_ms"] / 1e6
-        row["GFLOP_s"] = 28 * B * T * H * N * N / row["both_ms"] / 1e6
-        if "both_ms" in rows["torch"]:
-            row["speed_up"] = rows["torch"]["both_ms"] / row["both_ms"]
+        if "both_ms" in row and "both_ms" in first:
+            row["speed_up"] = first["both_ms"] / row["both_ms"]
     return list(rows.values())
 
 
-def cells(row):
-    start = ",".join(map(str, row["shape"])), row["kernel"]
-    if "refused" in row:
-        return *start, *["not timed"] * 6, row["refused"], "-"  # a time without a correct result is none
-    return (*start, *(f"{row[name]:.2f}" for name in ("forward_ms", "forward_spread_ms", "both_ms", "both_spread_ms")),
-            f"{row['GB_s']:.1f}", f"{row['GFLOP_s']:.1f}", f"{row['error']:.1e}",
+def fill(row, times, operator, inputs, dy, speed, peak):
+    """The figures of a row from the milliseconds of its repeats."""
+    for name, ms in zip(("forward", "backward", "both"), (*times, list(map(sum, zip(*times))))):
+        row[f"{name}_ms"], row[f"{name}_spread_ms"] = quartiles(ms)
+    row["bytes"] = operator.elements(*row["shape"]) * dy.element_size()
+    row["floor_ms"] = 1e3 * row["bytes"] / speed
+    row["of_floor"] = row["floor_ms"] / row["both_ms"]
+    row["flops_per_second"] = operator.flops(*row["shape"]) / row["both_ms"] * 1e3
+    row["peak_bytes"] = peak
+    row["memory"] = None if peak is None else peak / sum(x.nbytes for x in (*inputs, dy))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def describe(device):
+    """The machine, the versions and the day."""
+    versions, name = train_rwkv7.environment(), train_rwkv7.hardware(torch.device(device))["name"]
+    machine = {"device": re.sub(r", \d+ threads$", "", name), "date": datetime.date.today().isoformat()}
+    if device == "cuda":
+        machine |= {"driver": versions["driver"], "CUDA": versions["cuda"], "compiler": versions["nvcc"]}
+    else:
+        machine |= {"capability": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
+                    "threads": torch.get_num_threads(), "compiler": versions["compiler"]}
+    return machine | {"torch": versions["torch"], "peers": peer_versions(),
+                      "commit": versions["git_commit"][:7] + (" and changes" if versions["git_dirty"] else "")}
+
+
+def peer_versions():
+    found = {}
+    for package in ("flash-linear-attention", "triton"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return ", ".join(f"{package} {version}" for package, version in found.items()) or "none"
+
+
+def cells(row, machine):
+    start = machine["device"], machine["date"], ",".join(map(str, row["shape"])), row["dtype"], row["kernel"]
+    errors = [f"{max(row['errors'][family].values()):.1e}" if "errors" in row else "-" for family in FAMILIES]
+    if row["refused"]:  # a time without a correct result is none
+        return *start, f"not timed: {row['refused'].replace('|', '/')}", *["-"] * 7, *errors, "-"
+    return (*start, *(f"{row[name]:.3g}" for name in ("forward_ms", "backward_ms", "both_ms", "both_spread_ms")),
+            f"{row['bytes'] / 1e6:.0f}", f"{row['of_floor']:.0%}", f"{row['flops_per_second'] / 1e12:.3g}",
+            "-" if row["memory"] is None else f"{row['memory']:.2f}", *errors,
             f"{row['speed_up']:.1f}" if "speed_up" in row else "-")
 
 
-def markdown(rows):
-    return "\n".join(f"| {' | '.join(line)} |" for line in (COLUMNS, ["---"] * len(COLUMNS), *map(cells, rows)))
+def line(cells):
+    return f"| {' | '.join(cells)} |\n"
 
 
-def write_readme(header, rows):
-    readme = ROOT / "cuda" / "README.md"
-    begin, end = "<!-- bench wkv7 cpu: begin -->\n", "<!-- bench wkv7 cpu: end -->"
-    before, found, rest = readme.read_text().partition(begin)
+def write_readme(operator, device, machine, header, rows, readme):
+    """The rows of this device in place of its older ones, between the markers; those of other devices stay."""
+    begin, end = f"<!-- bench {operator} {device}: begin -->\n", f"<!-- bench {operator} {device}: end -->"
+    page = readme.read_text(encoding="utf-8")
+    before, found, rest = page.partition(begin)
     inside, found_end, after = rest.partition(end)
     if not (found and found_end):
-        sys.exit(f"{readme}: the markers {begin.strip()} and {end} are missing")
-    readme.write_text(f"{before}{begin}{header}\n\n{markdown(rows)}\n{end}{after}")
+        raise ValueError(f"{readme}: the markers {begin.strip()} and {end} are missing")
+    others = [old for old in inside.splitlines(True)
+              if not old.startswith((f"| {machine['device']} |", f"- {machine['device']},"))]
+    kept = [old for old in others if old.startswith("| ") and not old.startswith(("| device |", "| --- |"))]
+    facts = [old for old in others if old.startswith("- ")]
+    table = "".join((line(COLUMNS), line(["---"] * len(COLUMNS)), *kept, *(line(cells(row, machine)) for row in rows)))
+    readme.write_text(f"{before}{begin}{table}\n{''.join(facts)}- {header}\n{end}{after}", encoding="utf-8")
 
 
-def main():
-    arguments = parse_arguments()
+def parse_shape(text):
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not B,T,H,N, four numbers above zero")
+    return tuple(map(int, text.split(",")))
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("operator", choices=OPERATORS, help="what to time")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="where (default: cuda where there is one, else cpu)")
+    parser.add_argument("--peers", action="store_true", help="also flash-linear-attention, where it is installed")
+    parser.add_argument("--kernels", nargs="+", metavar="KERNEL", help="only these (default: all)")
+    parser.add_argument("--shape", type=parse_shape, nargs="+", action="extend", metavar="B,T,H,N",
+                        help="shapes to time (default: the operator's for the device)")
+    parser.add_argument("--repeats", type=int, help=f"timed repeats of each kernel (default: {REPEATS})")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s, as torch")
+    parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
+    parser.add_argument("--write", action="store_true", help="also write the table into cuda/README.md")
+    arguments = parser.parse_args(argv)
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    arguments.repeats = REPEATS[arguments.device] if arguments.repeats is None else arguments.repeats
+    if arguments.threads < 1 or arguments.repeats < 2:
+        parser.error("--threads must be at least 1 and --repeats at least 2")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device (python cuda/doctor.py says why); --device cpu works")
+    sizes = OPERATORS[arguments.operator][0]().head_sizes
+    for shape in arguments.shape or ():
+        if shape[3] not in sizes:
+            parser.error(f"--shape {','.join(map(str, shape))}: head size {shape[3]} is not one of {sizes}")
+    return arguments
+
+
+def bench(arguments, readme=ROOT / "cuda" / "README.md"):
+    """Print and write as told. Returns (machine, rows). Raises ValueError, OSError."""
+    operators, device = [make() for make in OPERATORS[arguments.operator]], arguments.device
     torch.set_num_threads(arguments.threads)
-    kernels = ["torch"] + ([] if train_rwkv7.load_kernel("cpu") == "torch" else ["cpu"])
-    machine = describe()
-    header = ", ".join(f"{name} {value}" for name, value in machine.items()) + f"; median of {arguments.repeats}"
+    kernels = [operator.kernels(device, arguments.peers) for operator in operators]
+    if arguments.kernels:
+        known = [name for some in kernels for name in some]
+        if strange := [name for name in arguments.kernels if name not in known]:
+            raise ValueError(f"--kernels {strange[0]}: not one of {', '.join(known)}")
+        kernels = [{name: some[name] for name in some if name in arguments.kernels} for some in kernels]
+    timer, machine = Events() if device == "cuda" else WallClock(), describe(device)
+    speed = copy_speed(timer, device)
+    machine |= {"copy GB/s": round(speed / 1e9, 1), "repeats": arguments.repeats, "warm-up": WARM_UP[device],
+                "timed by": timer.how}
+    header = ", ".join([machine["device"], machine["date"], *(f"{k} {v}" for k, v in list(machine.items())[2:])])
     print(header)
-    print("  ".join(f"{title:>14}" for title in COLUMNS))
+    print(line(COLUMNS) + line(["---"] * len(COLUMNS)), end="")
     rows = []
-    for shape in arguments.shape or map(parse_shape, SHAPES):
-        for row in measure(shape, kernels, arguments.repeats):
+    jobs = [(operator, some, shape) for operator, some in zip(operators, kernels)
+            for shape in operator.shapes[device] and arguments.shape or operator.shapes[device]]
+    for operator, some, shape in jobs:
+        for row in measure(operator, shape, some, timer, device, arguments.repeats, speed):
             rows.append(row)
-            print("  ".join(f"{cell:>14}" for cell in cells(row)), flush=True)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    complete = "cpu" in kernels and not any("refused" in row for row in rows)
-    if not complete:
-        sys.exit("bench: not every kernel could be built and passed its check")
+            print(line(cells(row, machine)), end="", flush=True)
+        if arguments.json:  # after every shape: what was measured is kept, whatever happens to the next
+            Path(arguments.json).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    if bad := [f"{row['kernel']} at {row['shape']}" for row in rows if row["refused"] and not row["peer"]]:
+        raise ValueError(f"not every kernel could be built and passed its check: {', '.join(bad)}")
     if arguments.write:
-        write_readme(header, rows)
+        write_readme(arguments.operator, device, machine, header, rows, readme)
+    return machine, rows
+
+
+def main(argv=None):
+    arguments = parse_arguments(argv)
+    try:
+        bench(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"bench: {error}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,197 @@
+"""The operators under cuda/ as cuda/bench.py and the tests see them: inputs, recurrence, kernels, peers, the errors
+that a sound kernel stays below, traffic and arithmetic. To be imported; python cuda/bench.py --help lists them.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import train_rwkv7  # noqa: E402
+
+
+@dataclass
+class Kernel:
+    """One implementation. call(*prepare(inputs)) -> y; `rounds`: what the operands of its products are rounded to."""
+    call: Callable | None = None
+    missing: str = ""  # why there is no call
+    rounds: str = "fp32"
+    prepare: Callable = lambda inputs: inputs
+    head_sizes: tuple = ()  # any, if empty
+    peer: bool = False
+
+
+@dataclass
+class Operator:
+    """What is checked and timed. Inputs come in the order of the recurrence's arguments; sizes are for one B,T,H,N."""
+    tensors: tuple  # names: y, then the gradients in the order of the inputs
+    make: Callable  # family, B, T, H, N -> inputs, dy; fp32
+    recurrence: Callable  # inputs -> y
+    kernels: Callable  # device, peers -> {name: Kernel}; the first is the one that speed-ups are against
+    gates: Callable  # rounds, dtype, family -> {tensor: relative L2 error}
+    elements: Callable  # B, T, H, N -> numbers read or written at the least, both passes
+    flops: Callable  # B, T, H, N -> of the recurrence, both passes
+    head_sizes: tuple
+    shapes: dict  # device: shapes timed by default; none: not timed there
+
+
+FUSED = ("wind",)  # kernels with inputs of their own: an operator of their own here
+
+
+def why_not(script, kernel):
+    """Load a kernel of a training script, built if need be. Returns "" or what is in the way."""
+    try:
+        script.load_kernel(kernel, required=True)
+    except ValueError as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def own_kernels(script, call, device):
+    """The kernels of a training script that run on a device, built if need be. call(kernel): the operator by it."""
+    return {name: Kernel(call(name), why_not(script, name), head_sizes=about.head_sizes,
+                         rounds="fp32" if torch.float32 in about.dtypes else "bf16")
+            for name, about in script.KERNELS.items() if about.device in (None, device) and name not in FUSED}
+
+
+def peer(package, module, name):
+    """A function of another project and "", or None and why there is none."""
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None, f"{package} is not installed"
+    try:
+        return getattr(importlib.import_module(module), name), ""
+    except Exception as error:  # what a package for other versions raises at import may be anything
+        return None, f"{package} {version}: {first_line(error)}"
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:150]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# WKV-7
+
+
+def wkv7_inputs(family, B, T, H, N):
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda T=T: torch.randn(B, T, H, N, generator=generator)
+    unit = functools.partial(torch.nn.functional.normalize, dim=-1)
+    r, w, k, v, dy, kappa, alpha = *(normal() for _ in range(5)), unit(normal()), torch.sigmoid(normal())
+    if family == "correlated":  # cosine 0.9 between keys, slow decay
+        kappa = unit(unit(normal(1)) * 0.9**0.5 + kappa * 0.1**0.5)
+        k, w, alpha = 8 * kappa, torch.full_like(w, -5.0), torch.full_like(alpha, 0.9)
+    return (r, w, k, v, -kappa, kappa * alpha), dy
+
+
+def wkv7_gates(rounds, dtype, family):
+    """What the public kernels' errors and an emulation of the roundings leave to a sound kernel, by a margin."""
+    if dtype == torch.float32:
+        limits = train_rwkv7.LIMITS["cpu"]
+    elif rounds == "fp32":  # rounding y or a gradient to bf16 alone is 1.7e-3
+        limits = train_rwkv7.LIMITS["cuda"]
+    elif family == "identical":
+        limits = [2.5e-2, 2.5e-2, 2.5e-2, 2.5e-2, 2.5e-2, 3e-2, 3e-2]
+    elif family == "correlated":
+        limits = [1.2e-2, 1.2e-2, 1.2e-2, 5e-3, 1.2e-2, 1.6e-2, 1.6e-2]
+    else:
+        limits = train_rwkv7.LIMITS["fast"]
+    return dict(zip(("y", "dr", "dw", "dk", "dv", "da", "db"), limits))
+
+
+def wkv7_kernels(device, peers):
+    found = own_kernels(train_rwkv7, lambda name: functools.partial(train_rwkv7.wkv7, kernel=name), device)
+    if peers:
+        found.update({"fla": fla_wkv7(), "fla, more saved": fla_wkv7(disable_recompute=True)})
+    return found
+
+
+def fla_wkv7(**settings):
+    """flash-linear-attention's operator with the settings of its own layer. It takes the logarithm of the decay, in
+    the dtype of the rest; that activation and its gradient are not timed."""
+    call, missing = peer("flash-linear-attention", "fla.ops.rwkv7", "chunk_rwkv7")
+    if missing:
+        return Kernel(missing=missing, peer=True)
+    settings = dict(safe_gate=True, lower_bound=-train_rwkv7.DECAY_BOUND, chunk_size=64, scale=1.0, **settings)
+    settings = {name: value for name, value in settings.items() if name in inspect.signature(call).parameters}
+
+    def log_decay(inputs):
+        r, w, k, v, a, b = inputs
+        return r, (-train_rwkv7.DECAY_BOUND * torch.sigmoid(w.float())).to(w.dtype), k, v, a, b
+
+    def y(r, w, k, v, a, b):
+        return call(r=r, w=w, k=k, v=v, a=a, b=b, **settings)[0]
+    return Kernel(y, rounds="bf16", prepare=log_decay, peer=True)
+
+
+def wkv7():
+    return Operator(
+        tensors=("y", "dr", "dw", "dk", "dv", "da", "db"), make=wkv7_inputs, kernels=wkv7_kernels, gates=wkv7_gates,
+        recurrence=lambda *inputs: train_rwkv7.wkv7_recurrent(*inputs)[0],
+        elements=lambda B, T, H, N: (7 + 13) * B * T * H * N, flops=lambda B, T, H, N: (9 + 19) * B * T * H * N * N,
+        head_sizes=train_rwkv7.KERNELS["torch"].head_sizes,
+        shapes={"cuda": [(64, 1024, 12, 64), (64, 1024, 6, 128), (8, 1024, 12, 64)],
+                "cpu": [(16, 256, 4, 32), (8, 256, 4, 64), (1, 1024, 12, 64)]})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The time mixing around WKV-7, in one operator (--wind_cuda) or in steps
+
+MIXED = ("out", "dr", "dw", "dk", "dv", "da", "dg", "dw0", "da0", "dk_k", "dk_a", "dr_k", "dln_w", "dln_b")
+
+
+def time_mix_inputs(family, B, T, H, N):
+    (r, w, k, v, a, _), dy = wkv7_inputs(family, B, T, H, N)
+    generator = torch.Generator().manual_seed(1)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)
+    alpha, gate, spread = normal(B, T, H, N), normal(B, T, H, N), [0.5, 0.3, 0.1, 0.1, 0.1, 0.1, 0.1]
+    if family == "correlated":  # the keys, the decay and alpha 0.9 as they are there
+        alpha, k, spread[:3] = torch.full_like(alpha, 2.2), -8 * a, [0, 0, 0]
+    parameters = [mean + width * normal(H, N) for mean, width in zip((0, 0, 0.7, 1, 0, 1, 0), spread)]
+    return (r, w, k, v, alpha, gate, *parameters), dy
+
+
+def time_mix(*inputs, kernel="torch"):
+    return train_rwkv7.time_mix(*inputs[:6], inputs[6:], kernel)
+
+
+def time_mix_gates(rounds, dtype, family):
+    """Emulated on a CPU, B,T,H 2,200,3: fused at most 7.8e-3, its r_k and ln_b, of sums in fp32, 1.4e-7; in steps, each
+    rounded to bf16, 2.3e-2. Less of T, and a token whose y hardly varies can cost the norm all its digits."""
+    if dtype == torch.float32:
+        return dict.fromkeys(MIXED, 2e-6)
+    if rounds == "steps":
+        return dict.fromkeys(MIXED, 3e-2)
+    return {**dict.fromkeys(MIXED, 1e-2), "dr_k": 1e-5, "dln_b": 1e-5}
+
+
+def time_mix_kernels(device, peers):
+    """In steps as a model takes them, compiled on a GPU, and fused."""
+    def steps(name):
+        call = functools.partial(time_mix, kernel=name)
+        call = torch.compile(call, fullgraph=True, dynamic=False) if device == "cuda" else call
+        return Kernel(call, why_not(train_rwkv7, name), rounds="steps")
+    if device == "cpu":
+        return {"mix torch": steps("torch"), "mix cpu": steps("cpu")}
+    wind = Kernel(functools.partial(time_mix, kernel="wind"), why_not(train_rwkv7, "wind"), rounds="bf16")
+    return {"mix torch": steps("torch"), "mix fast": steps("fast"), "wind": wind}
+
+
+def time_mixing():
+    return Operator(
+        tensors=MIXED, make=time_mix_inputs, recurrence=time_mix, kernels=time_mix_kernels, gates=time_mix_gates,
+        elements=wkv7().elements, flops=wkv7().flops, head_sizes=train_rwkv7.KERNELS["wind"].head_sizes,
+        shapes={"cuda": [(64, 1024, 12, 64)], "cpu": []})  # what it saves is traffic of a GPU's memory
+
+
+# Name on the command line: what is checked and timed under it. An operator with inputs of its own is one more in the
+# tuple; its rows go into the same table.
+OPERATORS = {"wkv7": (wkv7, time_mixing)}
