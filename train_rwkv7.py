@@ -490,7 +490,7 @@ ON_GPU = ("primitives.cuh", "launch.cuh", "binding.h", "wkv7/wkv7.h", "wkv7/wkv7
 CHUNKED = ("wkv7/chunk.cuh", "wkv7/chunk_backward.cuh")
 KERNELS = dict(
     torch=Kernel((), None, "--kernel torch", HEAD_SIZES, (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
-    cpu=Kernel(("wkv7/wkv7_cpu.cpp",), "cpu", "--kernel cpu", HEAD_SIZES, states=False),
+    cpu=Kernel(("wkv7/wkv7_cpu.cpp", "cpu.h"), "cpu", "--kernel cpu", HEAD_SIZES, states=False),
     cuda=Kernel((*ON_GPU, "wkv7/wkv7_cuda.cu"), "cuda", "--kernel cuda", (32, 64, 96, 128, 192),
                 (torch.bfloat16, torch.float32), multiple=16),
     fast=Kernel((*ON_GPU, *CHUNKED, "wkv7/wkv7_fast.cu"), "cuda", "--fast_cuda", (64, 128), (torch.bfloat16,),

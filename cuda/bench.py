@@ -7,10 +7,11 @@ timed. Then forward and backward, median over the repeats, spread between the qu
 on a GPU between two events, launches enqueued ahead, the L2 cache overwritten before either pass; on a CPU by the wall
 clock, kernels interleaved, so that whatever else the machine does hits all alike.
 
-MB is the least possible traffic (WKV-7: 7 tensors forward and 13 backward), "of floor" the time that traffic takes at
-the speed of a large copy, measured in the same run, over the time taken. TFLOP/s counts the recurrence's arithmetic
-(WKV-7: 9 N^2 a token and head forward, 19 N^2 backward): one yardstick for every form. memory is the peak of all that
-both passes allocate, results included, over the size of inputs and dy. --peers: flash-linear-attention, if installed.
+MB is the least possible traffic (WKV-7: 7 tensors forward and 13 backward; WKV-6: 5 and 9), "of floor" the time that
+traffic takes at the speed of a large copy, measured in the same run, over the time taken. TFLOP/s counts the
+recurrence's arithmetic (WKV-7: 9 N^2 a token and head forward, 19 N^2 backward; WKV-6: 5 N^2 and 11 N^2): one yardstick
+for every form. memory is the peak of all that both passes allocate, results included, over the size of inputs and dy.
+--peers: flash-linear-attention, if installed.
 """
 
 import argparse

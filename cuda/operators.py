@@ -14,6 +14,7 @@ from typing import Callable
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
+import train_rwkv6  # noqa: E402
 import train_rwkv7  # noqa: E402
 
 
@@ -192,6 +193,57 @@ def time_mixing():
         shapes={"cuda": [(64, 1024, 12, 64)], "cpu": []})  # what it saves is traffic of a GPU's memory
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# WKV-6
+
+
+def wkv6_inputs(family, B, T, H, N):
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)
+    r, k, v, w, dy, u = *(normal(B, T, H, N) for _ in range(5)), normal(H, N)
+    if family == "correlated":  # cosine 0.9 between keys, slow decay
+        unit = functools.partial(torch.nn.functional.normalize, dim=-1)
+        k, w = 8 * unit(unit(normal(B, 1, H, N)) * 0.9**0.5 + unit(k) * 0.1**0.5), torch.full_like(w, -5.5)
+    return (r, k, v, w, u), dy
+
+
+def wkv6_gates(rounds, dtype, family):
+    """As for WKV-7; u and du are fp32."""
+    limits = [5e-3, 5e-3, 5e-3, 5e-3, 5e-3, 1e-3]
+    if dtype == torch.float32:
+        limits = train_rwkv6.LIMITS["cpu"]
+    elif rounds == "fp32":
+        limits = [2.5e-3, 2.5e-3, 2.5e-3, 2.5e-3, 4e-3, 1e-3]
+    return dict(zip(("y", "dr", "dk", "dv", "dw", "du"), limits))
+
+
+def wkv6_kernels(device, peers):
+    found = own_kernels(train_rwkv6, lambda name: functools.partial(train_rwkv6.wkv6, kernel=name), device)
+    return {**found, "fla": fla_wkv6()} if peers else found
+
+
+def fla_wkv6():
+    """flash-linear-attention's operator. It takes the logarithm of the decay, in the dtype of the rest; that activation
+    and its gradient are not timed."""
+    call, missing = peer("flash-linear-attention", "fla.ops.rwkv6", "chunk_rwkv6")
+    if missing:
+        return Kernel(missing=missing, peer=True)
+
+    def log_decay(inputs):
+        r, k, v, w, u = inputs
+        return r, k, v, (-torch.exp(w.float())).to(w.dtype), u
+    return Kernel(lambda r, k, v, w, u: call(r=r, k=k, v=v, w=w, u=u, scale=1.0)[0], rounds="bf16", prepare=log_decay,
+                  peer=True)
+
+
+def wkv6():
+    return Operator(
+        tensors=("y", "dr", "dk", "dv", "dw", "du"), make=wkv6_inputs, kernels=wkv6_kernels, gates=wkv6_gates,
+        recurrence=lambda *inputs: train_rwkv6.wkv6_recurrent(*inputs)[0],
+        elements=lambda B, T, H, N: (5 + 9) * B * T * H * N, flops=lambda B, T, H, N: (5 + 11) * B * T * H * N * N,
+        head_sizes=train_rwkv6.KERNELS["torch"].head_sizes, shapes=wkv7().shapes)
+
+
 # Name on the command line: what is checked and timed under it. An operator with inputs of its own is one more in the
 # tuple; its rows go into the same table.
-OPERATORS = {"wkv7": (wkv7, time_mixing)}
+OPERATORS = {"wkv7": (wkv7, time_mixing), "wkv6": (wkv6,)}

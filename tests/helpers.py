@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SCRIPTS = ("train_rwkv7", "train_gpt2")
+SCRIPTS = ("train_rwkv7", "train_rwkv6", "train_gpt2")
 
 
 def write_shard(path, tokens, magic=20240520, version=1, count=None):

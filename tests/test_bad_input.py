@@ -175,18 +175,20 @@ def test_bad_shards(script, tmp_path, records, refused):
 def test_kernels_that_are_not_there(flag, data, records, refused):
     refused("train_rwkv7", tiny("train_rwkv7", data, records, flag), flag, "--kernel torch")
     refused("train_gpt2", tiny("train_gpt2", data, records, flag), flag, "--help")
+    refused("train_rwkv6", tiny("train_rwkv6", data, records, flag), flag, "--kernel" if "fast" in flag else "--help")
 
 
-def test_cpu_kernel_on_a_gpu():
-    import train_rwkv7
-    args = train_rwkv7.Hyperparameters.parse(["--track=tiny", "--device=cuda", "--kernel=cpu"])
+@pytest.mark.parametrize("name", ("train_rwkv7", "train_rwkv6"))
+def test_cpu_kernel_on_a_gpu(name):
+    script = importlib.import_module(name)
+    args = script.Hyperparameters.parse(["--track=tiny", "--device=cuda", "--kernel=cpu"])
     with pytest.raises(ValueError, match="--kernel cpu .*--kernel torch.*--device cpu"):
-        train_rwkv7.build_model(args)
+        script.build_model(args)
 
 
-def test_head_sizes_of_rwkv7(data, records, refused):
-    flags = ["--width", 96, "--headsz", 48]
-    refused("train_rwkv7", tiny("train_rwkv7", data, records, *flags), "--headsz 48", "16, 32, 96")
+@pytest.mark.parametrize("name", ("train_rwkv7", "train_rwkv6"))
+def test_head_sizes(name, data, records, refused):
+    refused(name, tiny(name, data, records, "--width", 96, "--headsz", 48), "--headsz 48", "16, 32, 96")
 
 
 def test_records_is_a_file(script, data, tmp_path, refused):

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 
+import train_rwkv6
 import train_rwkv7
 from helpers import ROOT
 
@@ -182,6 +183,37 @@ def test_the_time_mixing(monkeypatch):
     assert set(gates) == set(operators.MIXED) and gates["dw"] == 1e-2 and gates["dln_b"] == 1e-5
 
 
+def test_wkv6_on_the_cpu(tmp_path, monkeypatch):
+    """The same program: only the operator's description is another."""
+    monkeypatch.setitem(bench.COPY_BYTES, "cpu", 2**20)
+    page = tmp_path / "README.md"
+    page.write_text("<!-- bench wkv6 cpu: begin -->\n<!-- bench wkv6 cpu: end -->\n")
+    flags = ["--device=cpu", "--repeats=3", "--threads=1", "--shape=2,20,2,16", "--write"]
+    arguments = bench.parse_arguments(["wkv6", *flags])
+    machine, rows = bench.bench(arguments, readme=page)
+    assert [row["kernel"] for row in rows] == ["torch", "cpu"]
+    B, T, H, N = SHAPE
+    for row in rows:
+        assert row["refused"] == "" and row["bytes"] == 14 * 4 * B * T * H * N
+        assert row["flops_per_second"] == pytest.approx(16 * B * T * H * N * N / (row["both_ms"] / 1e3))
+        for errors in row["errors"].values():
+            assert set(errors) == {"y", "dr", "dk", "dv", "dw", "du"} and 0 < max(errors.values()) < 2e-6
+        assert bench.line(bench.cells(row, machine)) in page.read_text()
+
+
+def test_peer_of_wkv6(monkeypatch):
+    def chunk_rwkv6(r, k, v, w, u, scale=None):
+        assert scale == 1
+        return train_rwkv6.wkv6_recurrent(r, k, v, torch.log(-w), u)
+    fake_fla(monkeypatch, None)
+    monkeypatch.setitem(sys.modules, "fla.ops.rwkv6", types.SimpleNamespace())
+    assert "AttributeError" in operators.wkv6_kernels("cpu", True)["fla"].missing
+    monkeypatch.setitem(sys.modules, "fla.ops.rwkv6", types.SimpleNamespace(chunk_rwkv6=chunk_rwkv6))
+    kernels = {name: kernel for name, kernel in operators.wkv6_kernels("cpu", True).items() if name != "cpu"}
+    rows = bench.measure(operators.wkv6(), SHAPE, kernels, bench.WallClock(), "cpu", 3, 1e9)
+    assert [(row["kernel"], row["refused"]) for row in rows] == [("torch", ""), ("fla", "")]
+
+
 def fake_fla(monkeypatch, chunk_rwkv7):
     monkeypatch.setattr(operators.importlib.metadata, "version", lambda package: "9.9")
     monkeypatch.setitem(sys.modules, "fla", types.ModuleType("fla"))
@@ -354,12 +386,15 @@ def test_write_keeps_the_rows_of_other_devices(tmp_path):
     assert page.read_text() == "no markers"
 
 
-def test_readme_has_a_place_for_every_table():
+@pytest.mark.parametrize("operator", operators.OPERATORS)
+def test_readme_has_a_place_for_every_table(operator):
     page = (ROOT / "cuda" / "README.md").read_text()
+    page = page.partition(f"## WKV-{operator[-1]}\n")[2].partition("\n## ")[0]
     for device in ("cpu", "cuda"):
         for end in ("begin", "end"):
-            assert page.count(f"<!-- bench wkv7 {device}: {end} -->") == 1
-    on_gpus = page.partition("<!-- bench wkv7 cuda: begin -->\n")[2].partition("<!-- bench wkv7 cuda: end -->")[0]
+            assert page.count(f"<!-- bench {operator} {device}: {end} -->") == 1
+    begin, end = (f"<!-- bench {operator} cuda: {end} -->" for end in ("begin", "end"))
+    on_gpus = page.partition(f"{begin}\n")[2].partition(end)[0]
     assert ("No GPU row has been measured yet" in page) == (on_gpus == ""), "the sentence and the table disagree"
 
 

@@ -3,6 +3,7 @@ formulas, without a look at the scripts. Wrong groups and wrong starts fail sile
 the reader to trust: shapes, optimisers, rates and zeros exactly, vectors to 1e-6, random ones by bound, mean and sd.
 """
 
+import importlib
 import math
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 import train_gpt2
+import train_rwkv6
 import train_rwkv7
-from helpers import make_corpus, run_here, tiny
+from helpers import SCRIPTS, make_corpus, run_here, tiny
 
 V, C, L, N = 50304, 768, 12, 64  # 50257 ids padded to a multiple of 128; width; layers; RWKV-7's head size
 HIDDEN = 2688  # 3.5 C
@@ -82,6 +84,38 @@ def rwkv7_table(L=L, V=V, x070=False):
     return table
 
 
+def rwkv6_table(L=L, V=V):
+    """The same of RWKV-6, whose Muon has a rate for updates of another size, and Adam one rate for all else."""
+    i, root = np.arange(C), math.sqrt(C)
+    adam = lambda shape, start: (shape, "Adam", 0.0022, start)
+    vector = lambda array: adam((1, 1, C), values(array))
+    muon = lambda rows, cols, start: ((rows, cols), "Muon", 0.00036, start)
+    norm = lambda name: {f"{name}.weight": adam((C,), values(np.ones(C))), f"{name}.bias": adam((C,), ZERO)}
+
+    table = {"emb.weight": adam((V, C), uniform(1 / root))} | norm("ln_out")
+    for l in range(L):
+        rho0, rho1 = l / (L - 1), 1 - l / L
+        b = f"blocks.{l}."
+        table |= norm(b + "ln1") | norm(b + "ln2") | norm(b + "att.ln_x")
+        table[b + "att.x_x"] = vector(1 - (i / C) ** (0.6 * rho1 ** 0.9))
+        table[b + "att.x_w"] = vector(1 - (i / C) ** (0.9 * rho1))
+        table[b + "att.x_k"] = vector(1 - (i / C) ** (0.9 * rho1) - 0.4 * rho0)
+        table[b + "att.x_v"] = vector(1 - (i / C) ** (0.4 * rho1) - 0.6 * rho0)
+        table[b + "att.x_r"] = table[b + "att.x_g"] = vector(1 - (i / C) ** (0.2 * rho1))
+        table[b + "att.A"], table[b + "att.B"] = adam((C, 160), ZERO), adam((5, 32, C), uniform(0.01))
+        table[b + "att.w0"] = vector(-6 + 5.5 * (i / (C - 1)) ** (0.85 + math.sqrt(rho0)))
+        table[b + "att.w1"], table[b + "att.w2"] = adam((C, 64), ZERO), adam((64, C), uniform(0.01))
+        table[b + "att.g1"], table[b + "att.g2"] = adam((C, 160), uniform(0.01)), adam((160, C), uniform(0.01))
+        wave = np.resize([0.0, 0.1, -0.1], C)  # (i + 1) mod 3 - 1, from i = 0
+        table[b + "att.u"] = adam((C // N, N), values(rho0 * (2.5 - i / (C - 1)) + wave))
+        for name, start in dict(receptance=uniform(0.5 / root), key=uniform(0.05 / root), value=uniform(0.5 / root),
+                                output=ZERO).items():
+            table[b + f"att.{name}.weight"] = muon(C, C, start)
+        table[b + "ffn.key.weight"] = muon(HIDDEN, C, uniform(1 / root))
+        table[b + "ffn.value.weight"] = muon(C, HIDDEN, ZERO)
+    return table
+
+
 def gpt2_table(L=L, V=V):
     """The same of the speedrun's GPT-2: hidden width 4 C, plain uniform starts of torch's linear layers."""
     bound = uniform(1 / math.sqrt(C))
@@ -100,6 +134,7 @@ def gpt2_table(L=L, V=V):
 CASES = {
     "rwkv7": (train_rwkv7, ["--kernel", "torch"], lambda **size: rwkv7_table(**size)),
     "rwkv7 x070": (train_rwkv7, ["--kernel", "torch", "--x070"], lambda **size: rwkv7_table(x070=True, **size)),
+    "rwkv6": (train_rwkv6, ["--kernel", "torch"], lambda **size: rwkv6_table(**size)),
     "gpt2": (train_gpt2, [], lambda **size: gpt2_table(**size)),
 }
 
@@ -144,7 +179,7 @@ def test_names_shapes_optimisers_and_rates(case):
     assert trained_by(model, optimizers) == {name: row[1:3] for name, row in expected.items()}
     for group in adam.param_groups:
         assert (tuple(group["betas"]), group["weight_decay"], group["eps"]) == ((0.9, 0.95), 0, 1e-8), group["names"]
-    assert [group["scale"] for group in muon.param_groups] == ["spectral"]
+    assert [group["scale"] for group in muon.param_groups] == ["rms" if case == "rwkv6" else "spectral"]
 
 
 def test_rates_come_from_the_flags():
@@ -154,6 +189,12 @@ def test_rates_come_from_the_flags():
     renamed = {0.02: 4.0, 0.0026: 0.25, 0.009: 0.125, 0.3: 0.0625, 0.002: 2.0}
     for name, (_, optimiser, rate, _) in rwkv7_table().items():
         assert found[name] == (optimiser, 0.5 if optimiser == "Muon" else renamed[rate]), name
+    args, model = full_size(train_rwkv6, ["--kernel=torch", "--muon_lr=0.5", "--adam_lr=0.25", "--muon_scale=spectral"])
+    optimizers = train_rwkv6.build_optimizers(model, args)
+    found = trained_by(model, optimizers)
+    for name, (_, optimiser, _, _) in rwkv6_table().items():
+        assert found[name] == (optimiser, 0.5 if optimiser == "Muon" else 0.25), name
+    assert optimizers[1].param_groups[0]["scale"] == "spectral"
     flags = dict(muon_lr=0.5, adam_lr=4.0, emb_lr=0.0625, head_lr=2.0)
     args, model = full_size(train_gpt2, ["--muon_scale=rms"] + [f"--{name}={lr}" for name, lr in flags.items()])
     optimizers = train_gpt2.build_optimizers(model, args)
@@ -185,7 +226,7 @@ def check_start(name, p, start):
         assert kind == "orthogonal" and error < 1e-5, f"{name}: W W^T / gain^2 is {error:.1e} off the identity"
 
 
-@pytest.mark.parametrize("case, layers", (("rwkv7", 4), ("rwkv7 x070", 3), ("gpt2", 2)))
+@pytest.mark.parametrize("case, layers", (("rwkv7", 4), ("rwkv7 x070", 3), ("rwkv6", 4), ("gpt2", 2)))
 def test_starts(case, layers):
     """At full width; the vocabulary shrinks to 1000 ids, padded to 1024, and the depth, of which the formulas know."""
     script, flags, table = CASES[case]
@@ -211,6 +252,12 @@ def test_low_rank_sizes_of_other_widths():
         att = model.blocks[1].att
         assert [tuple(p.shape) for p in (att.w1, att.a1, att.v1, att.g1)] == [(width, n) for n in (w, w, v, g)]
         assert [tuple(p.shape) for p in (att.w2, att.a2, att.v2, att.g2)] == [(n, width) for n in (w, w, v, g)]
+    for width, w, g in ((128, 32, 64), (192, 32, 64), (512, 64, 128), (1024, 64, 192), (2048, 128, 256)):
+        with torch.device("meta"):
+            model = build(train_rwkv6, "--kernel=torch", "--layers=1", f"--width={width}", "--vocab_size=100")[1]
+        att = model.blocks[0].att
+        assert [tuple(p.shape) for p in (att.A, att.w1, att.g1)] == [(width, n) for n in (160, w, g)]
+        assert [tuple(p.shape) for p in (att.B, att.w2, att.g2)] == [(5, 32, width), (w, width), (g, width)]
 
 
 @pytest.mark.parametrize("flag", ("x0_lambdas", "rms_norm", "zero_head"))
@@ -227,8 +274,9 @@ def test_each_addition_has_a_switch(flag):
 
 
 def test_precision_of_the_parameters():
-    """RWKV-7 keeps all in fp32; of the GPT only the linear layers' weights, the rest is bf16 under --dtype bf16."""
-    for script, flags, halved in ((train_rwkv7, ["--kernel=torch"], ()), (train_gpt2, [], ("wte", "lambdas", "mix"))):
+    """RWKV keeps all in fp32; of the GPT only the linear layers' weights, the rest is bf16 under --dtype bf16."""
+    for script, flags, halved in ((train_rwkv7, ["--kernel=torch"], ()), (train_rwkv6, ["--kernel=torch"], ()),
+                                  (train_gpt2, [], ("wte", "lambdas", "mix"))):
         for dtype in ("fp32", "mixed", "bf16"):
             model = build(script, *flags, "--layers=2", "--vocab_size=100", "--dtype", dtype)[1]
             for name, p in model.named_parameters():
@@ -238,25 +286,27 @@ def test_precision_of_the_parameters():
 
 @pytest.mark.parametrize("case", CASES)
 def test_active_parameters(case):
-    """All but the embedding, of which a token uses one row: within the 124M of the rules, and not far below."""
+    """All but the embedding, of which a token uses one row (RWKV-6's is the head too: all): within the 124M of the
+    rules, and not far below."""
     script, flags, table = CASES[case]
     _, model = full_size(script, flags)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
-    active = sum(math.prod(row[0]) for name, row in table().items() if name not in ("emb.weight", "wte.weight"))
+    tables = () if case == "rwkv6" else ("emb.weight", "wte.weight")
+    active = sum(math.prod(row[0]) for name, row in table().items() if name not in tables)
     assert sum(n for name, n in sizes.items() if name not in model.lookups) == active
     assert script.ACTIVE_LIMIT == 124_000_000
     assert 120_000_000 < active <= 124_000_000, f"{active:,}"
 
 
-@pytest.mark.parametrize("name", ("train_rwkv7", "train_gpt2"))
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_more_than_the_limit_is_refused(name, tmp_path, monkeypatch, capsys):
     """Exactly the limit runs, one less does not; on track tiny the rule does not hold."""
-    script = {"train_rwkv7": train_rwkv7, "train_gpt2": train_gpt2}[name]
+    script = importlib.import_module(name)
     data = make_corpus(tmp_path / "data")
     flags = tiny(name, data, tmp_path / "records", "--track", "fineweb", "--vocab_size", 300, "--print_params")
     args = script.Hyperparameters.parse(flags)
     model = script.build_model(args)
-    active = sum(p.numel() for p in model.parameters()) - 384 * 32
+    active = sum(p.numel() for p in model.parameters()) - (0 if name == "train_rwkv6" else 384 * 32)
     monkeypatch.setattr(script, "ACTIVE_LIMIT", active)
     run_here(name, *flags)
     monkeypatch.setattr(script, "ACTIVE_LIMIT", active - 1)
@@ -276,10 +326,10 @@ def ended(name, flags, capsys):
     return message
 
 
-@pytest.mark.parametrize("name", ("train_rwkv7", "train_gpt2"))
+@pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("where", ("", "blocks.1", "blocks.1.att"))
 def test_an_unassigned_parameter_is_named(name, where, tmp_path, monkeypatch, capsys):
-    script = {"train_rwkv7": train_rwkv7, "train_gpt2": train_gpt2}[name]
+    script = importlib.import_module(name)
     make = script.build_model
 
     def with_a_stray(args):
@@ -294,8 +344,9 @@ def test_an_unassigned_parameter_is_named(name, where, tmp_path, monkeypatch, ca
 
 
 def add_twice(optimizers, model):
-    optimizers.append(torch.optim.SGD([model.head.weight, model.blocks[1].lambdas], lr=1.0))
-    return "head.weight by 2", "blocks.1.lambdas by 2"
+    name, twice = next((name, p) for name, p in model.named_parameters() if "head" in name or "emb" in name)
+    optimizers.append(torch.optim.SGD([twice, model.blocks[1].att.output.weight], lr=1.0))
+    return f"{name} by 2", "blocks.1.att.output.weight by 2"
 
 
 def leave_out(optimizers, model):
@@ -309,10 +360,10 @@ def add_a_stranger(optimizers, model):
     return ["strangers"]
 
 
-@pytest.mark.parametrize("name", ("train_rwkv7", "train_gpt2"))
+@pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("spoil", (add_twice, leave_out, add_a_stranger))
 def test_exactly_one_optimiser_each(name, spoil, tmp_path, monkeypatch, capsys):
-    script = {"train_rwkv7": train_rwkv7, "train_gpt2": train_gpt2}[name]
+    script = importlib.import_module(name)
     make, named = script.build_optimizers, []
 
     def spoilt(model, args):
@@ -326,9 +377,9 @@ def test_exactly_one_optimiser_each(name, spoil, tmp_path, monkeypatch, capsys):
     assert "exactly one optimiser" in message and not (tmp_path / "records").exists()
 
 
-@pytest.mark.parametrize("name, flags", (("train_rwkv7", ()), ("train_rwkv7", ("--x070",)), ("train_gpt2", ())))
+@pytest.mark.parametrize("name, flags", (*((name, ()) for name in SCRIPTS), ("train_rwkv7", ("--x070",))))
 def test_the_printed_table(name, flags, tmp_path, capsys):
-    script = {"train_rwkv7": train_rwkv7, "train_gpt2": train_gpt2}[name]
+    script = importlib.import_module(name)
     flags = tiny(name, tmp_path / "no data", tmp_path / "records", "--print_params", *flags)
     run_here(name, *flags)
     header, *rows = capsys.readouterr().out.splitlines()

@@ -56,10 +56,12 @@ def finished(request, tmp_path_factory):
     script, folder = request.param, tmp_path_factory.mktemp("record")
     data = make_corpus(folder / "data", train=(300, 400, 10**4))
     (data / "manifest.json").write_text('{"dataset": "toy", "fingerprint": "abc"}')
-    kernel = ["--kernel", "cpu"] if script == "train_rwkv7" else []
+    kernel = ["--kernel", "cpu"] if "rwkv" in script else []
     flags = tiny(script, data, folder / "records", "--name", "first-run_1.0", "--save_every", 4, "--usd_per_hour", 36.0,
                  "--random_seed", 7, *kernel)
-    files = [ROOT / f"{script}.py"] + ([ROOT / "cuda" / "wkv7" / "wkv7_cpu.cpp"] if kernel else [])
+    operator = script.replace("train_r", "")  # wkv6, wkv7
+    kernel_files = [ROOT / "cuda" / operator / f"{operator}_cpu.cpp", ROOT / "cuda" / "cpu.h"]
+    files = [ROOT / f"{script}.py"] + (kernel_files if kernel else [])
     files = {path.name: path.read_bytes() for path in files}
     begin, commits = time.time(), [git_head()]
     done = run_script(script, *flags, cwd=folder)
@@ -138,8 +140,10 @@ def test_model(finished):
     checkpoint = torch.load(finished.folder / "checkpoints" / finished.path.name / "step000006.pt", weights_only=True)
     sizes = {name: tensor.numel() for name, tensor in checkpoint["model"].items()}
     assert model["parameters"] == sum(sizes.values())
-    assert model["active"] == sum(sizes.values()) - 384 * 32, "all but the embedding: 257 ids padded to 384, 32 wide"
-    mixing = 27 * 16 * 32 * 2 if finished.script == "train_rwkv7" else 6 * 32 * 32 * 2  # see flops_per_token
+    looked_up = 0 if finished.script == "train_rwkv6" else 384 * 32  # whose embedding is the head too
+    assert model["active"] == sum(sizes.values()) - looked_up, "all but the embedding: 257 ids padded to 384, 32 wide"
+    mixing = {"train_rwkv7": 27 * 16, "train_rwkv6": 15 * 16, "train_gpt2": 6 * 32}  # see flops_per_token
+    mixing = mixing[finished.script] * 32 * 2
     assert model["flops_per_token"] == 6 * model["active"] + mixing
 
 

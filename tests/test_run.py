@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from helpers import SCRIPTS, make_corpus, one_thread, only_record, run_here, run_script, tiny
 
-KERNELS = {"train_rwkv7": ("torch", "cpu"), "train_gpt2": (None,)}
+KERNELS = {"train_rwkv7": ("torch", "cpu"), "train_rwkv6": ("torch", "cpu"), "train_gpt2": (None,)}
 SPLIT = ("--bsz", 8, "--val_every", 1)  # and 11 validation sequences, which no split here deals out evenly
 
 
@@ -42,7 +42,7 @@ def load(script, *flags):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_same_seed_same_figures(script, data, tmp_path):
     """Bitwise, from two processes of two threads each; another seed gives others."""
-    kernel = ("--kernel", "cpu") if script == "train_rwkv7" else ()
+    kernel = ("--kernel", "cpu") if "rwkv" in script else ()
     flags = lambda name, seed: tiny(script, data, tmp_path / name, "--dtype", "mixed", "--random_seed", seed, *kernel)
     for name in ("first", "again"):
         done = run_script(script, *flags(name, 3), OMP_NUM_THREADS="2")
@@ -227,12 +227,14 @@ def test_learning_rate_and_momentum():
     assert "momentum" not in optimizers[0].param_groups[0]
 
 
-@pytest.mark.parametrize("script, flags", (("train_rwkv7", ()), ("train_rwkv7", ("--x070",)), ("train_gpt2", ())))
+@pytest.mark.parametrize("script, flags", (("train_rwkv7", ("--head_lr", 0.02)), ("train_gpt2", ("--head_lr", 0.02)),
+                                           ("train_rwkv7", ("--x070", "--head_lr", 0.02)),
+                                           ("train_rwkv6", ("--adam_lr", 0.02))))
 def test_loss_falls_on_text_that_repeats(script, flags, tmp_path):
     fox = b"The quick brown fox jumps over the lazy dog. "
     corpus = make_corpus(tmp_path / "data", train=(6000,), val=(450,), text=fox)
     run_here(script, *tiny(script, corpus, tmp_path / "records", "--steps", 30, "--warmdown_steps", 15,
-                           "--val_every", 10, "--head_lr", 0.02, *flags))
+                           "--val_every", 10, *flags))
     train, val = losses(tmp_path / "records")
     print(script, flags, val)
     assert 5.5 < val[0] < 7.5, "it knew something before the first step"
@@ -243,7 +245,8 @@ def test_loss_falls_on_text_that_repeats(script, flags, tmp_path):
 @pytest.mark.parametrize("script, kernel, dtype", [
     (script, kernel, dtype) for script in SCRIPTS for kernel in KERNELS[script] for dtype in ("fp32", "mixed", "bf16")])
 def test_every_kernel_and_precision(script, kernel, dtype, data, tmp_path):
-    """Two steps each; all of them near the fp32 figures of the script."""
+    """Two steps each; all of them near the fp32 figures of the script. Where the head starts at zero, so do the
+    logits and their rounding; RWKV-6's, tied to the embedding, reach 3, and bf16 rounds them to 1 part in 500."""
     flags = ["--dtype", dtype, "--steps", 2, "--val_tokens", 64] + (["--kernel", kernel] if kernel else [])
     run_here(script, *tiny(script, data, tmp_path / "records", *flags))
     train, val = losses(tmp_path / "records")
@@ -252,7 +255,8 @@ def test_every_kernel_and_precision(script, kernel, dtype, data, tmp_path):
     run_here(script, *tiny(script, data, tmp_path / "fp32", *flags, "--dtype", "fp32"))
     far = max(abs(a - b) for a, b in zip(val, losses(tmp_path / "fp32")[1], strict=True))
     print(script, kernel, dtype, val, f"{far:.1e}")
-    assert all(map(math.isfinite, val)) and far < (2e-4 if dtype != "fp32" else 1e-12), far
+    assert all(map(math.isfinite, val))
+    assert far < (1e-12 if dtype == "fp32" else 1e-3 if script == "train_rwkv6" else 2e-4), far
 
 
 @pytest.mark.parametrize("script, kernel", [(script, kernel) for script in SCRIPTS for kernel in KERNELS[script]])
@@ -301,15 +305,28 @@ def test_defaults_of_the_tracks():
     parsed = {}
     for script, track in itertools.product(SCRIPTS, ("fineweb", "tiny")):
         parsed[script, track] = importlib.import_module(script).Hyperparameters.parse(["--track", track])
-    for script, steps, warmdown in (("train_rwkv7", 3200, 914), ("train_gpt2", 3242, 926)):
+    for script, steps, warmdown in (
+            ("train_rwkv7", 3200, 914), ("train_rwkv6", 5100, 1450), ("train_gpt2", 3242, 926)):
         args = parsed[script, "fineweb"]
         assert (args.steps, args.warmdown_steps) == (steps, warmdown)
         assert (args.bsz * args.seq_len, args.seq_len) == (524288, 1024)
         assert (args.layers, args.width, args.val_tokens, args.epochs) == (12, 768, 10485760, 1)
         assert importlib.import_module(script).TARGET["fineweb"] == 3.28
         assert parsed[script, "tiny"].vocab_size == 257 and parsed[script, "tiny"].seq_len == 256
-    a, b = parsed["train_rwkv7", "tiny"], parsed["train_gpt2", "tiny"]
-    assert all(getattr(a, name) == getattr(b, name) for name in ("bsz", "seq_len", "steps", "val_tokens", "data"))
+    for name in ("bsz", "seq_len", "steps", "val_tokens", "data"):
+        assert len({getattr(parsed[script, "tiny"], name) for script in SCRIPTS}) == 1, name
+
+
+def test_the_documented_command_of_rwkv6():
+    """... is what it names and the race's defaults; Muon's scale is the one of its rate."""
+    script = importlib.import_module("train_rwkv6")
+    flags = "--adam_lr 0.0020 --emb_scale 1.5 --muon_lr 0.00036 --headsz 64 --bsz 512 --device_bsz 64"
+    assert flags in script.__doc__
+    args, plain = script.Hyperparameters.parse(flags.split()), script.Hyperparameters.parse([])
+    assert {name for name in vars(args) if vars(args)[name] != vars(plain)[name]} == {
+        "adam_lr", "emb_scale", "device_bsz"}
+    assert (args.adam_lr, args.emb_scale, args.device_bsz) == (0.0020, 1.5, 64)
+    assert (args.muon_lr, args.muon_scale, args.headsz, args.bsz) == (0.00036, "rms", 64, 512)
 
 
 def test_tiny_models_are_of_one_size():

@@ -1,4 +1,4 @@
-"""setup.sh, run_rwkv7.sh and run_gpt2.sh: which Python they choose, how they launch. No network: in copies of the
+"""setup.sh and run_*.sh: which Python they choose, how they launch. No network: in copies of the
 scripts, with a PATH that holds only what a test puts there, and with empty wheels in place of the packages."""
 
 import json
@@ -27,10 +27,11 @@ class Box:
         self.repo, self.bin, self.wheels = folder / "a repo", folder / "stub bin", folder / "wheels"
         for path in (self.repo / "data", self.repo / "tests", self.bin, self.wheels, folder / "home"):
             path.mkdir(parents=True)
-        for name in "setup.sh run_rwkv7.sh run_gpt2.sh test.sh requirements.txt tests/requirements.txt".split():
+        for name in ("setup.sh", "run_rwkv7.sh", "run_rwkv6.sh", "run_gpt2.sh", "test.sh", "requirements.txt",
+                     "tests/requirements.txt"):
             shutil.copy(ROOT / name, self.repo / name)
-        (self.repo / "train_rwkv7.py").write_text(SHOW)
-        (self.repo / "train_gpt2.py").write_text(SHOW)
+        for name in ("train_rwkv7.py", "train_rwkv6.py", "train_gpt2.py"):
+            (self.repo / name).write_text(SHOW)
         (self.repo / "data" / "pydocs.py").write_text("print('corpus made')\n")
         for tool in TOOLS:
             (self.bin / tool).symlink_to(shutil.which(tool))
@@ -121,6 +122,7 @@ def test_takes_the_python_at_hand(ready):
     argv, before = ready.launched()
     assert argv == ["train_rwkv7.py"] and before == []
     assert not (ready.repo / ".venv").exists()
+    assert ready.launched(script="run_rwkv6.sh")[0] == ["train_rwkv6.py"]
     assert ready.launched(script="run_gpt2.sh")[0] == ["train_gpt2.py"]
 
 

@@ -2,8 +2,7 @@
 //     u_t = S_{t-1} a_t     S_t = S_{t-1} diag(d_t) + u_t b_t^T + v_t k_t^T     y_t = S_t r_t
 //     d = exp(-e^{-1/2} sigmoid(w))
 // Tensors  r, w, k, v, a, b, y, u and the gradients are (B, T, H, N), fp32, contiguous; u is kept for the backward.
-// Threads  one (sequence, head) at a time on each thread of torch's own pool. Nothing is shared: the results do not
-//          depend on the number of threads.
+// Threads  one (sequence, head) at a time (cpu.h).
 // Vectors  no sum runs across the lanes of a vector.
 //   forward       S_T[key][value], lanes = values: one pass over the keys updates S and adds to y_t and u_{t+1}.
 //   backward (1)  G_T[key][value], lanes = values, G_t = dL/dS_t: one such pass gives dv_t and du_t.
@@ -15,86 +14,14 @@
 // Limits   N in {16, 32, 64, 96, 128, 192}; any B, T, H. Scratch: (T/16 + 2) N^2 + 3 T N floats a thread.
 // Cost     per token and head 5 N^2 FMA forward, 19 N^2 backward; memory traffic of 8 and 14 tensors of (B, T, H, N).
 //          Bound: the FMA rate, 2 vectors per cycle and core, if the next rows are prefetched.
-#include <algorithm>
-#include <cstdint>
-#include <initializer_list>
-#include <new>
-#include <tuple>
-#include <type_traits>
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "../cpu.h"
 
 namespace {
 
-using torch::stable::Tensor;
-
-#if defined(__AVX512F__)
-constexpr int W = 16;  // floats in a vector
-#elif defined(__AVX__)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr bool MANY_REGISTERS = true;  // 32, else 16
-#else
-constexpr bool MANY_REGISTERS = false;
-#endif
-constexpr int CHUNK = 16;  // tokens whose states the backward holds at once
-constexpr int ROWS = 4;    // values in a tile of backward (2)
-
-typedef float Vec __attribute__((vector_size(W * sizeof(float))));
-typedef float VecMemory __attribute__((vector_size(W * sizeof(float)), aligned(4), may_alias));
-typedef uint32_t VecBits __attribute__((vector_size(W * sizeof(float))));
-
-inline Vec load(const float* p) { return *reinterpret_cast<const VecMemory*>(p); }
-inline void store(float* p, Vec x) { *reinterpret_cast<VecMemory*>(p) = x; }
-
-// Vectors handled together: enough independent sums to hide the FMA latency, few enough to stay in registers.
-template <int N>
-constexpr int WIDTH = (N % (2 * W) == 0 && MANY_REGISTERS) ? 2 : 1;
-template <int N>
-constexpr int VALUES = N % (4 * W) == 0 && MANY_REGISTERS ? 4 : N % (2 * W) == 0 ? 2 : 1;
-
-// The rows of a head lie H N floats apart, too far for the hardware to guess the next one.
-template <int N>
-inline void prefetch(int64_t at, std::initializer_list<const float*> tensors) {
-  for (const float* x : tensors)
-    for (int j = 0; j < N; j += 16) __builtin_prefetch(x + at + j);
-}
-
-struct Scratch {
-  float* data;
-  explicit Scratch(int64_t n) : data(static_cast<float*>(::operator new(n * sizeof(float), std::align_val_t(64)))) {}
-  ~Scratch() { ::operator delete(data, std::align_val_t(64)); }
-  Scratch(const Scratch&) = delete;
-};
-
 constexpr float DECAY_BOUND = 0.60653065971263342f;  // e^{-1/2}
 
-// e = exp(-w), from which sigmoid(w) = 1 / (1 + e) and 1 - sigmoid(w) = e / (1 + e). As 2^n e^f with |f| <= ln(2) / 2.
-// A NaN fails both comparisons and so reaches the result.
-inline Vec exp_minus(Vec w) {
-  Vec x = -w;
-  const Vec low = Vec{} - 87.f, high = Vec{} + 87.f;
-  x = x < low ? low : x;
-  x = x > high ? high : x;
-  const float round = 12582912.f;  // 1.5 * 2^23: a sum with it has the rounded integer in its low bits
-  const Vec shifted = x * 1.44269504f + round;
-  const Vec n = shifted - round;
-  const Vec f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec e = f * (1.f / 5040) + 1.f / 720;
-  e = e * f + 1.f / 120;
-  e = e * f + 1.f / 24;
-  e = e * f + 1.f / 6;
-  e = e * f + 0.5f;
-  e = e * f + 1.f;
-  e = e * f + 1.f;
-  const VecBits scale = ((VecBits)shifted - (0x4B400000u - 127u)) << 23;  // 2^n
-  return e * (Vec)scale;
-}
+// e = exp(-w), from which sigmoid(w) = 1 / (1 + e) and 1 - sigmoid(w) = e / (1 + e).
+inline Vec exp_minus(Vec w) { return exp_vec(-w); }
 
 // exp(x) for x in [-e^{-1/2}, 0], as 1 + x q(x): the error stays below half an ulp where d is close to 1.
 inline Vec exp_small(Vec x) {
@@ -166,12 +93,6 @@ inline void step(Vec (&S)[ROWS][K], const float* d, const float* b, const float*
   }
 }
 
-template <int K>
-inline void copy_tile(Vec (&S)[ROWS][K], const float* from, int N) {
-  for (int i = 0; i < ROWS; i++)
-    for (int m = 0; m < K; m++) S[i][m] = load(from + i * N + m * W);
-}
-
 template <int N>
 void backward_head(const float* r, const float* w, const float* k, const float* v, const float* a, const float* b,
                    const float* u, const float* dy, float* dr, float* dw, float* dk, float* dv, float* da, float* db,
@@ -201,13 +122,12 @@ void backward_head(const float* r, const float* w, const float* k, const float* 
     for (int i = 0; i < N; i += ROWS)
       for (int j = 0; j < N; j += KEYS) {
         Vec S[ROWS][K];
-        copy_tile(S, starts + (c * N + i) * N + j, N);
+        load_tile(S, starts + (c * N + i) * N + j, N);
         for (int64_t t = c * CHUNK; t < (c + 1) * CHUNK; t++) {
           const int64_t token = t * stride;
           step(S, d + t * N + j, b + token + j, k + token + j, u + token + i, v + token + i);
         }
-        for (int p = 0; p < ROWS; p++)
-          for (int m = 0; m < K; m++) store(starts + ((c + 1) * N + i + p) * N + j + m * W, S[p][m]);
+        store_tile(S, starts + ((c + 1) * N + i) * N + j, N);
       }
 
   for (int64_t c = chunks - 1; c >= 0; c--) {
@@ -251,7 +171,7 @@ void backward_head(const float* r, const float* w, const float* k, const float* 
     for (int j = 0; j < N; j += KEYS)
       for (int i = 0; i < N; i += ROWS) {
         Vec tile[ROWS][K];
-        copy_tile(tile, starts + (c * N + i) * N + j, N);
+        load_tile(tile, starts + (c * N + i) * N + j, N);
         for (int64_t t = first; t < end; t++) {
           const int64_t token = t * stride;
           for (int p = 0; p < ROWS; p++)
@@ -265,7 +185,7 @@ void backward_head(const float* r, const float* w, const float* k, const float* 
           }
           for (int m = 0; m < K; m++) store(dr + token + j + m * W, sum[m]);
         }
-        copy_tile(tile, G + i * N + j, N);
+        load_tile(tile, G + i * N + j, N);
         for (int64_t t = end - 1; t >= first; t--) {
           const int64_t token = t * stride, key = token + j;
           const float *a_next = t + 1 < T ? a + key + stride : zeros, *du_t = du + t * N + i;
@@ -287,57 +207,21 @@ void backward_head(const float* r, const float* w, const float* k, const float* 
           for (int x = 0; x < 4; x++)
             for (int m = 0; m < K; m++) store(to[x] + m * W, sums[x][m]);
         }
-        for (int p = 0; p < ROWS; p++)
-          for (int m = 0; m < K; m++) store(G + (i + p) * N + j + m * W, tile[p][m]);
+        store_tile(tile, G + i * N + j, N);
       }
     for (int64_t t = first; t < end; t++)
       for (int j = 0; j < N; j += W) store(dw + t * stride + j, load(dw + t * stride + j) * load(slope + t * N + j));
   }
 }
 
-struct Shape {
-  int64_t B, T, H, N, stride;
-  int64_t offset(int64_t item) const { return (item / H) * T * stride + (item % H) * N; }  // of (sequence, head)
-};
-
-Shape check(std::initializer_list<const Tensor*> tensors) {
-  const Tensor& first = **tensors.begin();
-  STD_TORCH_CHECK(first.dim() == 4, "wkv7: expected tensors of shape (B, T, H, N), got ", first.dim(), " dimensions");
-  for (const Tensor* x : tensors) {
-    STD_TORCH_CHECK(x->is_cpu() && x->scalar_type() == torch::headeronly::ScalarType::Float && x->is_contiguous(),
-                    "wkv7: the CPU kernel takes contiguous float32 tensors on the CPU");
-    STD_TORCH_CHECK(x->dim() == 4, "wkv7: expected tensors of shape (B, T, H, N), got ", x->dim(), " dimensions");
-    for (int i = 0; i < 4; i++) STD_TORCH_CHECK(x->size(i) == first.size(i), "wkv7: the tensors differ in shape");
-  }
-  return {first.size(0), first.size(1), first.size(2), first.size(3), first.size(2) * first.size(3)};
-}
-
-template <class F>
-void for_head_size(int64_t N, const F& f) {
-  switch (N) {
-    case 16: return f(std::integral_constant<int, 16>());
-    case 32: return f(std::integral_constant<int, 32>());
-    case 64: return f(std::integral_constant<int, 64>());
-    case 96: return f(std::integral_constant<int, 96>());
-    case 128: return f(std::integral_constant<int, 128>());
-    case 192: return f(std::integral_constant<int, 192>());
-  }
-  STD_TORCH_CHECK(false, "wkv7: head size ", N, " is not one of 16, 32, 64, 96, 128, 192");
-}
-
 std::tuple<Tensor, Tensor> forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b) {
-  const Shape s = check({&r, &w, &k, &v, &a, &b});
+  const Shape s = check("wkv7", {&r, &w, &k, &v, &a, &b});
   Tensor y = torch::stable::empty_like(r), u = torch::stable::empty_like(r);
   const float *pr = r.const_data_ptr<float>(), *pw = w.const_data_ptr<float>(), *pk = k.const_data_ptr<float>();
   const float *pv = v.const_data_ptr<float>(), *pa = a.const_data_ptr<float>(), *pb = b.const_data_ptr<float>();
   float *py = y.mutable_data_ptr<float>(), *pu = u.mutable_data_ptr<float>();
-  for_head_size(s.N, [&](auto n) {
-    torch::stable::parallel_for(0, s.B * s.H, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; item++) {
-        const int64_t o = s.offset(item);
-        forward_head<n>(pr + o, pw + o, pk + o, pv + o, pa + o, pb + o, py + o, pu + o, s.T, s.stride);
-      }
-    });
+  for_heads("wkv7", s, 0, [&](auto n, int64_t, int64_t o, float*) {
+    forward_head<n>(pr + o, pw + o, pk + o, pv + o, pa + o, pb + o, py + o, pu + o, s.T, s.stride);
   });
   return {y, u};
 }
@@ -345,7 +229,7 @@ std::tuple<Tensor, Tensor> forward(Tensor r, Tensor w, Tensor k, Tensor v, Tenso
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients backward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor u, Tensor dy) {
-  const Shape s = check({&r, &w, &k, &v, &a, &b, &u, &dy});
+  const Shape s = check("wkv7", {&r, &w, &k, &v, &a, &b, &u, &dy});
   Tensor grads[6];
   for (Tensor& x : grads) x = torch::stable::empty_like(r);
   const float *pr = r.const_data_ptr<float>(), *pw = w.const_data_ptr<float>(), *pk = k.const_data_ptr<float>();
@@ -353,16 +237,10 @@ Gradients backward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, T
   const float *pu = u.const_data_ptr<float>(), *pdy = dy.const_data_ptr<float>();
   float* g[6];
   for (int i = 0; i < 6; i++) g[i] = grads[i].mutable_data_ptr<float>();
-  const int64_t scratch_size = ((s.T + CHUNK - 1) / CHUNK + 2) * s.N * s.N + (3 * s.T + 2) * s.N;
-  for_head_size(s.N, [&](auto n) {
-    torch::stable::parallel_for(0, s.B * s.H, 1, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(scratch_size);
-      for (int64_t item = begin; item < end; item++) {
-        const int64_t o = s.offset(item);
-        backward_head<n>(pr + o, pw + o, pk + o, pv + o, pa + o, pb + o, pu + o, pdy + o, g[0] + o, g[1] + o, g[2] + o,
-                         g[3] + o, g[4] + o, g[5] + o, s.T, s.stride, scratch.data);
-      }
-    });
+  const int64_t scratch_size = (s.chunks() + 2) * s.N * s.N + (3 * s.T + 2) * s.N;
+  for_heads("wkv7", s, scratch_size, [&](auto n, int64_t, int64_t o, float* scratch) {
+    backward_head<n>(pr + o, pw + o, pk + o, pv + o, pa + o, pb + o, pu + o, pdy + o, g[0] + o, g[1] + o, g[2] + o,
+                     g[3] + o, g[4] + o, g[5] + o, s.T, s.stride, scratch);
   });
   return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]};
 }

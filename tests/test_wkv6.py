@@ -1,0 +1,375 @@
+"""WKV-6: every form against the float64 recurrence (forward, five gradients), decays without bounds, its limits."""
+
+import functools
+import math
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+
+from train_rwkv6 import HEAD_SIZES, load_kernel, wkv6, wkv6_recurrent
+
+NAMES = ("y", "dr", "dk", "dv", "dw", "du")
+FORMS = ("torch", "cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cpu_kernel():
+    assert load_kernel("cpu") == "cpu", "the C++ kernel does not build here; its message is on stderr"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors this small are no faster on more
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(family, B=2, T=100, H=3, N=64, seed=0):
+    """Inputs r, k, v, w, u and dy of an input family, fp32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*(shape or (B, T, H, N)), generator=generator)
+
+    r, k, v, w, dy, u = *(normal() for _ in range(5)), normal(H, N)
+    if family == "hard":  # sums of 16 log-decays reach -124: their exp, or its reciprocal, leaves fp32
+        w = 1 + 0.7 * w
+    elif family == "slow":  # d = 0.996
+        w = w.fill_(-5.5)
+    elif family == "strong":  # d = 2e-9; the log-decays of the sequence sum to -2000
+        w = w.fill_(3.0)
+    elif family == "at the edge":  # d = 1e-35, just above what fp32 can hold
+        w = w.fill_(4.4)
+    elif family == "nothing stays":  # d = 0, even in fp64
+        w = w.fill_(8.0)
+    elif family == "drops":  # slow decay, and now and then a token that wipes a channel out: log d = -1e5
+        w = torch.where(w > 1.5, 11.5 + 0.1 * w, -6 + 0.1 * w)
+    elif family == "no bounds":
+        w = torch.where(w > 1, 10 + 200 * (w - 1), torch.where(w < -1, 40 * w, w - 4))
+        w[:, ::5, 1] = -1e30
+        w[0, 7, 2] = 500.0
+    elif family == "zeros":  # rows of padding, and a head that is zero throughout
+        for x in (r, k, v, w, dy):
+            x[:, 1::3] = 0
+            x[:, T // 2 :, -1] = 0
+            x[:, :, 0] = 0
+        u[1] = 0
+    elif family == "large":
+        k, v = k * 30, v * 30
+    elif family == "tiny dy":
+        dy = dy * 1e-6
+    elif family == "sparse dy":
+        dy[:, torch.arange(T) % 7 != 3] = 0
+    else:
+        assert family == "random"
+    return (r, k, v, w, u), dy
+
+
+def run(form, inputs, dy):
+    """y and the five gradients. `form` is a kernel, or "reference" for the recurrence in float64."""
+    dtype = torch.float64 if form == "reference" else inputs[0].dtype
+    leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in inputs]
+    y = wkv6_recurrent(*leaves)[0] if form == "reference" else wkv6(*leaves, kernel=form)
+    y.backward(dy.to(y.dtype))
+    return dict(zip(NAMES, (y.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves))))
+
+
+def errors(results, reference):
+    """Relative L2 error of each tensor: over all of it, and the largest of any head of any sequence. A head whose
+    gradient is zero (the first token has no state) is held against the size of its dr instead, or must be zero."""
+    found = {}
+    for name in NAMES:
+        x, ref = results[name].double(), reference[name].double()
+        assert x.shape == ref.shape
+        assert torch.isfinite(ref).all() and torch.isfinite(x).all(), f"{name} is not finite"
+        heads = lambda x: x.transpose(1, 2).flatten(2) if x.dim() == 4 else x  # (B, H, T N), or (H, N) for du
+        wrong, size, other = (heads(x).norm(dim=-1) for x in (x - ref, ref, reference["dr"]))
+        size = torch.where(size == 0, other if x.dim() == 4 else other.norm(dim=0), size)
+        assert (wrong[size == 0] == 0).all(), f"{name} is not zero where it must be"
+        found[name] = (wrong.norm() / size.norm()).item()
+        found[f"{name} per head"] = (wrong / size)[size > 0].max().item()
+    return found
+
+
+def check(results, reference, gate, what="", **gates):
+    """Every error within `gate`, or the tensor's own, and of any single head within 1.5 times that."""
+    found = errors(results, reference)
+    print(what, {name: f"{error:.1e}" for name, error in found.items()})
+    assert len(found) == 2 * len(NAMES)
+    over = {name: error for name, error in found.items()
+            if not error <= gates.get(name.split()[0], gate) * (1.5 if "per head" in name else 1)}
+    assert not over, f"{what}: relative errors above {gate:.1e}: " + ", ".join(f"{n} {e:.1e}" for n, e in over.items())
+
+
+def test_recurrence_is_the_equation():
+    """Against loops over single numbers, from a state that is not zero."""
+    inputs, _ = make("random", B=1, T=5, H=2, N=16)
+    start = torch.randn(1, 2, 16, 16, dtype=torch.float64)
+    given = start.clone()
+    y, end = wkv6_recurrent(*(x.double() for x in inputs), start)
+    assert torch.equal(start, given), "the state passed in was written to"
+    r, k, v, w, u = (x.double().numpy() for x in inputs)
+    for h in range(2):
+        S = given[0, h].numpy().copy()
+        for t in range(5):
+            bonus = sum(r[0, t, h, n] * u[h, n] * k[0, t, h, n] for n in range(16))
+            new = numpy.full((16, 16), numpy.nan)
+            for i in range(16):
+                y_i = sum(S[i, j] * r[0, t, h, j] for j in range(16)) + bonus * v[0, t, h, i]
+                assert abs(y[0, t, h, i].item() - y_i) < 1e-12
+                for j in range(16):
+                    new[i, j] = S[i, j] * math.exp(-math.exp(w[0, t, h, j])) + v[0, t, h, i] * k[0, t, h, j]
+            S = new
+        assert numpy.abs(end[0, h].numpy() - S).max() < 1e-12
+
+
+def test_recurrence_in_pieces():
+    inputs, _ = make("random", T=23, N=16)
+    inputs = [x.double() for x in inputs]
+    whole, end = wkv6_recurrent(*inputs)
+    state, pieces = None, []
+    for begin, stop in ((0, 1), (1, 8), (8, 9), (9, 23)):
+        y, state = wkv6_recurrent(*(x[:, begin:stop] for x in inputs[:4]), inputs[4], state)
+        pieces.append(y)
+    assert torch.equal(torch.cat(pieces, 1), whole)
+    assert torch.equal(state, end)
+
+
+def test_states_in_and_out():
+    """y, the final state and every gradient, the first state's among them, from both of them; in pieces as in one."""
+    inputs, dy = make("drops", T=37, N=16)
+    generator = torch.Generator().manual_seed(1)
+    start, d_end = (torch.randn(2, 3, 16, 16, generator=generator) for _ in range(2))
+    results = []
+    for form, dtype in ((wkv6_recurrent, torch.float64), (functools.partial(wkv6, final=True), torch.float32)):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (*inputs, start)]
+        y, end = form(*leaves[:5], state=leaves[5])
+        torch.autograd.backward((y, end), (dy.to(dtype), d_end.to(dtype)))
+        results.append([y.detach(), end.detach(), *(x.grad for x in leaves)])
+    for name, right, x in zip(("y", "sT", *NAMES[1:], "ds0"), *results):
+        error = ((x - right).norm() / right.norm()).item()
+        assert error < 5e-7, f"{name} {error:.1e}"
+    state, pieces = start, []
+    for begin, stop in ((0, 16), (16, 17), (17, 37)):
+        y, state = wkv6(*(x[:, begin:stop] for x in inputs[:4]), inputs[4], state=state, final=True)
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, 1), results[1][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, results[1][1], rtol=1e-5, atol=1e-5)
+    alone = wkv6(*inputs, state=start, final=True)[1]
+    leaf = start.clone().requires_grad_()
+    wkv6(*inputs, state=leaf, final=True)[1].sum().backward()
+    assert torch.equal(alone, results[1][1]) and leaf.grad.isfinite().all() and leaf.grad.abs().max() > 0
+    with pytest.raises(ValueError, match="the state must be .2, 3, 16, 16. on cpu; got .2, 3, 16. on cpu"):
+        wkv6(*inputs, state=start[..., 0])
+    for wrong in (dict(state=start), dict(final=True)):
+        with pytest.raises(ValueError, match="--kernel cpu starts from the zero state"):
+            wkv6(*inputs, kernel="cpu", **wrong)
+
+
+def test_gradcheck_recurrence():
+    inputs, _ = make("random", B=1, T=3, H=2, N=16)
+    leaves = [x[..., :4].double().requires_grad_() for x in inputs]
+    state = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(wkv6_recurrent, (*leaves, state))
+
+
+def test_gradcheck_torch_form():
+    inputs, _ = make("random", B=2, T=18, H=1, N=16)
+    leaves = [x.double().requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(wkv6, leaves, fast_mode=True)
+
+
+# Relative error of fp32, measured 1.5 to 2.5 times below these gates. What sets the larger ones: where decay is slow, d
+# itself, rounded to fp32 and the same for every token; at the edge e^w = 81, whose last digit d = exp(-e^w) magnifies.
+FAMILIES = {"random": 5e-7, "hard": 5e-7, "slow": 1.5e-6, "strong": 5e-7, "at the edge": 5e-7, "nothing stays": 5e-7,
+            "drops": 5e-7, "no bounds": 5e-7, "zeros": 5e-7, "large": 5e-7, "tiny dy": 5e-7, "sparse dy": 5e-7}
+GATES_OF_DW = {"at the edge": 4e-6}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forms_on_every_family(family):
+    inputs, dy = make(family)
+    reference = run("reference", inputs, dy)
+    gate = FAMILIES[family]
+    for form in FORMS:
+        check(run(form, inputs, dy), reference, gate, f"{form}, {family}", dw=GATES_OF_DW.get(family, gate))
+
+
+def test_what_the_usual_factorisations_do():
+    """... to these inputs: pairs of r and k as (r P)(k / P)^T, P the product of decays since the chunk's start or its
+    middle, and by exp of differences of sums. Were these any good, the families would prove nothing."""
+    def wrong(family, pairs):
+        (r, k, v, w, _), _ = make(family, T=96)
+        r, k, v, w = (x.unflatten(1, (6, 16)).transpose(2, 3).flatten(0, 2) for x in (r, k, v, w))  # (chunks, 16, N)
+        exact, _ = wkv6_recurrent(*(x.double()[:, :, None] for x in (r, k, v, w)), torch.zeros(1, 64))
+        sums = -w.exp().cumsum(1)
+        before = F.pad(sums, (0, 0, 1, -1))
+        return ((pairs(r, k, before, sums).tril(-1) @ v - exact[:, :, 0]).norm() / exact.norm()).item()
+
+    def since_the_start(r, k, before, sums):
+        return (r * before.exp()) @ (k * (-sums).exp()).mT
+
+    def since_the_middle(r, k, before, sums):
+        middle = sums[:, 7:8]
+        return (r * (before - middle).exp()) @ (k * (middle - sums).exp()).mT
+
+    def differences(r, k, before, sums):
+        exponents = before[:, :, None] - sums[:, None]
+        return torch.einsum("cin,cjn,cijn->cij", r, k, exponents.clamp(max=0).exp())
+
+    assert max(wrong("slow", form) for form in (since_the_start, since_the_middle, differences)) < 1e-6
+    assert all(math.isnan(wrong(family, since_the_start)) for family in ("hard", "strong", "drops", "no bounds"))
+    assert all(math.isnan(wrong(family, since_the_middle)) for family in ("strong", "drops", "no bounds"))
+    assert wrong("drops", differences) > 1e-3
+    assert math.isnan(wrong("no bounds", differences))
+
+
+def test_torch_form_in_float64():
+    for family in ("random", "hard", "drops", "no bounds"):
+        inputs, dy = make(family, T=37)
+        inputs = [x.double() for x in inputs]
+        check(run("torch", inputs, dy), run("reference", inputs, dy), 1e-14, family)
+
+
+@pytest.mark.parametrize("T", (1, 15, 16, 17, 31, 64, 100))
+@pytest.mark.parametrize("H", (1, 3))
+def test_lengths(T, H):
+    inputs, dy = make("random", T=T, H=H, N=32, seed=T)
+    reference = run("reference", inputs, dy)
+    for form in FORMS:
+        check(run(form, inputs, dy), reference, 5e-7, f"{form}, T {T}, H {H}")
+
+
+@pytest.mark.parametrize("N", HEAD_SIZES)
+def test_head_sizes(N):
+    inputs, dy = make("random", B=1, T=37, H=2, N=N)
+    reference = run("reference", inputs, dy)
+    for form in FORMS:
+        check(run(form, inputs, dy), reference, 5e-7, f"{form}, N {N}")
+
+
+@pytest.mark.parametrize("family", ("random", "hard"))
+def test_bf16(family):
+    """The result of fp32, rounded: 1.7e-3 is the error of rounding alone. u is a parameter and stays in fp32."""
+    (*inputs, u), dy = make(family, N=32)
+    inputs, dy = [x.bfloat16() for x in inputs], dy.bfloat16()
+    reference = run("reference", (*inputs, u), dy)
+    for form in FORMS:
+        leaves = [x.clone().requires_grad_() for x in (*inputs, u)]
+        y = wkv6(*leaves, kernel=form)
+        y.backward(dy)
+        results = dict(zip(NAMES, (y.detach(), *(x.grad for x in leaves))))
+        assert [x.dtype for x in results.values()] == [torch.bfloat16] * 5 + [torch.float32]
+        check(results, reference, 2e-3, f"{form}, bf16", du=5e-7)
+        assert run(form, (*inputs, u.bfloat16()), dy)["du"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_strided_inputs_and_dy(form):
+    (*inputs, u), dy = make("random", T=20, N=16)
+    expected = run(form, (*inputs, u), dy)
+    wide = torch.stack(inputs, dim=-1)  # what is a view of one tensor of all four
+    views = [wide[..., i].requires_grad_() for i in range(2)]
+    views += [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs[2:]]
+    views += [u.T.contiguous().T.requires_grad_()]
+    assert not any(x.is_contiguous() for x in views)
+    y = wkv6(*views, kernel=form)
+    y.backward(dy.transpose(1, 2).contiguous().transpose(1, 2))
+    for name, x in zip(NAMES, (y, *(x.grad for x in views))):
+        assert torch.equal(x, expected[name]), name
+    ones = run(form, (*inputs, u), torch.ones_like(dy))
+    leaves = [x.clone().requires_grad_() for x in (*inputs, u)]
+    wkv6(*leaves, kernel=form).sum().backward()  # dy is one number, expanded
+    for name, x in zip(NAMES[1:], leaves):
+        assert torch.equal(x.grad, ones[name]), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bitwise_repeatable_on_any_number_of_threads(form):
+    inputs, dy = make("random", B=5, T=500, H=3)
+    results = []
+    for count in (2, 3, 1, 1):
+        torch.set_num_threads(count)
+        results.append(run(form, inputs, dy))
+    for other in results[1:]:
+        for name in NAMES:
+            assert torch.equal(other[name], results[0][name]), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nan_and_inf_are_not_hidden(form):
+    """w of plus infinity is a decay of 0 and of minus infinity one of 1: nothing wrong with either."""
+    inputs, dy = make("random", B=1, T=20, H=2, N=16)
+    for at in range(5):
+        for value in (math.nan, math.inf, -math.inf):
+            broken = [x.clone() for x in inputs]
+            broken[at][(0, 3, 0, 5) if at < 4 else (0, 5)] = value
+            results = run(form, broken, dy)
+            if at == 3 and math.isinf(value):
+                broken[at][0, 3, 0, 5] = math.copysign(80, value)
+                check(results, run("reference", broken, dy), 5e-7)
+                continue
+            assert not torch.isfinite(results["y"][0, 3:, 0]).all(), f"{value} in {'rkvwu'[at]}"
+            assert torch.isfinite(results["y"][0, :, 1]).all()
+
+
+def test_refusals():
+    (*inputs, u), _ = make("random", B=1, T=3, H=1, N=16)
+    with pytest.raises(ValueError, match="head size 48 is not one of 16, 32, 64, 96, 128, 192"):
+        wkv6(*(torch.zeros(1, 3, 1, 48) for _ in range(4)), torch.zeros(1, 48))
+    with pytest.raises(ValueError, match=r"must be \(B, T, H, N\).*\(1, 2, 1, 16\)"):
+        wkv6(*inputs[:3], inputs[3][:, :2], u)
+    with pytest.raises(ValueError, match="one floating dtype.*bfloat16"):
+        wkv6(inputs[0].bfloat16(), *inputs[1:], u)
+    with pytest.raises(ValueError, match="not empty"):
+        wkv6(*(x[:, :0] for x in inputs), u)
+    for wrong in (u[0], u.expand(2, 16), u.int(), inputs[0]):
+        with pytest.raises(ValueError, match=r"u must be \(H, N\), \(1, 16\) here, floating and on cpu; got"):
+            wkv6(*inputs, wrong)
+    with pytest.raises(ValueError, match="'fast' is not loaded .loaded: cpu, torch"):
+        wkv6(*inputs, u, kernel="fast")
+    with pytest.raises(ValueError, match="--kernel cpu computes in torch.float32 on cpu; got torch.float64"):
+        wkv6(*(x.double() for x in inputs), u.double(), kernel="cpu")
+    with pytest.raises(RuntimeError, match="differ in shape"):
+        torch.ops.wkv6.cpu_forward(*inputs[:3], inputs[3][:, :2].contiguous(), u)
+    for wrong in (u[0], torch.zeros(2, 16), torch.zeros(1, 32)):
+        with pytest.raises(RuntimeError, match="u of shape"):
+            torch.ops.wkv6.cpu_forward(*inputs, wrong)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("T", (16, 19))
+def test_opcheck(form, T):
+    inputs, dy = make("random", B=1, T=T, H=1, N=16)
+    inputs = [x.requires_grad_() for x in inputs]
+    forward, backward = (getattr(torch.ops.wkv6, f"{form}_{way}").default for way in ("forward", "backward"))
+    start = torch.randn(1, 1, 16, 16, requires_grad=True)
+    for s0 in {"torch": ([None], [start]), "cpu": ([],)}[form]:
+        torch.library.opcheck(forward, (*inputs, *s0))
+        s0 = [x if x is None else x.detach() for x in s0]
+        given = [*(x.detach() for x in inputs), *s0]
+        torch.library.opcheck(backward, (*given, forward(*given)[1], dy, *s0))  # s0 for dsT too
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, kernel):
+        super().__init__()
+        torch.manual_seed(0)
+        self.project, self.u, self.kernel = torch.nn.Linear(32, 4 * 32), torch.nn.Parameter(torch.randn(2, 16)), kernel
+
+    def forward(self, x):  # (B, T, 2 * 16)
+        r, k, v, w = (part.unflatten(2, (2, 16)) for part in self.project(x).chunk(4, dim=2))
+        return wkv6(r, k, v, w, self.u, self.kernel).flatten(2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compile_in_one_graph(form):
+    x = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(1))
+    results = []
+    for compiled in (False, True):
+        layer = Layer(form)
+        y = (torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer)(x)
+        (y * y).sum().backward()
+        results.append((y.detach(), layer.project.weight.grad, layer.u.grad))
+    for eager, compiled in zip(*results):
+        assert eager.abs().max() > 0.1
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,1559 @@
+"""Train RWKV-6 "Finch" (arXiv 2404.05892), the RNN with a data-dependent decay: a race to 3.28 on FineWeb.
+
+Track fineweb: 12 layers, 768 wide, at most 124M parameters active per token, 5100 steps of 524288 tokens, on GPUs.
+Track tiny:    the same script on bytes of text, about 1M parameters, two minutes on a laptop's CPU; no GPU, no network.
+
+    8 GPUs   ./run_rwkv6.sh --adam_lr 0.0020 --emb_scale 1.5 --muon_lr 0.00036 --headsz 64 --bsz 512 --device_bsz 64
+    1 GPU    ./run_rwkv6.sh --device_bsz 32              (python train_rwkv6.py ...; the same run, only longer)
+    CPU      ./run_rwkv6.sh --track tiny                 (python data/pydocs.py; python train_rwkv6.py --track tiny)
+
+Claims: on fineweb none yet (the public run of this recipe reached 3.2914 after 5100 steps); on tiny the table of
+README.md, from the runs in records/. The file stands alone: besides itself it reads only its kernel in cuda/.
+"""
+
+import argparse
+import collections
+import contextlib
+import copy
+import ctypes
+import difflib
+import errno
+import gc
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import queue
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Optional
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends the program quietly
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # longer, OpenMP threads stall each other on a busy machine
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    fcntl = resource = None
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line [shared]
+
+TRACKS = ("fineweb", "tiny")
+
+
+def flag(help, both=None, choices=None, **per_track):
+    """A field of Hyperparameters: help (meaning and unit) and its default, one for both tracks or one for each."""
+    defaults = {track: per_track.get(track, both) for track in TRACKS}
+    return field(default=None, metadata=dict(help=help, defaults=defaults, choices=choices))
+
+
+def stop(message):
+    """End the program: one or two lines on stderr, exit status 1, no traceback. Rank 0 speaks for all."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, with the nearest flag when one was misspelt."""
+
+    def error(self, message):
+        known = [option for action in self._actions for option in action.option_strings]
+        strange = re.match(r"unrecognized arguments: .*?(--[^\s=]+)", message)
+        near = difflib.get_close_matches(strange[1], known, n=1) if strange else []
+        hint = f". Did you mean {near[0]}?" if near else ""
+        self.exit(2, f"{self.prog}: {message}{hint} (all flags: python {self.prog} --help)\n")
+
+
+class Flags:
+    """Base of Hyperparameters: unset fields take the track's defaults; every field is a command-line flag."""
+
+    def __post_init__(self):
+        self.track = self.track or TRACKS[0]
+        for f in fields(self):
+            if getattr(self, f.name) is None:
+                setattr(self, f.name, f.metadata["defaults"][self.track])
+
+    @classmethod
+    def parse(cls, argv=None):
+        """Hyperparameters from the command line. Bad flags end the program with one line and status 2."""
+        parser = OneLineParser(prog=Path(__file__).name, description=__doc__, allow_abbrev=False,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+        for f in fields(cls):
+            defaults, choices = f.metadata["defaults"], f.metadata["choices"]
+            same = len(set(defaults.values())) == 1
+            shown = str(defaults[TRACKS[0]]) if same else ", ".join(f"{t} {value}" for t, value in defaults.items())
+            kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
+                type=f.type, choices=choices, metavar=None if choices else f.type.__name__.upper())
+            text = f"{f.metadata['help']} [{shown or 'none'}]".replace("%", "%%")
+            parser.add_argument(f"--{f.name}", help=text, default=None, **kind)
+        return cls(**vars(parser.parse_args(argv)))
+
+
+def has_bf16(device):
+    """Whether the device multiplies bf16 matrices in hardware (on a CPU: AVX512-BF16 or AMX)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def resolve(args, world):
+    """Fix what "auto" means on this machine and deal the batch out. Raises ValueError with the way out."""
+    cuda = torch.cuda.is_available()
+    if args.device == "cuda" and not cuda:
+        raise ValueError("--device cuda: torch sees no CUDA device. Use --track tiny --device cpu.")
+    if args.device == "auto" and args.track == "fineweb" and not cuda:
+        raise ValueError("track fineweb needs a CUDA device and torch sees none. "
+                         "On this machine run --track tiny (or insist with --device cpu: months, not minutes).")
+    if args.device == "auto":
+        args.device = "cuda" if cuda else "cpu"
+    if args.dtype == "auto":
+        args.dtype = ("bf16" if args.device == "cuda" else "mixed") if has_bf16(args.device) else "fp32"
+    counts = ("steps", "bsz", "device_bsz", "seq_len", "epochs", "val_every", "val_tokens", "layers", "width")
+    for low in (f.name for f in fields(args) if f.type in (int, float) and getattr(args, f.name) < (f.name in counts)):
+        raise ValueError(f"--{low} {getattr(args, low)} is too small: at least {int(low in counts)}.")
+    if args.random_seed >= 2**63:
+        raise ValueError(f"--random_seed {args.random_seed} is too large: below 2^63.")
+    share, unit = args.bsz // world, world * min(args.device_bsz, max(1, args.bsz // world))
+    if args.bsz % unit:
+        fits = [n for n in range(1, args.device_bsz + 1) if share % n == 0] if args.bsz % world == 0 else []
+        near = [n for n in (args.bsz // unit * unit, (args.bsz // unit + 1) * unit) if n]
+        raise ValueError(f"--bsz {args.bsz} cannot be reached with {world} device(s) x --device_bsz {unit // world}. "
+                         f"Nearest: --bsz {' or '.join(map(str, near))}"
+                         f"{f', or --device_bsz {fits[-1]}' if fits else ''}.")
+
+
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hyperparameters
+
+
+@dataclass
+class Hyperparameters(Flags):
+    """All that defines a run. Each field is a flag: help (meaning, unit) and its default, per track if it differs."""
+    # the run
+    track: str = flag("fineweb (124M parameters, GPT-2 tokens) or tiny (1M, bytes)", "fineweb", choices=TRACKS)
+    data: str = flag("folder of *_train_*.bin and *_val_*.bin shards", fineweb="data/fineweb10B", tiny="data/pydocs")
+    name: str = flag("name of the run in its record's folder (default: a short id)", "")
+    random_seed: int = flag("seed of the starting weights", 1337)
+    records: str = flag("folder that receives the record", "records")
+    # length and batch
+    steps: int = flag("optimiser steps", fineweb=5100, tiny=4400)
+    warmdown_steps: int = flag("last steps, over which every learning rate falls linearly to 0",
+                               fineweb=1450, tiny=4400)
+    warmup_steps: int = flag("first steps, over which every learning rate rises linearly", fineweb=0, tiny=0)
+    bsz: int = flag("sequences a step, over all devices and micro-batches", fineweb=512, tiny=2)
+    device_bsz: int = flag("sequences a device takes at once, at most", fineweb=32, tiny=16)
+    seq_len: int = flag("tokens a sequence (T)", fineweb=1024, tiny=256)
+    epochs: int = flag("how often the train shards may be read over", fineweb=1, tiny=20)
+    val_every: int = flag("steps between validations", fineweb=125, tiny=1100)
+    val_tokens: int = flag("validation tokens, the first there are (tiny: at most)", fineweb=10485760, tiny=262144)
+    save_every: int = flag("steps between checkpoints, 0 for none", 0)
+    # model
+    vocab_size: int = flag("token ids in use; tables are padded to a multiple of 128", fineweb=50257, tiny=257)
+    layers: int = flag("blocks (L)", fineweb=12, tiny=2)
+    width: int = flag("channels (C)", fineweb=768, tiny=192)
+    headsz: int = flag("channels a head (N)", fineweb=64, tiny=32)
+    ffn_ratio: float = flag("hidden width of the MLP / C", fineweb=3.5, tiny=3.0)
+    emb_scale: float = flag("factor on the embedding; the head, tied to it, is without", 2.0)
+    # learning rates
+    muon_lr: float = flag("Muon: matrices of the blocks", fineweb=0.00036, tiny=0.0005)
+    muon_scale: str = flag("Muon's scale of an update", "rms", choices=("spectral", "rms"))
+    muon_warmup: int = flag("steps over which Muon's momentum rises from 0.85 to 0.95", fineweb=500, tiny=100)
+    adam_lr: float = flag("Adam: all the rest", fineweb=0.0022, tiny=0.001)
+    adam_beta2: float = flag("Adam: decay of the mean square", fineweb=0.95, tiny=0.99)
+    # machine
+    device: str = flag("where to train", "auto", choices=("auto", "cuda", "cpu"))
+    dtype: str = flag("bf16 (activations and products), mixed (products bf16, the rest fp32) or fp32", "auto",
+                      choices=("auto", "bf16", "mixed", "fp32"))
+    compile: bool = flag("torch.compile the model on a GPU", True)
+    kernel: str = flag("WKV-6: torch (anywhere), cpu (C++) or auto (cpu on a CPU, else torch)", "auto",
+                       choices=("auto", "torch", "cpu"))
+    fast_cuda: bool = flag("WKV-6 on tensor cores", False)
+    # report
+    check: bool = flag("only check flags, machine and data, for WORLD_SIZE ranks, and stop", False)
+    print_params: bool = flag("print every parameter with its optimiser, rate, mean and sd, and stop", False)
+    usd_per_hour: float = flag("price of the whole machine in dollars an hour, for the cost in the record", 0.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernel build [shared]
+#
+# Kernels are built once into cuda/build/, by local rank 0, with plain calls of the compilers (no ninja). The section
+# after this one names the OPERATOR and its KERNELS, and defines register_kernel(kernel) and self_test(kernel).
+
+CUDA_FOLDER = Path(__file__).absolute().parent / "cuda"
+LOADED_KERNELS = {"torch"}
+AROUND = "Or go on without it: --kernel torch (any device, no compiler; slower, the same maths)."
+
+
+@dataclass
+class Kernel:
+    """A form of the operator: its files below cuda/, where it runs, the flag that asks for it and what it takes."""
+    files: tuple
+    device: str | None  # None: any
+    flag: str
+    head_sizes: tuple
+    dtypes: tuple = (torch.float32,)  # what it computes on as it is; other inputs are converted to the last of these
+    states: bool = True  # an initial state in and the final state out
+    multiple: int = 1  # of which T must be a multiple inside
+
+
+class KernelError(RuntimeError):
+    """A kernel cannot be had: three lines, the cause, how to mend it, how to go on without it; then the compiler's."""
+
+
+def kernel_sources(kernel):
+    """The files that `kernel` is built from, headers included."""
+    return [CUDA_FOLDER / file for file in KERNELS[kernel].files]
+
+
+def toolchain(gpu=True):
+    """Plain facts on what kernels are built with here: versions as text ("13.0"), architectures as numbers (90 for
+    sm_90), None for what is not there. compiler_refused: what nvcc says if it will not work with the C++ compiler.
+    Without `gpu` nvcc is not looked for."""
+    def ask(*command):
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        return done.stdout + done.stderr
+    cxx = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    home = os.environ.get("CUDA_HOME")
+    nvcc = [*[f"{home}/bin/nvcc"] * bool(home), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    facts = dict(
+        torch=torch.__version__, torch_cuda=torch.version.cuda, cxx_named=cxx[0], cxx_version=None, gcc=None,
+        torch_archs=[int(arch[3:]) for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", arch)],
+        devices=[dict(name=torch.cuda.get_device_name(i), arch=10 * major + minor) for i in range(
+            torch.cuda.device_count()) for major, minor in [torch.cuda.get_device_capability(i)]],
+        cxx=[shutil.which(cxx[0]), *cxx[1:]] if shutil.which(cxx[0]) else None, cuda_home=home,
+        nvcc=next(filter(None, map(shutil.which, nvcc if gpu else ())), None), cuda=None, nvcc_archs=[],
+        compiler_refused=None)
+    if facts["cxx"]:
+        facts["cxx_version"] = (ask(*facts["cxx"], "--version").splitlines() or [""])[0]
+        gcc = re.search(r"\b(\d+)\.\d+\.\d+", re.sub(r"\(.*?\)", "", facts["cxx_version"]))
+        facts["gcc"] = int(gcc[1]) if gcc and "clang" not in facts["cxx_version"] else None
+    if facts["nvcc"]:
+        version = re.search(r"release (\d+\.\d+)", ask(facts["nvcc"], "--version"))
+        facts["cuda"] = version[1] if version else None
+        facts["nvcc_archs"] = sorted(map(int, set(re.findall(r"sm_(\d+)\b", ask(facts["nvcc"], "--list-gpu-code")))))
+        if facts["cxx"]:  # nvcc's headers look at the compiler's version
+            said = ask(facts["nvcc"], "-ccbin", facts["cxx"][-1], "-x", "cu", "-E", os.devnull)
+            facts["compiler_refused"] = (re.search(r"#error (?:-- )?(.*)", said) or [None, None])[1]
+    return facts
+
+
+def obstacle(facts, kernel):
+    """Why `kernel` cannot be built where toolchain() finds these facts, in KernelError's three lines; else None."""
+    def because(cause, fix):
+        return f"{OPERATOR} {kernel} not built: {cause}\n{fix}\n{AROUND}"
+    missing = [str(file) for file in kernel_sources(kernel) if not file.exists()]
+    if missing:
+        return because(f"{missing[0]} is missing.", "Restore it: git checkout -- cuda")
+    if KERNELS[kernel].device == "cuda":
+        old = [device for device in facts["devices"] if device["arch"] < 80]
+        new = [device for device in facts["devices"] if device["arch"] not in facts["nvcc_archs"]]
+        if not facts["torch_cuda"]:
+            return because(f"torch {facts['torch']} was built without CUDA.", "For an NVIDIA GPU install one with it.")
+        if not facts["devices"]:
+            return because("torch sees no CUDA device.", "Run it where there is one (nvidia-smi lists them).")
+        if old:
+            return because(f"{old[0]['name']} (sm_{old[0]['arch']}) has no bf16; the kernel needs sm_80 or newer.",
+                           "Take another GPU (CUDA_VISIBLE_DEVICES), or train here with --dtype fp32 (slow).")
+        if not facts["nvcc"]:
+            looked = f"$CUDA_HOME: {facts['cuda_home'] or 'not set'}, PATH, /usr/local/cuda"
+            return because(f"no nvcc (looked in {looked}).", f"torch {facts['torch']} was built for CUDA "
+                           f"{facts['torch_cuda']}: install that toolkit and set CUDA_HOME, or use the Dockerfile.")
+        ours, theirs = (str(facts[name]).split(".")[0] for name in ("cuda", "torch_cuda"))
+        if ours != theirs:
+            return because(f"nvcc is of CUDA {facts['cuda']}, but torch {facts['torch']} wants {theirs}.x.",
+                           f"Set CUDA_HOME to a toolkit {theirs}.x (minor differences are fine), or install a torch "
+                           f"for CUDA {ours}.x.")
+        if new:
+            newest = max(facts["nvcc_archs"], default=0)
+            return because(f"{new[0]['name']} is sm_{new[0]['arch']}; nvcc {facts['cuda']} stops at sm_{newest}.",
+                           "Install a newer CUDA toolkit, and a torch for it (yours is for "
+                           f"{', '.join(f'sm_{arch}' for arch in facts['torch_archs']) or 'no GPU'}).")
+    if not facts["cxx"]:
+        return because(f"no C++ compiler ({facts['cxx_named']} not found).", "Install g++ or set CXX.")
+    if facts["gcc"] and facts["gcc"] < 10:
+        return because(f"{facts['cxx_version']} knows no C++20.", "Install gcc 10 or newer: CC=gcc-12 CXX=g++-12")
+    if KERNELS[kernel].device == "cuda" and facts["compiler_refused"]:
+        limit = re.search(r"gcc versions later than (\d+)", facts["compiler_refused"])
+        if limit:
+            return because(f"nvcc {facts['cuda']} supports gcc <= {limit[1]}, found gcc {facts['gcc']}.",
+                           f"Install that one: CC=gcc-{limit[1]} CXX=g++-{limit[1]}")
+        return because(f"nvcc {facts['cuda']}: {facts['compiler_refused']}", "Set CXX to a g++ that it supports.")
+    return None
+
+
+def kernel_flags(kernel):
+    """(flags for the kernel's files, architectures of the GPUs here): with its sources, what a library depends on."""
+    if KERNELS[kernel].device == "cuda":
+        capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+        return ["-O3"], sorted({10 * major + minor for major, minor in capabilities})
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    return ["-O3", native, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"], []
+
+
+def kernel_library(kernel):
+    """Where the library of `kernel` is, or would be. Its name tells other sources, flags, versions and chips apart. In
+    cuda/build/, or where that cannot be written in a folder of this user's for temporary files."""
+    flags, archs = kernel_flags(kernel)
+    cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else platform.processor()
+    cpu = sorted(set(re.findall(r"^(?:model name|flags|Features|CPU part).*", cpu, re.M))) or cpu
+    key = repr((torch.__version__, torch.version.cuda, flags, archs or cpu,
+                [source.read_bytes() for source in kernel_sources(kernel) if source.exists()]))
+    name, folder = f"{OPERATOR}_{kernel}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so", CUDA_FOLDER / "build"
+    if not (folder / name).exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError:
+            folder = Path(tempfile.gettempdir()) / f"kernels-{os.getuid()}"
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if folder.stat().st_uid != os.getuid():
+                raise KernelError(f"{folder} is not yours; set TMPDIR to a folder of your own.") from None
+    return folder / name
+
+
+def compile_kernel(kernel, facts, archs, work):
+    """A library of the kernel's files in the folder `work`; what the compilers said if they failed, in KernelError."""
+    def call(command):
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            raise KernelError(f"{shlex.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    cuda, torch_folder = KERNELS[kernel].device == "cuda", Path(torch.__file__).parent
+    flags = [*kernel_flags(kernel)[0], "-I", CUDA_FOLDER]
+    nvcc = [facts["nvcc"], "-ccbin", facts["cxx"][-1] if facts["cxx"] else "c++", "-Xcompiler", "-fPIC"]
+    chips = [f"{arch}a" if arch == 90 else arch for arch in archs]
+    tools = {".cpp": [*facts["cxx"], "-std=c++20", "-fPIC", f"-DKERNEL={kernel}", "-isystem", torch_folder / "include"],
+             ".cu": [*nvcc, "-std=c++17", *(f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips)]}
+    units = [source for source in kernel_sources(kernel) if source.suffix in tools]
+    objects, library = [work / f"{source.name}.o" for source in units], work / "kernel.so"
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(call, ([*tools[source.suffix], *flags, "-c", source, "-o", made]
+                             for source, made in zip(units, objects))))
+    torch_has = [f"-l{name}" for name in ("torch_cpu", "torch_cuda") if list((torch_folder / "lib").glob(f"*{name}.*"))]
+    linker = nvcc if cuda else facts["cxx"]
+    call([*linker, "-shared", *objects, "-L", torch_folder / "lib", *torch_has, "-o", library])
+    return library
+
+
+@contextlib.contextmanager
+def build_lock(path):
+    """One process builds, the others wait and say so. The lock is the system's and goes with its owner; what the file
+    says (process and folder of the owner) is only still there after a killed build, whose folder is then removed."""
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{OPERATOR}: waiting for another process that builds the kernel ({path})", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (AttributeError, OSError):  # no such locks here: at worst two processes build the same
+            pass
+        file.seek(0)
+        left = file.read().splitlines()
+        if left:
+            print(f"{OPERATOR}: a killed build left {path} (age {(time.time() - path.stat().st_mtime) / 60:.0f} min, "
+                  f"process {left[0]} not running). Removing it.", file=sys.stderr)
+            shutil.rmtree(left[-1], ignore_errors=True)
+        work = tempfile.mkdtemp(prefix=f"{path.stem}.", dir=path.parent)
+        try:
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n{work}")
+            file.flush()
+            yield Path(work)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            file.truncate(0)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def build_kernel(kernel, library):
+    """Build and load `kernel`, hold it against the recurrence and only then keep it as `library`; else KernelError."""
+    facts = toolchain(gpu=KERNELS[kernel].device == "cuda")
+    archs, log = kernel_flags(kernel)[1], library.with_suffix(".log")
+    problem = obstacle(facts, kernel)
+    if problem:
+        raise KernelError(problem)
+    with build_lock(library.with_suffix(".lock")) as work:
+        if library.exists():  # by the process waited for
+            return torch.ops.load_library(library)
+        try:
+            made = compile_kernel(kernel, facts, archs, work)
+        except KernelError as error:
+            log.write_text(str(error))
+            said = str(error).partition("\n")[2]
+            first = re.search(r".*(?:\berror\b|\bfatal\b|undefined reference|cannot find).*|.*", said)
+            raise KernelError(f"{OPERATOR} {kernel} not built: the compiler failed.\nMend what it names first, below; "
+                              f"the compilers found: python cuda/doctor.py\n{AROUND}\n{first[0]}\nfull log: {log}"
+                              ) from error
+        torch.ops.load_library(made)
+        register_kernel(kernel)
+        errors = self_test(kernel)
+        bad = [name for name, (error, limit) in errors.items() if not error <= limit]
+        said = ", ".join(f"{name} {error:.1e}" for name, (error, _) in errors.items())
+        limits = [limit for _, limit in errors.values()]
+        limits = " to ".join(f"{limit:.1e}" for limit in sorted({min(limits), max(limits)}))
+        said = f"{OPERATOR} {kernel} self-test: {said} (limit {limits})".replace("e-0", "e-")
+        if bad:
+            LOADED_KERNELS.discard(kernel)
+            raise KernelError(f"{said}: {', '.join(bad)} wrong, the kernel is refused.\n"
+                              f"Please report this line with what python cuda/doctor.py prints.\n{AROUND}")
+        print(f"{said} ok", file=sys.stderr)
+        os.replace(made, library)
+
+
+def load_kernel(kernel, required=False):
+    """Load `kernel`, built first if need be, and return its name. Where that fails: ValueError if it is required, else
+    a line and "torch". In a run of several ranks all must call this; local rank 0 builds."""
+    if kernel in LOADED_KERNELS:
+        return kernel
+    several, local_rank = dist.is_initialized(), int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
+    try:
+        if hasattr(getattr(torch.ops, OPERATOR), f"{kernel}_forward"):  # twice in one process ends it
+            raise KernelError(f"{OPERATOR} {kernel} was refused before.\n{AROUND}")
+        library = kernel_library(kernel)
+        if local_rank > 0:
+            if not library.exists():
+                print(f"rank {dist.get_rank()}: waiting for rank {dist.get_rank() - local_rank} to build {OPERATOR} "
+                      "(usually 40-90 s)", file=sys.stderr)
+            dist.barrier()
+        try:
+            if library.exists():
+                torch.ops.load_library(library)
+            elif local_rank == 0:
+                build_kernel(kernel, library)
+            else:
+                raise KernelError(f"{OPERATOR} {kernel} not built: see rank {dist.get_rank() - local_rank}'s message")
+        finally:
+            if several and local_rank == 0:
+                dist.barrier()
+        if kernel not in LOADED_KERNELS:
+            register_kernel(kernel)
+    except (KernelError, OSError) as error:
+        if required:
+            raise ValueError(error) from error
+        if local_rank == 0:
+            print(f"{error}\n{OPERATOR}: going on with --kernel torch", file=sys.stderr)
+        return "torch"
+    return kernel
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# WKV-6 operator
+# Per sequence and head, state S (row = value, column = key), S_0 = 0, decay d = exp(-exp(w)), u a vector for each head:
+#     y_t = S_{t-1} r_t + (sum_n r_n u_n k_n) v_t      S_t = S_{t-1} diag(d_t) + v_t k_t^T
+# r, k, v, w, y and their gradients are (B, T, H, N), u and du (H, N). w has no bounds: a product of decays may well be
+# 0 and have no reciprocal. The state and every sum are fp32 whatever the dtype of the inputs.
+
+OPERATOR = "wkv6"
+HEAD_SIZES = (16, 32, 64, 96, 128, 192)
+KERNELS = dict(
+    torch=Kernel((), None, "--kernel torch", HEAD_SIZES, (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
+    cpu=Kernel(("wkv6/wkv6_cpu.cpp", "cpu.h"), "cpu", "--kernel cpu", HEAD_SIZES, states=False))
+LIMITS = dict(cpu=[2e-6] * 6)  # of the relative errors of y dr dk dv dw du after a build
+CHUNK = 16  # tokens
+HALVES = (1, 2, 4, 8)  # two tokens of a chunk lie in the two halves of exactly one block, of 2, 4, 8 or 16 tokens
+LARGEST_W = 30.0  # exp(-exp(30)) is 0 even in fp64, and 0 times exp(30) is 0
+
+
+def wkv6_recurrent(r, k, v, w, u, state=None):
+    """The equation token by token, in the dtype of its inputs: in float64 the reference of all tests, and given a state
+    (B, H, N, N) the step of generation. Returns y and the state after the last token."""
+    B, T, H, N = r.shape
+    S = r.new_zeros(B, H, N, N) if state is None else state
+    d = torch.exp(-torch.exp(w))
+    bonus = (r * u * k).sum(-1, keepdim=True)
+    y = []
+    for t in range(T):
+        y.append((S @ r[:, t, :, :, None])[..., 0] + bonus[:, t] * v[:, t])
+        S = S * d[:, t, :, None, :] + v[:, t, :, :, None] * k[:, t, :, None, :]
+    return torch.stack(y, dim=1), S
+
+
+def to_chunks(x, value=0.0):  # (B, T, H, N) -> (chunks, B, H, CHUNK, N), fp32 or fp64
+    x = F.pad(x.to(torch.promote_types(x.dtype, torch.float32)), (0, 0, 0, 0, 0, -x.size(1) % CHUNK), value=value)
+    return x.unflatten(1, (-1, CHUNK)).permute(1, 0, 3, 2, 4).contiguous()
+
+
+def from_chunks(x, like):  # and back, without the padding; always a copy, since an operator's results must not overlap
+    x = x.permute(1, 0, 3, 2, 4).to(like.dtype, memory_format=torch.contiguous_format, copy=True)
+    return x.flatten(1, 2)[:, : like.size(1)].contiguous()
+
+
+def halves(x, level):
+    """The left and the right halves of the blocks of a level, (..., blocks, half, N) each, of x (..., CHUNK, N)."""
+    return x.unflatten(-2, (-1, 2, HALVES[level])).unbind(-3)
+
+
+def corners(A, level):
+    """The corner of each of these blocks in A (..., CHUNK, CHUNK): token of the right half, token of the left half."""
+    split = (-1, 2, HALVES[level])
+    return A.unflatten(-1, split).unflatten(-4, split)[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def chunk_terms(r, k, v, w, u):
+    """What does not depend on the chunk's state S. Between the r of one token and the k of an earlier one lie the
+    decays of the tokens between them. At the level where the two are in different halves of a block their product
+    splits in two, at the edge of the halves: one factor for r and one for k, each at most 1. So nothing is divided and
+    nothing overflows; and as every factor is exp of a sum over its own tokens, no digits go in differences of sums.
+
+    between: 0/1, (6 CHUNK, CHUNK), the tokens that a token's factor takes in: at each level, since the chunk's start,
+    to the chunk's end. RK: r of the right and k of the left halves times these, (..., levels, CHUNK, N); R, K: r since
+    the start and k to the end. A: all pairs, (..., CHUNK, CHUNK), u on the diagonal. P_end: product over the chunk."""
+    r, k, v, u = to_chunks(r), to_chunks(k), to_chunks(v), u[:, None]
+    log_d = -torch.exp(to_chunks(w, -torch.inf).clamp(max=LARGEST_W))  # padding: d = 1, k = v = 0 keep the state as is
+    t = torch.arange(CHUNK, device=r.device)
+    to, s = t[:, None], t[None, :]
+    edges = [(to // half | 1) * half for half in HALVES]
+    between = [(edge <= s) & (s < to) | (to < s) & (s < edge) for edge in edges] + [s < to, s > to]
+    between = torch.cat(between).to(log_d.dtype)
+    is_right = torch.stack([edge <= to for edge in edges])  # (levels, CHUNK, 1)
+    decay = (between @ log_d).exp().unflatten(-2, (-1, CHUNK))
+    RK = torch.where(is_right, r.unsqueeze(-3), k.unsqueeze(-3)) * decay[..., :-2, :, :]
+    A = torch.diag_embed((r * u * k).sum(-1))
+    for level in range(len(HALVES)):
+        left, right = halves(RK[..., level, :, :], level)
+        corners(A, level).copy_(right @ left.mT)
+    R, K, P_end = r * decay[..., -2, :, :], k * decay[..., -1, :, :], log_d.sum(-2, keepdim=True).exp()
+    return r, k, v, u, log_d, between, is_right, decay, RK, R, K, A, P_end
+
+
+@torch.library.custom_op("wkv6::torch_forward", mutates_args=())
+def torch_forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, s0: Optional[Tensor]
+                  ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the states at the chunk starts, (chunks, B, H, N, N), and the final one."""
+    _, _, V, _, _, _, _, _, _, R, K, A, P_end = chunk_terms(r, k, v, w, u)
+    add = V.mT @ K
+    S = torch.zeros_like(add)
+    if s0 is not None:
+        S[0] = s0
+    for c in range(len(S) - 1):
+        torch.addcmul(add[c], S[c], P_end[c], out=S[c + 1])
+    return from_chunks(R @ S.mT + A @ V, r), S, add[-1] + S[-1] * P_end[-1]
+
+
+@torch.library.custom_op("wkv6::torch_backward", mutates_args=())
+def torch_backward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, s0: Optional[Tensor], S: Tensor, dy: Tensor,
+                   dsT: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    r_, k_, V, u_, log_d, between, is_right, decay, RK, R, K, A, P_end = chunk_terms(r, k, v, w, u)
+    dY = to_chunks(dy)
+    add = dY.mT @ R
+    G = torch.zeros_like(S)  # gradient of the state at the chunk's end
+    if dsT is not None:
+        G[-1] = dsT
+    for c in range(len(S) - 1, 0, -1):
+        torch.addcmul(add[c], G[c], P_end[c], out=G[c - 1])
+    ds0 = S.new_empty(0) if s0 is None else add[0] + G[0] * P_end[0]
+    dA = dY @ V.mT
+    dV = A.mT @ dY + K @ G.mT
+    products = torch.empty_like(decay)  # gradients of RK, R and K
+    products[..., -2, :, :], products[..., -1, :, :] = dY @ S, V @ G
+    for level in range(len(HALVES)):
+        left, right = halves(RK[..., level, :, :], level)
+        d_left, d_right = halves(products[..., level, :, :], level)
+        pairs = corners(dA, level)
+        d_left.copy_(pairs.mT @ right), d_right.copy_(pairs @ left)
+    # A token's decay is in the factors of `between` and in what the chunk hands on: sums in which nothing cancels.
+    through = torch.cat((RK, torch.stack((R, K), -3)), -3) * products
+    d_log = between.mT @ through.flatten(-3, -2) + P_end * (S * G).sum(-2, keepdim=True)
+    products *= decay
+    q = dA.diagonal(dim1=-2, dim2=-1)[..., None]  # dy v
+    dr = torch.where(is_right, products[..., :-2, :, :], 0).sum(-3) + products[..., -2, :, :] + u_ * k_ * q
+    dk = torch.where(is_right, 0, products[..., :-2, :, :]).sum(-3) + products[..., -1, :, :] + u_ * r_ * q
+    du = (r_ * k_ * q).sum(-2).sum((0, 1))
+    return *(from_chunks(x, r) for x in (dr, dk, dV, d_log * log_d)), du, ds0
+
+
+def kept_like(kernel, r):
+    """An empty tensor as the forward of `kernel` keeps it for its backward: the CPU's needs none."""
+    (B, T, H, N), wide = r.shape, torch.promote_types(r.dtype, torch.float32)
+    return r.new_empty(dict(torch=(-(-T // CHUNK), B, H, N, N), cpu=(0,))[kernel], dtype=wide)
+
+
+def register_kernel(kernel):
+    """Make wkv6::<kernel>_forward -> (y, kept, final state) known to torch.compile, <kernel>_backward its backward."""
+    forward, backward = (getattr(torch.ops.wkv6, f"{kernel}_{way}").default for way in ("forward", "backward"))
+    states = KERNELS[kernel].states  # a kernel without takes and gives neither s0, sT nor their gradients
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.set_materialize_grads(False)
+
+    def backward_of(ctx, dy, _, dsT=None):  # what is kept for the backward has no gradient of its own
+        *inputs, kept = ctx.saved_tensors
+        if dy is None and dsT is None:
+            return (None,) * len(inputs)
+        dy = torch.zeros_like(inputs[0]) if dy is None else dy.contiguous()
+        grads = backward(*inputs, kept, dy, *[None if dsT is None else dsT.contiguous()] * states)
+        return *grads[:5], *[grads[-1] if inputs[-1] is not None else None] * states
+
+    def state_like(r):
+        B, T, H, N = r.shape
+        return r.new_empty(B, H, N, N, dtype=torch.promote_types(r.dtype, torch.float32))
+
+    def fake_forward(*inputs):
+        r = inputs[0]
+        return r.new_empty(r.shape), kept_like(kernel, r), *[state_like(r)] * states
+
+    def fake_backward(*inputs):
+        r = inputs[0]
+        ds0 = [state_like(r) if inputs[5] is not None else state_like(r).new_empty(0)] if states else []
+        return *(x.new_empty(x.shape) for x in inputs[:5]), *ds0
+
+    torch.library.register_fake(forward, fake_forward)
+    torch.library.register_fake(backward, fake_backward)
+    torch.library.register_autograd(forward, backward_of, setup_context=setup_context)
+    LOADED_KERNELS.add(kernel)
+
+
+register_kernel("torch")
+
+
+def wkv6(r, k, v, w, u, kernel="torch", state=None, final=False):
+    """y, by a kernel that load_kernel has loaded, from the state given, (B, H, N, N), or zero; with `final` also the
+    state after the last token. Differentiable in all inputs. Any T; any strides. y has the dtype of r; u and the states
+    are fp32 inside."""
+    inputs, about = (r, k, v, w), KERNELS.get(kernel)
+    if r.dim() != 4 or not r.numel() or not r.is_floating_point() or any(
+            (x.shape, x.dtype, x.device) != (r.shape, r.dtype, r.device) for x in inputs):
+        raise ValueError("wkv6: r k v w must be (B, T, H, N), not empty, of one floating dtype and device; got "
+                         + ", ".join(f"{tuple(x.shape)} {x.dtype} {x.device}" for x in inputs))
+    if u.shape != r.shape[2:] or not u.is_floating_point() or u.device != r.device:
+        raise ValueError(f"wkv6: u must be (H, N), {tuple(r.shape[2:])} here, floating and on {r.device}; got "
+                         f"{tuple(u.shape)} {u.dtype} {u.device}")
+    if kernel not in LOADED_KERNELS:
+        raise ValueError(f"wkv6: kernel {kernel!r} is not loaded (loaded: {', '.join(sorted(LOADED_KERNELS))})")
+    (B, T, H, N), dtype = r.shape, r.dtype if r.dtype in about.dtypes else about.dtypes[-1]
+    if N not in about.head_sizes:
+        raise ValueError(f"wkv6: head size {N} is not one of {', '.join(map(str, about.head_sizes))} ({about.flag})")
+    if r.dtype == torch.float64 != dtype or about.device not in (None, r.device.type):
+        raise ValueError(f"wkv6: {about.flag} computes in {' or '.join(map(str, about.dtypes))} on {about.device}; got "
+                         f"{r.dtype} on {r.device}")
+    if (final or state is not None) and not about.states:
+        raise ValueError(f"wkv6: {about.flag} starts from the zero state and gives no final one; use --kernel torch")
+    if state is not None and (state.shape, state.device) != ((B, H, N, N), r.device):
+        raise ValueError(f"wkv6: the state must be {(B, H, N, N)} on {r.device}; got {tuple(state.shape)} on "
+                         f"{state.device}")
+    wide = torch.promote_types(dtype, torch.float32)
+    inputs = [*(x.to(dtype).contiguous() for x in inputs), u.to(wide).contiguous()]
+    if about.states:
+        state = state if state is None else state.to(wide).contiguous()
+        y, _, sT = getattr(torch.ops.wkv6, f"{kernel}_forward")(*inputs, state)
+    else:
+        y, sT = getattr(torch.ops.wkv6, f"{kernel}_forward")(*inputs)[0], None
+    y = y.to(r.dtype)
+    return (y, sT) if final else y
+
+
+@torch.enable_grad()
+def self_test(kernel):
+    """{tensor: (relative error, limit)} against the recurrence in float64, on random inputs in the kernel's dtype."""
+    about, wrong, size = KERNELS[kernel], torch.zeros(6), torch.zeros(6)
+    for N in {64, 128}.intersection(about.head_sizes):
+        generator = torch.Generator().manual_seed(0)
+        inputs = [torch.randn(1, 88, 2, N, generator=generator).to(about.dtypes[0]) for _ in range(5)]
+        inputs.insert(4, torch.randn(2, N, generator=generator))  # r k v w u dy
+        exact = [x.double().requires_grad_() for x in inputs]
+        mine, results = [x.to(about.device, copy=True).requires_grad_() for x in inputs], []
+        for y, (*leaves, dy) in ((wkv6_recurrent(*exact[:5])[0], exact), (wkv6(*mine[:5], kernel), mine)):
+            results.append([x.detach().double().cpu() for x in (y, *torch.autograd.grad(y, leaves, dy))])
+        wrong += torch.tensor([(x - right).square().sum() for right, x in zip(*results)])
+        size += torch.tensor([right.square().sum() for right in results[0]])
+    errors = (wrong / size).sqrt().tolist()
+    return {name: pair for name, *pair in zip(("y", "dr", "dk", "dv", "dw", "du"), errors, LIMITS[kernel])}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+#
+# B sequences, T tokens, C channels, H heads, N channels a head, L blocks; l counts blocks from 0.
+# Precision: parameters fp32; matrix products in bf16 (dtype bf16, mixed); activations bf16 (dtype bf16) or fp32.
+
+
+def shift(x):
+    """shift(x)_t = x_{t-1}, shift(x)_0 = 0, for x (B, T, C)."""
+    return F.pad(x, (0, 0, 1, -1))
+
+
+class Linear(nn.Linear):
+    """y = W x without bias, in `compute` dtype."""
+
+    def __init__(self, rows_in, rows_out, compute):
+        super().__init__(rows_in, rows_out, bias=False)
+        self.compute = compute
+
+    def forward(self, x):
+        return F.linear(x.to(self.compute), self.weight.to(self.compute))
+
+
+class TimeMixing(nn.Module):
+    """att(x): y_t = S_{t-1} r_t + (sum r u k) v_t, S_t = S_{t-1} diag(exp(-exp(w_t))) + v_t k_t^T; norm, gate, W_o."""
+
+    def __init__(self, args, l, compute, kernel):
+        super().__init__()
+        C, L, N = args.width, args.layers, args.headsz
+        H = C // N
+        self.N, self.compute, self.kernel = N, compute, kernel
+        rho0, rho1 = l / max(1, L - 1), 1 - l / L
+        i = torch.arange(C)
+        position, lin = i / C, i / (C - 1)
+
+        vector = lambda values: nn.Parameter(values.float().view(1, 1, C).clone())
+        small = lambda *shape: nn.Parameter(torch.empty(shape).uniform_(-0.01, 0.01))
+        rank = lambda factor: max(32, round(factor * C ** 0.5 / 32) * 32)  # C = 768: factor 2.5 is 64, 5.5 is 160
+
+        self.x_x = vector(1 - position ** (0.6 * rho1 ** 0.9))
+        self.x_w = vector(1 - position ** (0.9 * rho1))
+        self.x_k = vector(1 - (position ** (0.9 * rho1) + 0.4 * rho0))
+        self.x_v = vector(1 - (position ** (0.4 * rho1) + 0.6 * rho0))
+        self.x_r = vector(1 - position ** (0.2 * rho1))
+        self.x_g = vector(1 - position ** (0.2 * rho1))
+        self.A, self.B = nn.Parameter(torch.zeros(C, 5 * 32)), small(5, 32, C)
+        self.w0 = vector(-6 + 5.5 * lin ** (0.85 + rho0 ** 0.5))
+        self.w1, self.w2 = nn.Parameter(torch.zeros(C, rank(2.5))), small(rank(2.5), C)
+        self.g1, self.g2 = small(C, rank(5.5)), small(rank(5.5), C)
+        self.u = nn.Parameter((rho0 * (2.5 - lin) + 0.1 * ((i + 1) % 3 - 1)).view(H, N))
+
+        self.receptance, self.key, self.value, self.output = (Linear(C, C, compute) for _ in range(4))
+        for linear, bound in ((self.receptance, 0.5), (self.key, 0.05), (self.value, 0.5)):
+            nn.init.uniform_(linear.weight, -bound / C ** 0.5, bound / C ** 0.5)
+        nn.init.zeros_(self.output.weight)
+        self.ln_x = nn.GroupNorm(H, C, eps=64e-5)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        heads = lambda t: t.view(B, T, -1, self.N)
+        cast = lambda p: p.to(x.dtype)
+        product = lambda t, W: (t.to(self.compute) @ W.to(self.compute)).to(x.dtype)
+        xx = shift(x) - x
+        m = torch.tanh(product(torch.addcmul(x, xx, cast(self.x_x)), self.A))
+        m = product(m.view(B * T, 5, -1).transpose(0, 1), self.B).view(5, B, T, C)  # what the token itself asks for
+        xw, xk, xv, xr, xg = (torch.addcmul(x, xx, cast(mu) + m_j) for mu, m_j in
+                              zip((self.x_w, self.x_k, self.x_v, self.x_r, self.x_g), m))  # (B, T, C) each
+        r, k, v = (linear(t).to(x.dtype) for linear, t in ((self.receptance, xr), (self.key, xk), (self.value, xv)))
+        g = product(torch.tanh(product(xg, self.g1)), self.g2)
+        w = cast(self.w0) + product(torch.tanh(product(xw, self.w1)), self.w2)
+        k = k * torch.exp(w.clamp(max=0))  # what is kept for long comes in small: stops the spikes of RWKV-6
+        y = wkv6(heads(r), heads(k), heads(v), heads(w), self.u, self.kernel)
+        y = F.group_norm(y.reshape(B * T, C), self.ln_x.num_groups, cast(self.ln_x.weight), cast(self.ln_x.bias),
+                         self.ln_x.eps)
+        return self.output(y.view(B, T, C) * g)
+
+
+class ChannelMixing(nn.Module):
+    """ffn(x) = W_value relu(W_key x)^2."""
+
+    def __init__(self, args, compute):
+        super().__init__()
+        C, hidden = args.width, round(args.ffn_ratio * args.width / 32) * 32
+        self.key, self.value = Linear(C, hidden, compute), Linear(hidden, C, compute)
+        nn.init.uniform_(self.key.weight, -1 / C ** 0.5, 1 / C ** 0.5)
+        nn.init.zeros_(self.value.weight)
+
+    def forward(self, x):
+        return self.value(torch.relu(self.key(x)).square())
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm with fp32 parameters, in x's dtype."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class Block(nn.Module):
+    """x += att(LN_1(x));  x += ffn(LN_2(x))."""
+
+    def __init__(self, args, l, compute, kernel):
+        super().__init__()
+        self.ln1, self.ln2 = LayerNorm(args.width), LayerNorm(args.width)
+        self.att = TimeMixing(args, l, compute, kernel)
+        self.ffn = ChannelMixing(args, compute)
+
+    def forward(self, x):
+        x = x + self.att(self.ln1(x))
+        return x + self.ffn(self.ln2(x))
+
+
+class RWKV6(nn.Module):
+    """loss = model(inputs, targets): mean cross-entropy in nats over the targets >= 0, all (B, T) int64."""
+
+    lookups = ()  # tables of which a token uses one row: none, since the embedding is the head too
+
+    def __init__(self, args, kernel):
+        super().__init__()
+        C, V = args.width, -(-args.vocab_size // 128) * 128
+        self.compute = torch.float32 if args.dtype == "fp32" else torch.bfloat16
+        self.activations = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+        self.args, self.sources = args, kernel_sources(kernel)
+        self.emb = nn.Embedding(V, C)
+        nn.init.uniform_(self.emb.weight, -1 / C ** 0.5, 1 / C ** 0.5)  # the start of a linear layer: it is the head
+        self.blocks = nn.ModuleList([Block(args, l, self.compute, kernel) for l in range(args.layers)])
+        self.ln_out = LayerNorm(C)
+
+    def logits(self, inputs):
+        """(B, T) int64 -> (B, T, V) fp32."""
+        x = self.args.emb_scale * self.emb(inputs).to(self.activations)  # (B, T, C)
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.ln_out(x).to(self.compute), self.emb.weight.to(self.compute)).float()
+
+    def forward(self, inputs, targets):
+        logits = self.logits(inputs)
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
+
+    def flops_per_token(self, active):
+        """Training FLOPs: 6 an active parameter; the mixing 5 N forward and 10 N backward a channel and block."""
+        return 6 * active + 15 * self.args.headsz * self.args.width * self.args.layers
+
+
+def build_model(args):
+    """The model on the default device, seeded by the caller. Raises ValueError when the flags do not fit together."""
+    wanted = "fast" if args.fast_cuda else args.kernel
+    required = wanted != "auto"
+    if wanted not in KERNELS and required:
+        raise ValueError("--fast_cuda: there is no CUDA kernel of WKV-6 here yet. "
+                         "Go on without it: --kernel torch (any GPU; slower, the same maths).")
+    if not required:
+        wanted = "cpu" if args.device == "cpu" else "torch"
+    about = KERNELS[wanted]
+    fits = [n for n in about.head_sizes if args.width % n == 0]
+    if args.headsz not in fits:
+        divides = args.headsz > 0 and args.width % args.headsz == 0
+        why = f"{about.flag} has no kernel for it" if divides else f"{args.width} is not a multiple of {args.headsz}"
+        raise ValueError(f"--headsz {args.headsz}: {why}. Allowed: {', '.join(map(str, fits))}.")
+    if about.device not in (None, args.device):
+        raise ValueError(f"{about.flag} runs on a {'GPU' if about.device == 'cuda' else 'CPU'} only. "
+                         f"Use --kernel torch, or --device {about.device}.")
+    args.kernel = load_kernel(wanted, required)
+    return RWKV6(args, args.kernel)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parameter groups
+
+
+def build_optimizers(model, args):
+    """[Adam, Muon] over every parameter exactly once; each group also holds their names. Raises ValueError."""
+    adam, muon = [dict(params=[], names=[], lr=lr) for lr in (args.adam_lr, args.muon_lr)]
+    vectors = ("x_x", "x_w", "x_k", "x_v", "x_r", "x_g", "A", "B", "w0", "w1", "w2", "g1", "g2", "u")
+
+    def group_of(name):
+        module, leaf = f".{name}".split(".")[-2:]
+        if module in ("receptance", "key", "value", "output"):
+            return muon
+        if module in ("emb", "ln1", "ln2", "ln_x", "ln_out") or leaf in vectors:
+            return adam
+        raise ValueError(f"parameter {name} belongs to no optimiser group: name it in build_optimizers")
+
+    for name, p in model.named_parameters():
+        group = group_of(name)
+        group["params"].append(p)
+        group["names"].append(name)
+    return [torch.optim.Adam([adam], betas=(0.9, args.adam_beta2), fused=True),
+            Muon([muon], lr=args.muon_lr, scale=args.muon_scale)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Muon optimizer [shared]
+
+
+def newton_schulz(G, steps=5):
+    """Replace the singular values of each matrix by values in about [0.7, 1.2]: a batch (n, rows, cols), rows <= cols.
+
+    The quintic iteration of Keller Jordan's Muon (2024). Runs in the dtype of G: bf16 where the hardware has it.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A A) X
+    return X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with Nesterov's look-ahead, orthogonalised by Newton-Schulz: W <- W - lr s NS(G + mu M), M <- mu M + G.
+
+    params: matrices (rows, cols). scale: "spectral" s = sqrt(max(1, rows/cols)) or "rms" s = sqrt(max(rows, cols)).
+    Matrices of equal shape (up to transposition) go through Newton-Schulz as one batch. Every rank owns a share of each
+    batch and its momentum; the updates are gathered in one all_gather a step. Gradients must already be averaged.
+    """
+
+    SCALES = dict(spectral=lambda rows, cols: max(1, rows / cols) ** 0.5, rms=lambda rows, cols: max(rows, cols) ** 0.5)
+
+    def __init__(self, params, lr, momentum=0.95, scale="spectral"):
+        super().__init__(params, dict(lr=lr, momentum=momentum, scale=scale))
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.dtype = torch.bfloat16 if has_bf16(self.param_groups[0]["params"][0].device) else torch.float32
+
+    @staticmethod
+    def batches(params):
+        """The matrices in batches of equal shape, rows <= cols after transposition: {(rows, cols): [matrices]}."""
+        batches = {}
+        for p in params:
+            batches.setdefault((min(p.shape), max(p.shape)), []).append(p)
+        return batches
+
+    @torch.no_grad()
+    def step(self):
+        wide = lambda m: m if m.shape[0] <= m.shape[1] else m.mT
+        for group in self.param_groups:
+            batches, local = self.batches(group["params"]), []
+            for (rows, cols), matrices in batches.items():
+                share = -(-len(matrices) // self.world)  # matrices a rank, the last rank's padded
+                own = matrices[self.rank * share:(self.rank + 1) * share]
+                out = matrices[0].new_zeros(share, rows, cols, dtype=self.dtype)
+                if own:
+                    grads = [p.grad for p in own]
+                    for p in own:
+                        if "M" not in self.state[p]:
+                            self.state[p]["M"] = torch.zeros_like(p)
+                    M = [self.state[p]["M"] for p in own]
+                    torch._foreach_mul_(M, group["momentum"])
+                    torch._foreach_add_(M, grads)
+                    G = torch._foreach_add(grads, M, alpha=group["momentum"])
+                    out[:len(own)] = newton_schulz(torch.stack([wide(g) for g in G]).to(self.dtype))
+                local.append(out)
+            if self.world > 1:
+                flat = torch.cat([out.flatten() for out in local])
+                gathered = flat.new_empty(self.world, flat.numel())
+                gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13's name, 2.11's
+                gather(gathered.view(-1), flat)
+                parts = gathered.split([out.numel() for out in local], dim=1)
+                local = [part.reshape(-1, *out.shape[1:]) for part, out in zip(parts, local)]
+            for matrices, updates in zip(batches.values(), local):
+                for p, update in zip(matrices, updates):
+                    s = self.SCALES[group["scale"]](*p.shape)
+                    p.add_((update if p.shape[0] <= p.shape[1] else update.mT).to(p.dtype), alpha=-group["lr"] * s)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data loader [shared]
+
+SHARD_MAGIC, SHARD_VERSION = 20240520, 1  # header of 256 int32: magic, version, number of tokens; then uint16 tokens
+
+
+def open_shard(path):
+    """Memory-map the tokens of a shard, uint16. Raises ValueError with the way out when it is not a whole shard."""
+    size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256).tolist()
+    if size < 1024:
+        raise ValueError(f"{path} is truncated: {size} bytes, less than its header. Fetch or make it again.")
+    if header[0] != SHARD_MAGIC:
+        raise ValueError(f"{path} is not a token shard: magic {header[0]}, not {SHARD_MAGIC}. Format: data/README.md.")
+    if header[1] != SHARD_VERSION:
+        raise ValueError(f"{path} has shard version {header[1]}; this script reads version {SHARD_VERSION}.")
+    if header[2] < 1 or header[2] * 2 + 1024 != size:
+        raise ValueError(f"{path} is damaged: its header counts {header[2]} tokens, the file holds "
+                         f"{(size - 1024) / 2:.12g}. Fetch or make it again.")
+    return np.memmap(path, dtype="<u2", mode="r", offset=1024)
+
+
+class TokenStream:
+    """The tokens of the sorted shards folder/*_<split>_*.bin as one stream; opens only the first with `need` tokens.
+
+    repeat: how often the stream may be read over (position p is token p mod tokens); 0: fewer tokens will do.
+    Raises ValueError with the way out.
+    """
+
+    def __init__(self, folder, split, need, why, repeat=1):
+        self.paths, self.shards, total = [], [], 0
+        found = sorted(Path(folder).glob(f"*_{split}_*.bin"))
+        if not found:
+            raise ValueError(f"no {split} shards (*_{split}_*.bin) in {folder}. {where_from(folder, need)}")
+        for path in found:
+            self.paths.append(path)
+            self.shards.append(open_shard(path))
+            total += len(self.shards[-1])
+            if total >= need:
+                break
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        if repeat and total * repeat < need:
+            if repeat == 1:
+                each = max(len(shard) for shard in self.shards)
+                raise ValueError(f"{why} need {-(-need // each)} {split} shards of {millions(each)} tokens, found "
+                                 f"{len(found)} ({millions(total)}) in {folder}: {where_from(folder, need)}")
+            raise ValueError(f"{why} need {millions(need)} {split} tokens; {folder} has {millions(total)}, at --epochs "
+                             f"{repeat} {millions(total * repeat)}. More text, fewer --steps or more --epochs.")
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def read(self, position, count):
+        """Tokens [position, position + count) of the stream as int64 (count,)."""
+        out, done = np.empty(count, dtype=np.int64), 0
+        while done < count:
+            at = (position + done) % len(self)
+            i = int(np.searchsorted(self.starts, at, side="right")) - 1
+            part = self.shards[i][at - self.starts[i]:][:count - done]
+            out[done:done + len(part)] = part
+            done += len(part)
+        return out
+
+    def fingerprint(self, vocab_size):
+        """[{name, tokens, sha256}] of the shards, every byte read. ValueError for an id beyond the vocabulary."""
+        def scan(path, shard):
+            digest, top = hashlib.sha256(np.fromfile(path, np.uint8, 1024)), 0
+            for i in range(0, len(shard), 1 << 22):
+                part = np.ascontiguousarray(shard[i:i + (1 << 22)])
+                digest.update(part)
+                top = max(top, int(part.max()))
+            if top >= vocab_size:
+                raise ValueError(f"{path} holds token id {top}, beyond the vocabulary of {vocab_size}. "
+                                 "Wrong tokenizer for this track?")
+            return dict(name=path.name, tokens=len(shard), sha256=digest.hexdigest())
+        with ThreadPoolExecutor() as pool:  # hashing and max() run without the interpreter's lock
+            return list(pool.map(scan, self.paths, self.shards))
+
+
+def millions(count):
+    return f"{count / 1e6:,.0f}M" if count >= 1e8 else f"{count / 1e6:.3g}M"
+
+
+def where_from(folder, need):
+    """How to get the missing shards of a folder."""
+    name = Path(folder).name
+    if name.startswith("fineweb"):
+        return f"python data/cached_{name}.py {-(-need // 100_000_000)}"
+    return "python data/pydocs.py" if name == "pydocs" else "Format and tools: data/README.md."
+
+
+class DataLoader:
+    """Batches of the training stream, read ahead by a thread into pinned memory.
+
+    Step s is tokens [s n, (s + 1) n] with n = bsz * seq_len, whatever the ranks and micro-batches; this rank gets
+    sequences [first, last) of its bsz. next() -> inputs, targets, both int64 (last - first, seq_len), on the device.
+    """
+
+    def __init__(self, stream, args, first, last):
+        self.stream, self.args, self.first, self.last = stream, args, first, last
+        self.queue = queue.Queue(maxsize=4)  # batches
+        self.cuda = torch.cuda.current_device() if args.device == "cuda" else None
+        threading.Thread(target=self._read_ahead, daemon=True).start()
+
+    def _read_ahead(self):
+        try:
+            if self.cuda is not None:  # a new thread starts on GPU 0; pinning there would put a context on it
+                torch.cuda.set_device(self.cuda)
+            for step in range(self.args.steps):
+                start = (step * self.args.bsz + self.first) * self.args.seq_len
+                tokens = torch.from_numpy(self.stream.read(start, (self.last - self.first) * self.args.seq_len + 1))
+                self.queue.put(tokens if self.cuda is None else tokens.pin_memory())
+        except Exception as error:  # a vanished disk must not look like an endless wait
+            self.queue.put(error)
+
+    def next(self):
+        item = self.queue.get()
+        if isinstance(item, Exception):
+            raise item
+        tokens = item.to(self.args.device, non_blocking=True)
+        return tokens[:-1].view(-1, self.args.seq_len), tokens[1:].view(-1, self.args.seq_len)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Record [shared]
+
+SCHEMA = 1  # of result.json
+
+
+def shell(*command):
+    """Standard output of a command, stripped; "" when it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True,
+                              cwd=Path(__file__).parent).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def hardware(device):
+    """The machine of this run: {name, count of devices, text}, text being nvidia-smi's page or the CPU's facts."""
+    if device.type == "cuda":
+        return dict(name=torch.cuda.get_device_name(device), count=world_size(), text=shell("nvidia-smi"))
+    info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    model = re.search(r"^model name\s*: (.*)|\Z", info, re.M)[1] or shell("sysctl", "-n", "machdep.cpu.brand_string")
+    name = f"{model or platform.machine()}, {torch.get_num_threads()} threads"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else math.nan
+    return dict(name=name, count=world_size(), text=f"{name} of {os.cpu_count()} cores, {memory:.1f} GiB of memory")
+
+
+def environment():
+    """Versions and git state: what is needed to repeat a run."""
+    first_line = lambda text: text.splitlines()[0] if text else "none"
+    packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return dict(
+        python=platform.python_version(), platform=platform.platform(), torch=torch.__version__,
+        cuda=torch.version.cuda or "none", nvcc=(shell("nvcc", "--version").splitlines() or ["none"])[-1],
+        driver=first_line(shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")),
+        compiler=first_line(shell(os.environ.get("CXX", "c++"), "--version")),
+        git_commit=shell("git", "rev-parse", "HEAD") or "none",
+        git_dirty=bool(shell("git", "status", "--porcelain", "--untracked-files=no")), packages=packages)
+
+
+class Record:
+    """The run's folder: log.txt, line by line as things happen, and result.json, written last. Only rank 0 writes.
+
+    A folder without result.json belongs to a run that did not finish. Raises OSError.
+    """
+
+    def __init__(self, args, rank):
+        self.path = self.file = None
+        if rank == 0:
+            stamp = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
+            self.path = Path(args.records) / f"{stamp}_{Path(__file__).stem}_{args.name or os.urandom(3).hex()}"
+            self.path.mkdir(parents=True)  # never an old folder: nothing is overwritten
+            self.file = open(self.path / "log.txt", "x", encoding="utf-8", buffering=1)
+
+    def line(self, text):
+        if self.file:
+            self.file.write(text + "\n")
+
+    def header(self, facts, sources):
+        """The log up to the first step: configuration, sources, facts as JSON. Fills facts["sources"]."""
+        self.line(f"config: {json.dumps(facts['config'])}\ncommand: {shlex.join(facts['command'])}")
+        facts["sources"] = []
+        for path in sources:
+            text = path.read_text(encoding="utf-8")
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            facts["sources"].append(dict(name=path.name, lines=text.count("\n"), sha256=digest))
+            self.line(f"{'=' * 100}\nsource: {json.dumps(facts['sources'][-1])}\n{text.rstrip(chr(10))}")
+        self.line("=" * 100)
+        page = facts["hardware"].pop("text")
+        for key in ("environment", "hardware", "data", "model"):
+            self.line(f"{key}: {json.dumps(facts[key])}")
+        self.line(f"{page}\n{'=' * 100}")
+
+    def close(self, reason):
+        """The reason of the end, as the log's last line. Returns the log's path. A full disk is not an error here."""
+        with contextlib.suppress(OSError):
+            self.line(f"end: {reason}")
+        with contextlib.suppress(OSError):
+            self.file and self.file.close()
+        self.file = None
+        return self.path and self.path / "log.txt"
+
+    def finish(self, result):
+        """Close the log and write result.json atomically: the last act of a finished run."""
+        temporary = self.path / "result.json.part"
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        self.close("finished")
+        os.replace(temporary, self.path / "result.json")
+
+
+class Clock:
+    """Wall time in seconds, each moment in one phase. Switching waits for the device: a phase holds its own work."""
+
+    def __init__(self):
+        self.device, self.phase, self.since = torch.device("cpu"), "rest", time.perf_counter()
+        self.seconds = {phase: 0.0 for phase in ("warm-up", "train", "validation", "saving", "rest")}
+
+    def switch(self, phase):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[self.phase] += now - self.since
+        self.phase, self.since = phase, now
+
+    def train_ms(self):
+        """Training time so far in ms; inside the train phase without waiting for the device."""
+        running = time.perf_counter() - self.since if self.phase == "train" else 0.0
+        return 1e3 * (self.seconds["train"] + running)
+
+
+class StepLines:
+    """The log's line of each step. Losses stay on the device until their copy has arrived: no step waits for one."""
+
+    def __init__(self, record, steps):
+        self.record, self.steps, self.pending, self.last = record, steps, collections.deque(), math.nan
+
+    def add(self, step, loss, train_ms):
+        event = torch.cuda.Event() if loss.is_cuda else None
+        if event:
+            loss = torch.empty_like(loss, device="cpu", pin_memory=True).copy_(loss, non_blocking=True)
+            event.record()
+        self.pending.append((step, loss, event, train_ms))
+        self.flush()
+
+    def flush(self, wait=False):
+        """Write the lines whose losses have arrived; wait: all of them."""
+        while self.pending and (wait or self.pending[0][2] is None or self.pending[0][2].query()):
+            step, loss, event, train_ms = self.pending.popleft()
+            if event:
+                event.synchronize()
+            self.last = loss.item()
+            self.record.line(f"step:{step}/{self.steps} train_loss:{self.last:.4f} {timing(train_ms, step)}")
+
+
+def timing(train_ms, step):
+    return f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(1, step):.2f}ms"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Learning rate [shared]
+
+
+def rate(step, args):
+    """Factor on every learning rate at a step: linear rise, constant, then linear to 0 over the last warmdown_steps."""
+    rise = (step + 1) / (args.warmup_steps + 1) if step < args.warmup_steps else 1.0
+    fall = (args.steps - step) / min(args.steps, max(1, args.warmdown_steps))
+    return min(rise, fall, 1.0)
+
+
+def momentum(step, args):
+    """Muon's momentum: from 0.85 to 0.95 over the first muon_warmup steps."""
+    return 0.85 + 0.10 * min(1.0, step / max(1, args.muon_warmup))
+
+
+def schedule(optimizers, step, args):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate(step, args)
+            if isinstance(optimizer, Muon):
+                group["momentum"] = momentum(step, args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Main [shared]
+
+ACTIVE_LIMIT = 124_000_000  # parameters a token may use on track fineweb
+TARGET = {"fineweb": 3.28}  # validation loss in nats a token
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "GH200": 989e12, "H800": 989e12, "A100": 312e12,
+              "A800": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, from the makers' data sheets
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def all_sum(tensor):
+    """Sum over the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def average_gradients(model):
+    """Sum the (already weighted) gradients over the ranks: one all_reduce a dtype."""
+    if world_size() == 1:
+        return
+    by_dtype = {}
+    for p in model.parameters():
+        by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
+    for grads in by_dtype.values():
+        flat = all_sum(torch.cat([g.flatten() for g in grads]))
+        torch._foreach_copy_(grads, [part.view_as(g) for g, part in zip(grads, flat.split([g.numel() for g in grads]))])
+
+
+def train_step(model, optimizers, inputs, targets, args):
+    """One optimiser step on this rank's share (share, T). Returns the mean loss of the global batch, on the device."""
+    total = torch.zeros((), device=inputs.device)
+    for x, y in zip(inputs.split(args.device_bsz), targets.split(args.device_bsz)):
+        loss = model(x, y) * (len(x) / args.bsz)
+        loss.backward()
+        total += loss.detach()
+    average_gradients(model)
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return all_sum(total)
+
+
+def validation_set(stream, args, rank):
+    """This rank's validation (inputs, targets) on the device, padded to whole micro-batches with targets -100."""
+    sequences = min(args.val_tokens, len(stream) - 1) // args.seq_len
+    first, last = sequences * rank // world_size(), sequences * (rank + 1) // world_size()
+    tokens = torch.from_numpy(stream.read(first * args.seq_len, (last - first) * args.seq_len + 1))
+    pad = (0, 0, 0, -(last - first) % args.device_bsz)
+    inputs, targets = (t.view(-1, args.seq_len) for t in (tokens[:-1], tokens[1:]))
+    return F.pad(inputs, pad).to(args.device), F.pad(targets, pad, value=-100).to(args.device)
+
+
+@torch.no_grad()
+def validate(model, val, args):
+    """Mean loss in nats a token over the validation sequences of all ranks."""
+    total = torch.zeros(2, dtype=torch.float64, device=args.device)  # sum of losses, number of targets
+    for x, y in zip(*(t.split(args.device_bsz) for t in val)) if len(val[0]) else ():  # more ranks than sequences
+        count = (y >= 0).sum()
+        total += torch.stack([model(x, y).double() * count, count.double()])
+    loss, count = all_sum(total).tolist()
+    return loss / count
+
+
+def state_hash(model):
+    """sha256 over the names and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(name.encode())
+        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def warm_up(model, compiled, optimizers, val, share, args):
+    """Compile and allocate with steps on random tokens, then restore parameters, buffers, optimisers and random state.
+
+    Returns the state's hash; raises RuntimeError when it is not the one from before.
+    """
+    before = state_hash(model)
+    saved = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    saved_optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+    rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state() if args.device == "cuda" else None
+    generator = torch.Generator().manual_seed(args.random_seed)
+    for step in range(2):
+        schedule(optimizers, step, args)
+        tokens = torch.randint(args.vocab_size, (share, args.seq_len + 1), generator=generator).to(args.device)
+        train_step(compiled, optimizers, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), args)
+    validate(compiled, [torch.zeros_like(t[:args.device_bsz]) for t in val], args)
+    model.load_state_dict(saved)
+    for optimizer, state in zip(optimizers, saved_optimizers):
+        optimizer.load_state_dict(state)
+    torch.set_rng_state(rng)
+    if cuda_rng is not None:
+        torch.cuda.set_rng_state(cuda_rng)
+    if state_hash(model) != before or any(optimizer.state for optimizer in optimizers):
+        raise RuntimeError("the warm-up left a trace in the model or its optimisers; a run must not start from it")
+    return before
+
+
+def save(model, args, record, step):
+    """checkpoints/<run>/step<step>.pt: {"model", "config", "step"}, written atomically. Rank 0 only."""
+    if record.path:
+        path = Path("checkpoints") / record.path.name / f"step{step:06d}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.save(dict(model=model.state_dict(), config=asdict(args), step=step), f"{path}.part")
+        except RuntimeError as error:  # torch's word for a full disk
+            os.remove(f"{path}.part")
+            raise OSError(errno.ENOSPC, str(error).splitlines()[0], str(path)) from error
+        os.replace(f"{path}.part", path)
+
+
+def check_cover(model, optimizers):
+    """Every parameter in exactly one optimiser, or ValueError with its name."""
+    count = collections.Counter(id(p) for o in optimizers for group in o.param_groups for p in group["params"])
+    wrong = [f"{name} by {count[id(p)]}" for name, p in model.named_parameters() if count[id(p)] != 1]
+    if wrong or sum(count.values()) != len(list(model.parameters())):
+        raise ValueError(f"every parameter must be in exactly one optimiser; not so: {', '.join(wrong) or 'strangers'}")
+
+
+def print_parameters(model, optimizers):
+    """The table of parameters: name, shape, optimiser, learning rate, mean and sd of the starting values."""
+    tensors = dict(model.named_parameters())
+    print(f"{'name':34} {'shape':16} {'optimiser':9} {'lr':>8} {'mean':>11} {'sd':>11}")
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name in group["names"]:
+                t = tensors[name].detach().double()
+                print(f"{name:34} {'x'.join(map(str, t.shape)):16} {type(optimizer).__name__.lower():9} "
+                      f"{group['lr']:8g} {t.mean():11.4e} {t.std(correction=0):11.4e}")
+
+
+def open_data(args, rank):
+    """(train stream, val stream, their facts for the record), every token checked by rank 0. Raises ValueError."""
+    need = args.steps * args.bsz * args.seq_len + 1
+    train = TokenStream(args.data, "train", need, f"{args.steps} steps", args.epochs)
+    exactly = 1 if args.track == "fineweb" else 0
+    val = TokenStream(args.data, "val", args.val_tokens + 1, f"{args.val_tokens} validation tokens", exactly)
+    if min(args.val_tokens, len(val) - 1) < args.seq_len:
+        raise ValueError(f"--val_tokens {args.val_tokens} of the {len(val)} in the val shards of {args.data} make no "
+                         f"sequence of {args.seq_len}. Give more text, a larger --val_tokens or a smaller --seq_len.")
+    if rank != 0 or args.check:
+        return train, val, {}
+    manifest = Path(args.data) / "manifest.json"
+    try:
+        about = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{manifest} is damaged ({error}). Make the data again, or delete this file.") from error
+    return train, val, dict(folder=str(args.data), train=train.fingerprint(args.vocab_size),
+                            val=val.fingerprint(args.vocab_size), manifest=about)
+
+
+def keep_memory():
+    """Have glibc keep freed tensors: giving them back costs a page fault per 4 KB at every step, a fifth of it."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+        for option, value in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26), (M_MMAP_MAX, 0)):
+            ctypes.CDLL(None).mallopt(option, value)
+
+
+def set_up(args, rank):
+    """Device, data, model and optimisers, checked before anything is written or timed. Raises ValueError, OSError."""
+    local_rank, alone = int(os.environ.get("LOCAL_RANK", 0)), world_size() == 1 or args.check
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*|", args.name):
+        raise ValueError(f"--name {args.name!r}: letters, digits, '-', '_' and '.' only; it becomes a folder's name.")
+    resolve(args, world_size())
+    device = torch.device(args.device, local_rank) if args.device == "cuda" else torch.device("cpu")
+    if args.device == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        keep_memory()
+    if not alone:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    data = None if args.print_params else open_data(args, rank)
+    torch.manual_seed(args.random_seed)
+    model = build_model(args)
+    model.to(device)
+    optimizers = build_optimizers(model, args)
+    check_cover(model, optimizers)
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    active = sum(size for name, size in sizes.items() if name not in model.lookups)
+    if args.track == "fineweb" and active > ACTIVE_LIMIT:
+        raise ValueError(f"{active:,} parameters are active per token; track fineweb allows {ACTIVE_LIMIT:,}. "
+                         "Make --width, --layers or --ffn_ratio smaller.")
+    return device, data, model, optimizers, dict(parameters=sum(sizes.values()), active=active)
+
+
+def run(args, rank, record, clock, data, model, optimizers, counts):
+    """Warm-up, training and validation, and the record of it."""
+    (train, val, described), share, tokens_a_step = data, args.bsz // world_size(), args.bsz * args.seq_len
+    say = tqdm.write if rank == 0 else lambda text: None
+    if rank == 0:
+        facts = dict(
+            schema=SCHEMA, run=record.path.name, script=Path(__file__).name, seed=args.random_seed, config=asdict(args),
+            command=[Path(__file__).name, *sys.argv[1:]], environment=environment(), hardware=hardware(clock.device),
+            data=described, model=dict(counts, flops_per_token=model.flops_per_token(counts["active"])))
+        record.header(facts, [Path(__file__), *model.sources])
+    say(f"{counts['parameters']:,} parameters, {counts['active']:,} active per token; {args.steps} steps of "
+        f"{tokens_a_step:,} tokens on {world_size()} x {args.device} in {args.dtype}")
+
+    clock.switch("warm-up")
+    val_batches = validation_set(val, args, rank)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False) if args.compile and args.device == "cuda" else model
+    digest = warm_up(model, compiled, optimizers, val_batches, share, args)
+    loader = DataLoader(train, args, rank * share, (rank + 1) * share)
+    gc.collect()
+    clock.switch("rest")
+    record.line(f"warm-up: 2 steps and a validation batch of random tokens in {clock.seconds['warm-up']:.1f} s; model, "
+                f"optimisers and random state restored; sha256 of the parameters before and after: {digest}")
+    say(f"ready after {clock.seconds['rest'] + clock.seconds['warm-up']:.1f} s, none of them counted as training")
+
+    lines, curve = StepLines(record, args.steps), []
+    bar = tqdm(total=args.steps, unit="step", file=sys.stdout, disable=rank != 0, dynamic_ncols=True,
+               mininterval=0.2 if sys.stdout.isatty() else 10)
+    for step in range(args.steps + 1):
+        if step % args.val_every == 0 or step == args.steps:
+            clock.switch("validation")
+            lines.flush(wait=True)
+            loss = validate(compiled, val_batches, args)
+            curve.append(dict(step=step, val_loss=loss, train_ms=clock.train_ms(), tokens=step * tokens_a_step))
+            record.line(f"step:{step}/{args.steps} val_loss:{loss:.4f} {timing(clock.train_ms(), step)}")
+            say(f"step {step}/{args.steps}  validation loss {loss:.4f}  {clock.train_ms() / 1e3:.1f} s of training")
+        if args.save_every and step and (step % args.save_every == 0 or step == args.steps):
+            clock.switch("saving")
+            save(model, args, record, step)
+        if step == args.steps:
+            break
+        if clock.phase != "train":
+            clock.switch("train")
+        schedule(optimizers, step, args)
+        lines.add(step + 1, train_step(compiled, optimizers, *loader.next(), args), clock.train_ms())
+        bar.set_postfix_str(f"loss {lines.last:.3f}", refresh=False)
+        bar.update()
+    bar.close()
+    clock.switch("rest")
+
+    if rank == 0:
+        result = report(facts, clock, curve, val, len(train), args)
+        record.line(f"clock: {json.dumps(result['clock'])}")
+        record.line(f"result: {json.dumps(result['final'])}")
+        record.finish(result)
+        farewell(result, record)
+
+
+def report(facts, clock, curve, val, train_tokens, args):
+    """result.json: the facts of the run and its final figures. Times in s, memory in bytes, rates per second."""
+    seconds, tokens = clock.seconds["train"], args.steps * args.bsz * args.seq_len
+    loss = curve[-1]["val_loss"]
+    flops = facts["model"]["flops_per_token"] * tokens / seconds
+    peak = [value for name, value in PEAK_FLOPS.items() if name in facts["hardware"]["name"] and args.dtype == "bf16"]
+    if args.device == "cuda":
+        memory = dict(allocated=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved())
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = dict(resident=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit) if resource else {}
+    targets = val.read(1, min(args.val_tokens, len(val) - 1) // args.seq_len * args.seq_len)
+    text_bytes = int((targets < 256).sum()) if args.vocab_size == 257 else 0  # the document mark stands for no byte
+    final = dict(
+        val_loss=loss, bits_per_byte=loss * len(targets) / text_bytes / math.log(2) if text_bytes else None,
+        val_tokens=len(targets), steps=args.steps, tokens=tokens, epochs=tokens / train_tokens, train_seconds=seconds,
+        step_avg_ms=1e3 * seconds / args.steps, tokens_per_second=tokens / seconds, flops_per_second=flops,
+        mfu=flops / (world_size() * max(peak)) if peak else None, peak_memory=memory,
+        usd=seconds / 3600 * args.usd_per_hour if args.usd_per_hour else None,
+        target=TARGET.get(args.track), reached=loss <= TARGET[args.track] if args.track in TARGET else None)
+    return dict(facts, clock=dict(clock.seconds), curve=curve, final=final, end="finished")
+
+
+def farewell(result, record):
+    """The last lines on the console: what came out and what to try next."""
+    final, args = result["final"], result["config"]
+    bits = f" = {final['bits_per_byte']:.4f} bits per byte" if final["bits_per_byte"] else ""
+    extras = [f", MFU {final['mfu']:.1%}" if final["mfu"] else "", f", ${final['usd']:.2f}" if final["usd"] else ""]
+    rival = "gpt2" if "rwkv" in result["script"] else "rwkv7"
+    print(f"validation loss {final['val_loss']:.4f} nats per token{bits} after {final['tokens'] / 1e6:.1f}M tokens\n"
+          f"{final['train_seconds']:.1f} s of training, {final['tokens_per_second']:,.0f} tokens/s, "
+          f"{final['flops_per_second'] / 1e12:.3g} TFLOP/s{''.join(extras)}\nrecord: {record.path}/\n"
+          f"next: ./run_{rival}.sh --track {args['track']} (its rival), --random_seed {args['random_seed'] + 1} (the "
+          "noise), python records/report.py (all runs), --help (all flags)")
+
+
+def main(argv=None):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    clock, args = Clock(), Hyperparameters.parse(argv)
+    rank, record = int(os.environ.get("RANK", 0)), None
+    try:
+        clock.device, data, model, optimizers, counts = set_up(args, rank)
+        if args.print_params:
+            return print_parameters(model, optimizers) if rank == 0 else None
+        if args.check:
+            return None
+        record = Record(args, rank)
+        run(args, rank, record, clock, data, model, optimizers, counts)
+    except KeyboardInterrupt:
+        log = record.close("interrupted") if record else None
+        print(f"\n{Path(__file__).name}: interrupted{f'; the log so far: {log}' if log else ''}", file=sys.stderr)
+        raise SystemExit(130)
+    except Exception as error:
+        if record:
+            record.close(f"failed: {type(error).__name__}: {error}")
+        if isinstance(error, OSError):
+            where = "" if error.filename or not record else f" (writing {record.path})"
+            stop(f"{error}{where}. Make room, set permissions or choose --records FOLDER; earlier runs are untouched.")
+        if isinstance(error, ValueError) and not record:
+            stop(error)
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
+    if world_size() > 1:  # all is written; now and then a thread of the process group aborts the interpreter's shutdown
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
