@@ -59,7 +59,7 @@ def find_files(inputs):
         elif not path.exists():
             raise Failure(f"{path} does not exist")
         elif not kind(path):
-            raise Failure(f"{path}: its name must end in {', '.join(KINDS)}, or in one of these and {', '.join(PACKED)}")
+            raise Failure(f"{path}: its name must end in {', '.join(KINDS)}, plain or with {', '.join(PACKED)}")
         else:
             found.append(path)
     return list(dict.fromkeys(found))
@@ -124,8 +124,10 @@ def read_txt(file, where, cleaner):
         if SEPARATOR in data:
             *ended, data = re.split(re.escape(SEPARATOR) + rb"(?:\r?\n)?", data)
             for text in ended:
-                yield cleaner.clean(text, True)[0], True
-            begun, separated = False, True
+                if begun or text.strip():
+                    yield cleaner.clean(text, True)[0], True
+                begun = False
+            separated = True
         if not block:
             if data.strip() or begun or not separated:
                 yield cleaner.clean(data, True)[0], True
@@ -142,7 +144,7 @@ def read_jsonl(file, where, cleaner, field):
     while line := file.readline(LARGEST_ROW + 1):
         number += 1
         if len(line) > LARGEST_ROW:
-            raise Failure(f"{where} line {number} is longer than {LARGEST_ROW >> 20} MB: put such a text in a .txt file")
+            raise Failure(f"{where} line {number} is longer than {LARGEST_ROW >> 20} MB: put it in a .txt file")
         line = cleaner.clean(line.removeprefix(codecs.BOM_UTF8), True)[0]
         if line.isspace():
             continue
@@ -291,10 +293,10 @@ class Shards:
 
 
 def sha256(path):
-    digest = hashlib.sha256()
+    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 22))  # large: each costs a wait for the interpreter
     with open(path, "rb", buffering=0) as file:
-        for part in iter(lambda: file.read(1 << 18), b""):
-            digest.update(part)
+        while count := file.readinto(block):
+            digest.update(block[:count])
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The tokenizers of data/text.py and data/fineweb.py: bytes, and GPT-2's byte pairs (by tiktoken, data/requirements.txt).
+"""The tokenizers of data/text.py and data/fineweb.py: bytes, and GPT-2's byte pairs (needs tiktoken).
 
     tokenizer = load("gpt2")                      fetches GPT-2's ranks, or finds them where tiktoken keeps them
     tokenizer = load("gpt2", "r50k_base.tiktoken")      reads them from a file: no network
@@ -85,10 +85,10 @@ def read_vocabulary(data, where):
                 token, rank = line.split()
                 ranks[int(rank)] = base64.b64decode(token, validate=True)
             except (ValueError, binascii.Error):
-                raise Failure(f'{where} line {number} is not "base64 rank": is it a tiktoken vocabulary, whole?') from None
+                raise Failure(f'{where} line {number} is not "base64 rank": is it a tiktoken vocabulary?') from None
     tokens = [ranks[i] for i in sorted(ranks)]
     if len(tokens) > LARGEST_ID:
-        raise Failure(f"{where} has {len(tokens)} tokens and a document mark: ids beyond {LARGEST_ID}, which the shards "
+        raise Failure(f"{where} has {len(tokens)} tokens and a document mark: ids beyond {LARGEST_ID}, which shards "
                       "(uint16) cannot hold. Use a smaller vocabulary, such as GPT-2's.")
     if sorted(ranks) != list(range(len(tokens))) or len(set(tokens)) != len(tokens):
         raise Failure(f"{where} is damaged: its ranks are not 0 to {len(tokens) - 1}, each once. Fetch it again.")
