@@ -38,10 +38,11 @@ MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256  # header: 256 int32; [0] magic, 
 SEPARATOR = b"<|endoftext|>"  # between documents in a .txt file
 BLOCK = 1 << 16             # bytes read at once; larger ones leave the processor's cache while they are checked
 LARGEST_ROW = 1 << 25       # bytes; a line or row must be in memory as a whole, several times over
-IN_MEMORY = 1 << 24         # bytes of tokens; a longer document waits on the disk until its end is known
+IN_MEMORY = 1 << 23         # tokens; a longer document waits on the disk until its end is known
 KINDS = (".txt", ".jsonl", ".parquet")
 PACKED = (".gz", ".zst")
 MANIFEST = "manifest.json"
+SHARD_SIZE = 100_000_000    # tokens
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -318,15 +319,16 @@ class Seen:
 def deal(stream, train, val, args, mark):
     """Write the documents of a stream of tokens() to the shards. -> counts of documents, empty ones and duplicates.
 
-    By document: it is held out where that brings the share of the val tokens nearer to --val, so the share is right
-    after every few documents, in any order and of any sizes. By tail: all goes to train first, whose end then moves.
+    By document: of 20 documents the 11th is held out (--val 0.05), whatever their sizes. By tail: all goes to train
+    first, whose end then moves. A document waits, on the disk if it is long, only while it may yet be left out.
     """
     counts, seen = dict(documents=0, empty=0, duplicates=0), Seen() if args.dedup else None
-    by_document = args.by == "document"
-    hold = by_document or args.dedup  # until the end of the document is known
     parts, size, digest, blank, spool = [], 0, hashlib.blake2b(digest_size=16), True, None
 
-    def place(shards):
+    def place():
+        i = counts["documents"]
+        held_out = args.by == "document" and int((i + 1) * args.val + 0.5) > int(i * args.val + 0.5)
+        shards = val if held_out else train
         if spool:
             spool.seek(0)
             while part := spool.read(1 << 20):
@@ -336,14 +338,13 @@ def deal(stream, train, val, args, mark):
 
     for body, end, text in stream:
         parts.append(body)
-        size += len(body)
         blank = blank and (not text or text.isspace())
         if seen:
             digest.update(text)
-        if not hold and not blank:
-            place(train)
+        if not seen and not blank:
+            place()
             parts, spool = [], None
-        elif not end and size > IN_MEMORY // 2:
+        elif not end and (size := size + len(body)) > IN_MEMORY:
             spool = spool or tempfile.TemporaryFile(dir=train.folder)
             for part in parts:
                 spool.write(part)
@@ -354,12 +355,11 @@ def deal(stream, train, val, args, mark):
             elif seen and not seen.add(digest.digest()):
                 counts["duplicates"] += 1
             else:
+                place()
                 counts["documents"] += 1
-                held_out = by_document and val.total + size / 2 <= args.val * (train.total + val.total + size)
-                place(val if held_out else train)
             parts, size, blank, spool = [], 0, True, None
-            digest = hashlib.blake2b(digest_size=16) if seen else None
-    if not by_document:
+            digest = seen and hashlib.blake2b(digest_size=16)
+    if args.by == "tail":
         train.move_tail(round(args.val * train.total), val, mark)
     return counts
 
@@ -381,6 +381,16 @@ def check_place(out, overwrite):
         raise Failure(f"{out} exists and holds what is not of this program ({strange[0]}): choose another --out")
     if not overwrite:
         raise Failure(f"{out} exists: choose another --out, or replace it with --overwrite")
+
+
+def stage(out):
+    """A new folder beside `out`, where files wait until they are whole."""
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    staging = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.absolute().parent))
+    mask = os.umask(0)
+    os.umask(mask)
+    staging.chmod(0o777 & ~mask)
+    return staging
 
 
 def put_in_place(staging, out):
@@ -430,7 +440,7 @@ def parse(argv):
                         help="hold out whole documents, evenly (default), or the end of the text")
     parser.add_argument("--dedup", action="store_true", help="keep a document that occurs again only once")
     parser.add_argument("--field", default="text", metavar="NAME", help="of .jsonl and .parquet, default text")
-    parser.add_argument("--shard_size", type=int, default=100_000_000, metavar="TOKENS", help="default 100000000")
+    parser.add_argument("--shard_size", type=int, default=SHARD_SIZE, metavar="TOKENS", help=f"default {SHARD_SIZE}")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that this program made")
     args = parser.parse_args(argv)
     if not 0 < args.val < 1:
@@ -448,9 +458,7 @@ def main(argv=None):
         out = pathlib.Path(args.out)
         check_place(out, args.overwrite)
         try:
-            out.absolute().parent.mkdir(parents=True, exist_ok=True)
-            staging = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.absolute().parent))
-            os.chmod(staging, 0o777 & ~umask())
+            staging = stage(out)
             with tqdm(unit="B", unit_scale=True, disable=None, leave=False) as bar:
                 manifest = build(args, staging, bar)
             put_in_place(staging, out.absolute())
@@ -473,12 +481,6 @@ def main(argv=None):
           f"train on them: ./run_rwkv7.sh --track tiny --data {args.out}"
           + (f" --vocab_size {manifest['vocab_size']}" if manifest["vocab_size"] != 257 else ""))
     return 0
-
-
-def umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 if __name__ == "__main__":
