@@ -158,7 +158,7 @@ class Pair:
                     for worst in (int(part.max()), int(part.min())) if len(part) else ():
                         if not 0 <= worst < vocab_size:
                             raise Failure(f"{self.prefix}.bin holds token id {worst}, beyond the vocabulary of "
-                                          f"{vocab_size}" + ("; shards (uint16) end at 65535 anyway" if worst > LARGEST_ID else ""))
+                                          f"{vocab_size}" + ("; shards are uint16" if worst > LARGEST_ID else ""))
                     if ends and not size and len(part) and part[-1] == mark:
                         part = part[:-1]
                     yield np.concatenate(([mark], part) if begins else (part,)).astype("<u2"), ends and not size
@@ -248,7 +248,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="binidx.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a folder of shards, or one or two pairs")
-    parser.add_argument("--out", required=True, metavar="PATH", help="start of the pairs' names, or folder of the shards")
+    parser.add_argument("--out", required=True, metavar="PATH", help="start of the pairs' names, or folder of shards")
     parser.add_argument("--tokenizer", metavar="NAME", help="of the tokens; a folder's manifest.json says it")
     parser.add_argument("--vocab_size", type=int, metavar="N", help="of another tokenizer than bytes and gpt2")
     parser.add_argument("--document_mark", type=int, metavar="ID", help="of another tokenizer than bytes and gpt2")
@@ -263,8 +263,8 @@ def main(argv=None):
             staging = stage(pathlib.Path(args.out))
             done = to_pairs(args, folder, staging) if folder.is_dir() else to_shards(args, staging)
         except OSError as error:
-            raise Failure(f"{error.filename or args.out}: {error.strerror or error}. Make room, or name another --out") \
-                from None
+            where = error.filename or args.out
+            raise Failure(f"{where}: {error.strerror or error}. Make room, or name another --out") from None
     except Failure as failure:
         print(f"binidx.py: {failure}.", file=sys.stderr)
         return 1

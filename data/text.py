@@ -5,7 +5,8 @@
 
 A .jsonl line is {"text": ...}, a parquet file has a column `text` (--field names another), a .txt file is one document
 or several with <|endoftext|> between. Text that is not UTF-8 is replaced by U+FFFD and counted. Everything streams:
-memory stays under 500 MB for texts of any length in .txt files and up to 32 MB a line of .jsonl or a row of .parquet.
+memory stays under 500 MB for any length of text, if no line of .jsonl is longer than 32 MB (refused) and no page of
+.parquet larger than about 200 MB (the rule is 1 MB; some writers put 1024 rows into one, whatever their sizes).
 The same input gives the same shards. The folder appears whole, at the end; manifest.json in it says what it holds.
 """
 
@@ -96,9 +97,10 @@ class Cleaner:
 
     def replace(self, error):
         """Bytes that are no character, or halves of surrogate pairs that JSON lets through."""
-        count = 1 if isinstance(error, UnicodeDecodeError) else error.end - error.start
+        decoding = isinstance(error, UnicodeDecodeError)
+        count = 1 if decoding else error.end - error.start
         self.replaced += count
-        return "\ufffd" * count, error.end
+        return "\ufffd" if decoding else "\ufffd".encode() * count, error.end
 
     def clean(self, data, final):
         """-> (valid UTF-8, number of bytes of `data` it stands for): without `final` a cut character may remain."""
@@ -109,7 +111,7 @@ class Cleaner:
 
 def read_txt(file, where, cleaner):
     """-> (piece, whether a document ends with it). A line end after the separator belongs to it."""
-    rest, begun, separated, first = b"", False, False, True
+    rest, first = b"", True
     while True:
         block = file.read(BLOCK)
         data = rest + block
@@ -122,21 +124,18 @@ def read_txt(file, where, cleaner):
             data, rest = data[:cut], data[cut:]
         else:
             rest = b""
-        if SEPARATOR in data:
-            *ended, data = re.split(re.escape(SEPARATOR) + rb"(?:\r?\n)?", data)
-            for text in ended:
-                if begun or text.strip():
-                    yield cleaner.clean(text, True)[0], True
-                begun = False
-            separated = True
+        position = 0
+        while (at := data.find(SEPARATOR, position)) >= 0:
+            text, position = data[position:at], at + len(SEPARATOR)
+            position += 1 if data.startswith(b"\n", position) else 2 * data.startswith(b"\r\n", position)
+            yield cleaner.clean(text, True)[0], True
+        data = data[position:]
         if not block:
-            if data.strip() or begun or not separated:
-                yield cleaner.clean(data, True)[0], True
+            yield cleaner.clean(data, True)[0], True
             return
         piece, used = cleaner.clean(data, bool(rest))
         rest = data[used:] + rest
         if piece:
-            begun = True
             yield piece, False
 
 
@@ -155,47 +154,61 @@ def read_jsonl(file, where, cleaner, field):
             reason = str(error).partition(": line")[0]
             raise Failure(f"{where} line {number} is not JSON ({reason}): one object a line, "
                           f'{{"{field}": "..."}}') from None
-        del line  # of 32 MB, perhaps
+        del line  # 32 MB, perhaps, and four times that as a str
         text = entry.get(field) if isinstance(entry, dict) else None
         if not isinstance(text, str):
             has = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
             raise Failure(f'{where} line {number} has no text in "{field}" (it has: {has[:80] or "nothing"}). '
                           "--field NAME reads another one")
-        yield text.encode("utf-8", "count"), True
+        for i in range(0, max(1, len(text)), BLOCK):
+            yield text[i:i + BLOCK].encode("utf-8", "count"), i + BLOCK >= len(text)
+        del entry, text
 
 
-def read_parquet(file, where, cleaner, field):
+def slices(data, cleaner):
+    at, final = 0, False
+    while not final:
+        final = at + BLOCK >= len(data)
+        piece, used = cleaner.clean(data[at:at + BLOCK], final)
+        at += used
+        yield piece, final
+
+
+def read_parquet(path, cleaner, field, bar):
     parquet = need("pyarrow.parquet").parquet
     import pyarrow
     try:
-        table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # pages as they come, not row groups
-        types = {column.name: column.type for column in table.schema_arrow}
-        if field not in types or str(types[field]) not in ("string", "large_string", "binary", "large_binary"):
+        table = parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)  # pages as they come, not row groups
+        rows, size = table.metadata.num_rows, path.stat().st_size
+        types = {column.name: str(column.type) for column in table.schema_arrow}
+        if types.get(field) not in ("string", "large_string", "binary", "large_binary"):
             has = ", ".join(f"{name} ({type})" for name, type in types.items())
-            raise Failure(f"{where} has no column of text called {field} (it has: {has[:200]}). --field NAME reads "
+            raise Failure(f"{path} has no column of text called {field} (it has: {has[:200]}). --field NAME reads "
                           "another one")
-        for batch in table.iter_batches(batch_size=16, columns=[field], use_threads=False):
+        few = max(1, min(1024, rows * (1 << 20) // size))  # rows of 1 MB together, more or less
+        for batch in table.iter_batches(batch_size=few, columns=[field], use_threads=False):
             for text in batch.column(0).cast(pyarrow.large_binary()):
-                yield cleaner.clean(text.as_py() or b"", True)[0], True
+                yield from slices(text.as_py() or b"", cleaner)
+            bar.update(size * len(batch) // rows)
     except (pyarrow.ArrowException, OSError) as error:
-        raise Failure(f"{where} is no parquet file, or damaged: {str(error).splitlines()[0][:120]}") from None
+        raise Failure(f"{path} is no parquet file, or damaged: {str(error).splitlines()[0][:120]}") from None
 
 
 def read(path, cleaner, field, bar):
     """-> (piece of text in UTF-8, whether a document ends with it), for every document of a file."""
     plain, packed = kind(path)
-    if plain == ".parquet" and packed:
-        raise Failure(f"{path}: parquet is packed inside already; unpack this file first")
+    if plain == ".parquet":
+        if packed:
+            raise Failure(f"{path}: parquet is packed inside already; unpack this file first")
+        yield from read_parquet(path, cleaner, field, bar)
+        return
     try:
         with io.BufferedReader(Watched(path, bar), 1 << 20) as file:
             if packed == ".gz":
                 file = io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 20)
             elif packed == ".zst":
                 file = io.BufferedReader(need("pyarrow").CompressedInputStream(file, "zstd"), 1 << 20)
-            if plain == ".txt":
-                yield from read_txt(file, path, cleaner)
-            else:
-                yield from (read_jsonl if plain == ".jsonl" else read_parquet)(file, path, cleaner, field)
+            yield from read_txt(file, path, cleaner) if plain == ".txt" else read_jsonl(file, path, cleaner, field)
     except (OSError, EOFError, zlib.error) as error:
         damaged = " (damaged, or cut short?)" if packed else ""
         raise Failure(f"cannot read {path}: {getattr(error, 'strerror', None) or error}{damaged}") from None
@@ -319,7 +332,7 @@ class Seen:
 def deal(stream, train, val, args, mark):
     """Write the documents of a stream of tokens() to the shards. -> counts of documents, empty ones and duplicates.
 
-    By document: of 20 documents the 11th is held out (--val 0.05), whatever their sizes. By tail: all goes to train
+    By document: of 20 documents the 10th is held out (--val 0.05), whatever their sizes. By tail: all goes to train
     first, whose end then moves. A document waits, on the disk if it is long, only while it may yet be left out.
     """
     counts, seen = dict(documents=0, empty=0, duplicates=0), Seen() if args.dedup else None
@@ -355,7 +368,8 @@ def deal(stream, train, val, args, mark):
             elif seen and not seen.add(digest.digest()):
                 counts["duplicates"] += 1
             else:
-                place()
+                if seen:
+                    place()
                 counts["documents"] += 1
             parts, size, blank, spool = [], 0, True, None
             digest = seen and hashlib.blake2b(digest_size=16)
