@@ -17,13 +17,15 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from text import HEADER_INTS, MAGIC, MANIFEST, SHARD_SIZE, VERSION, Shards, check_place, deal, put_in_place, stage
+from text import (HEADER_INTS, MAGIC, MANIFEST, SHARD_SIZE, VERSION, OneLineParser, Shards, check_place, deal,
+                  put_in_place, stage)
 from tokenizer import GPT2_SHA256, LARGEST_ID, Bytes, Failure
 
 IDX_MAGIC, IDX_VERSION = b"MMIDIDX\0\0", 1
@@ -236,17 +238,17 @@ def to_pairs(args, folder, staging):
 
 
 def to_shards(args, staging):
-    out, about = pathlib.Path(args.out), describe(args, None)
+    out, about = pathlib.Path(args.out).resolve(), describe(args, None)
     check_place(out, args.overwrite)
     manifest = read_pairs(args.inputs, staging, about, args.val)
-    put_in_place(staging, out.absolute())
+    put_in_place(staging, out, args.overwrite)
     tokens = [sum(s["tokens"] for s in manifest["shards"] if s["split"] == split) for split in ("train", "val")]
-    return f"{manifest['documents']} documents, {tokens[0]} train and {tokens[1]} val tokens in {out}"
+    return f"{manifest['documents']} documents, {tokens[0]} train and {tokens[1]} val tokens in {args.out}"
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="binidx.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="binidx.py", description=__doc__, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a folder of shards, or one or two pairs")
     parser.add_argument("--out", required=True, metavar="PATH", help="start of the pairs' names, or folder of shards")
     parser.add_argument("--tokenizer", metavar="NAME", help="of the tokens; a folder's manifest.json says it")
@@ -255,18 +257,19 @@ def main(argv=None):
     parser.add_argument("--val", type=float, default=0.05, metavar="SHARE", help="of the documents of one pair, 0.05")
     parser.add_argument("--overwrite", action="store_true", help="replace pairs, or a folder that text.py or this made")
     args, staging = parser.parse_args(argv), None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         folder = pathlib.Path(args.inputs[0])
         if len(args.inputs) > (1 if folder.is_dir() else 2) or not 0 < args.val < 1:
             raise Failure("give one folder of shards, or one pair, or a train and a val pair; --val is between 0 and 1")
         try:
-            staging = stage(pathlib.Path(args.out))
+            staging = stage(pathlib.Path(args.out).resolve())
             done = to_pairs(args, folder, staging) if folder.is_dir() else to_shards(args, staging)
         except OSError as error:
             where = error.filename or args.out
             raise Failure(f"{where}: {error.strerror or error}. Make room, or name another --out") from None
     except Failure as failure:
-        print(f"binidx.py: {failure}.", file=sys.stderr)
+        print(f"binidx.py: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("binidx.py: interrupted, nothing written", file=sys.stderr)

@@ -54,7 +54,8 @@ def find_files(inputs):
     found = []
     for path in map(pathlib.Path, inputs):
         if path.is_dir():
-            names = sorted(p for p in path.rglob("*") if p.is_file() and kind(p) and not p.name.startswith("."))
+            names = sorted(p for p in path.rglob("*") if p.is_file() and kind(p)
+                           and not any(part.startswith(".") for part in p.relative_to(path).parts))
             if not names:
                 raise Failure(f"no {', '.join(KINDS)} (or those in {', '.join(PACKED)}) in the folder {path}")
             found += names
@@ -399,20 +400,24 @@ def check_place(out, overwrite):
 
 def stage(out):
     """A new folder beside `out`, where files wait until they are whole."""
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    staging = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.absolute().parent))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
     mask = os.umask(0)
     os.umask(mask)
     staging.chmod(0o777 & ~mask)
     return staging
 
 
-def put_in_place(staging, out):
-    """Give the finished folder its name; an older one vanishes only then."""
+def put_in_place(staging, out, overwrite):
+    """Give the finished folder its name; an older one vanishes only then. Both are resolved paths."""
     old = staging.with_name(staging.name + ".old")
-    if out.exists():
+    if overwrite and out.exists():
         os.rename(out, old)
-    os.rename(staging, out)
+    try:
+        os.rename(staging, out)
+    except BaseException:
+        old.exists() and os.rename(old, out)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -442,9 +447,16 @@ def build(args, staging, bar):
     return manifest
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (all flags: python data/{self.prog} --help)\n")
+
+
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="text.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="text.py", description=__doc__, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file or folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the shards, such as data/mine")
     parser.add_argument("--tokenizer", default="bytes", choices=("bytes", "gpt2"), help="default: bytes")
@@ -469,17 +481,17 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         args = parse(argv)
-        out = pathlib.Path(args.out)
+        out = pathlib.Path(args.out).resolve()
         check_place(out, args.overwrite)
         try:
             staging = stage(out)
             with tqdm(unit="B", unit_scale=True, disable=None, leave=False) as bar:
                 manifest = build(args, staging, bar)
-            put_in_place(staging, out.absolute())
+            put_in_place(staging, out, args.overwrite)
         except OSError as error:
             raise Failure(f"cannot write {out}: {error.strerror or error}. Make room, or name another --out") from None
     except Failure as failure:
-        print(f"text.py: {failure}.", file=sys.stderr)
+        print(f"text.py: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("text.py: interrupted, nothing written", file=sys.stderr)

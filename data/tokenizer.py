@@ -25,6 +25,10 @@ LARGEST_ID = 65535  # shards hold uint16
 class Failure(Exception):
     """A cause and its way round, in one line for the user."""
 
+    def __str__(self):
+        message = super().__str__()
+        return message if message[-1:] in ".?" else f"{message}."
+
 
 def need(module):
     """Import an optional package, or say how to get it."""
@@ -64,8 +68,8 @@ class BytePairs:
         self.document_mark, self.vocab_size = len(tokens), len(tokens) + 1
         self.sha256 = hashlib.sha256(canonical(tokens)).hexdigest()
         self.name = "gpt2" if self.sha256 == GPT2_SHA256 else name
-        ranks = {token: i for i, token in enumerate(tokens)}
-        self.bpe = need("tiktoken").Encoding(self.name, pat_str=self.SPLIT, mergeable_ranks=ranks, special_tokens={})
+        ranks, mark = {token: i for i, token in enumerate(tokens)}, {"<|endoftext|>": self.document_mark}
+        self.bpe = need("tiktoken").Encoding(self.name, pat_str=self.SPLIT, mergeable_ranks=ranks, special_tokens=mark)
 
     def encode(self, text):
         return self.bpe.encode_to_numpy(text, disallowed_special=()).astype("<u2")

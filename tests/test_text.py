@@ -296,6 +296,15 @@ def test_bad_input(case, tmp_path, capsys):
     assert list((tmp_path / "out").iterdir()) == [], "something half-made is left"
 
 
+def test_flags(tmp_path, capsys):
+    for flags, part in ((["x.txt"], "--out"), (["--out", "x"], "INPUT"), (["x.txt", "--out", "x", "--val", "y"], "'y'"),
+                        (["x.txt", "--out", "x", "--tokeniser", "gpt2"], "--tokeniser")):
+        with pytest.raises(SystemExit) as ended:
+            text.main(flags)
+        err = capsys.readouterr().err
+        assert ended.value.code == 2 and err.count("\n") == 1 and part in err and "--help" in err, err
+
+
 def test_columns_of_parquet(tmp_path, capsys):
     parquet.write_table(pyarrow.table(dict(text=[1, 2], body=["a", None])), tmp_path / "a.parquet")
     assert text.main([str(tmp_path / "a.parquet"), "--out", str(tmp_path / "o")]) == 1
@@ -331,6 +340,12 @@ def test_what_is_never_overwritten(tmp_path, capsys):
     write_jsonl(tmp_path / "a.jsonl", ["three", "four"])
     make(*flags, "--overwrite")
     assert sorted(texts(tmp_path / "out")) == ["four", "three"] and len(list(tmp_path.iterdir())) == 2
+    capsys.readouterr()
+    (tmp_path / "link").symlink_to("out")
+    for way in ("out/../out", "link"):
+        make(source, "--val", 0.5, "--out", tmp_path / way, "--overwrite")
+        assert len(texts(tmp_path / "out")) == 2 and sorted(os.listdir(tmp_path)) == ["a.jsonl", "link", "out"], way
+    (tmp_path / "link").unlink()
     capsys.readouterr()
     (tmp_path / "out" / "manifest.json").write_text('{"dataset": "pydocs"}')
     assert "not of this program" in refused("--overwrite")
