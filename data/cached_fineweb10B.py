@@ -14,6 +14,7 @@ file anew. cached_fineweb100B.py shares all of this.
 
 import argparse
 import concurrent.futures
+import functools
 import hashlib
 import json
 import os
@@ -148,13 +149,9 @@ class Stopped(Exception):
 
 
 def hub():
-    """The module huggingface_hub, quiet. Importing it takes time, and --check does without it."""
-    try:
-        import huggingface_hub
-        import huggingface_hub.file_download
-    except ImportError as error:
-        raise Failure(f"{error.name or error} is missing in {sys.executable}. Call .venv/bin/python instead (./test.sh "
-                      "makes it), or: pip install -r requirements.txt") from None
+    """The module huggingface_hub, quiet."""
+    import huggingface_hub
+    import huggingface_hub.file_download
     huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = CHUNK  # of 10 MB
     huggingface_hub.utils.logging.set_verbosity_error()
     huggingface_hub.utils.disable_progress_bars()
@@ -292,7 +289,8 @@ class Source:
             if not os.path.getsize(part.path):
                 os.remove(part.path)
         os.replace(part.path, path)
-        return dict(entry, mtime_ns=os.stat(path).st_mtime_ns, commit=found["commit"], hub_checksum=bool(found["sha256"]))
+        return dict(entry, mtime_ns=os.stat(path).st_mtime_ns, commit=found["commit"],
+                    hub_checksum=bool(found["sha256"]))
 
 
 def part_path(found, folder):
@@ -479,8 +477,8 @@ def download(args, dataset, source, found, manifest, pool, tqdm):
         while fit < len(found) and (room := room - (found[fit]["size"] or 0)) >= 0:
             fit += 1
         fewer = f"fetch fewer (there is room for {fit} of these {len(found)} files)" if fit > 1 else "make room"
-        raise Failure(f"{(total - have) / 1e9:.2f} GB to fetch, {free / 1e9:.2f} GB free in {args.out}: {fewer}, or name "
-                      "a folder on a larger disk with --out DIR.")
+        raise Failure(f"{(total - have) / 1e9:.2f} GB to fetch, {free / 1e9:.2f} GB free in {args.out}: {fewer}, or "
+                      "name a folder on a larger disk with --out DIR.")
     stale = {f".{one['name']}.": os.path.basename(part_path(one, args.out)) for one in found}
     for other in os.listdir(args.out):  # parts of another version of the shard
         if other.endswith(".part") and stale.get(other[:other.index(".bin.") + 5] if ".bin." in other else "",
@@ -548,19 +546,21 @@ def fetch(args, dataset, repo, train_shards, manifest, say):
 def main(dataset, repo, train_shards, doc, argv=None):
     script = f"cached_{dataset}.py"
     args = parse(script, dataset, train_shards, doc, argv)
-    about = dict(dataset=dataset, source=repo, tokenizer="gpt2", vocab_size=VOCAB_SIZE, document_mark=DOCUMENT_MARK)
-
-    def say(text):
-        from tqdm import tqdm
-        tqdm.write(text, file=sys.stderr)
-
     try:
         try:
+            from tokenizer import GPT2_SHA256
+            from tqdm import tqdm
+            say = functools.partial(tqdm.write, file=sys.stderr)
+            about = dict(dataset=dataset, source=repo, tokenizer="gpt2", tokenizer_sha256=GPT2_SHA256,
+                         vocab_size=VOCAB_SIZE, document_mark=DOCUMENT_MARK)
             if args.check:
                 return check(args, dataset, Manifest(args.out, about), say)
             os.makedirs(args.out, exist_ok=True)
             with alone(args.out):
                 return fetch(args, dataset, repo, train_shards, Manifest(args.out, about), say)
+        except ImportError as error:
+            raise Failure(f"{error.name or error} is missing in {sys.executable}. Call .venv/bin/python instead "
+                          "(./test.sh makes it), or: pip install -r requirements.txt") from None
         except OSError as error:
             raise explain(error, args.out) from None
     except Failure as failure:

@@ -314,8 +314,8 @@ def test_an_error_that_stays(hub, run):
 
 
 def test_no_server(hub, run):
-    refused(run(1, HF_ENDPOINT="http://127.0.0.1:1"), "no connection to http://127.0.0.1:1", "HTTPS_PROXY",
-            "HF_ENDPOINT", lines=3)
+    refused(run(1, "--retries", 1, HF_ENDPOINT="http://127.0.0.1:1"), "no connection to http://127.0.0.1:1",
+            "HTTPS_PROXY", "HF_ENDPOINT", lines=2)
     nothing_begun(run)
 
 
@@ -493,7 +493,29 @@ def test_a_touched_shard_is_read_and_kept(hub, run, shards):
     whole(run, shards, (VAL, ONE))
 
 
-def test_without_the_client(run):
-    block = "import runpy, sys; sys.modules['huggingface_hub'] = None; sys.argv = sys.argv[1:];"
-    refused(run(1, prefix=("-c", block + "runpy.run_path(sys.argv[0], run_name='__main__')")), "huggingface_hub",
-            "pip install -r requirements.txt")
+@pytest.mark.parametrize("package", ("huggingface_hub", "numpy", "tqdm"))
+def test_a_python_without_packages(run, package):
+    code = (f"import runpy, sys; sys.modules[{package!r}] = None; sys.path[0] = {str(SCRIPT.parent)!r};"
+            "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+    refused(run(1, prefix=("-c", code)), f"{package} is missing", "pip install -r requirements.txt")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What training takes from the manifest
+
+def test_records_take_hashes_from_the_manifest(hub, run, shards, monkeypatch):
+    assert run(2).returncode == 0
+    shards_known = json.loads((run.out / "manifest.json").read_text())["shards"]
+    stream = train_rwkv7.TokenStream(run.out, "train", 2_400_000, "some steps")
+    entries = [dict(name=name, tokens=1_250_000, sha256=hashlib.sha256(shards[name]).hexdigest())
+               for name in (ONE, TWO)]
+    assert stream.fingerprint(50257) == entries
+    with monkeypatch.context() as patch:
+        patch.setattr(train_rwkv7.hashlib, "sha256", None)  # nothing is read
+        assert stream.fingerprint(50257, shards_known) == [dict(e, hash_from="manifest.json") for e in entries]
+        with pytest.raises(ValueError, match="token id .*, beyond the vocabulary of 50000"):
+            stream.fingerprint(50000, shards_known)
+    flip(run.out / ONE)  # another time: read after all
+    one, two = stream.fingerprint(50257, shards_known)
+    assert one["sha256"] == hashlib.sha256((run.out / ONE).read_bytes()).hexdigest() != entries[0]["sha256"]
+    assert "hash_from" not in one and two["hash_from"] == "manifest.json"
