@@ -111,10 +111,10 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AssertionError):
             self.damaged = True
             return
-        for key in ("dataset", "source"):
+        for key in about:
             if data.get(key) != about[key]:
-                raise Failure(f"{folder} holds {data.get('dataset')} from {data.get('source')}, not {about['dataset']} "
-                              f"from {about['source']}. Name another folder with --out DIR, or delete this one.")
+                raise Failure(f"{folder} holds other shards: {key} is {data.get(key)} there, {about[key]} here. "
+                              "Name another folder with --out DIR, or delete that one.")
         self.shards = shards
 
     def add(self, entry):
@@ -125,7 +125,7 @@ class Manifest:
 
 def alone(folder):
     """Two processes must not write to the same part files. -> the lock, to be kept open."""
-    lock = open(os.path.join(folder, ".lock"), "w")
+    lock = open(os.path.join(folder, ".lock"), "a")
     if fcntl:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
