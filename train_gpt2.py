@@ -565,6 +565,7 @@ class DataLoader:
 # Record [shared]
 
 SCHEMA = 1  # of result.json
+IMAGE = Path("/etc/rwkv-speedrun-image")  # written by the Dockerfile
 
 
 def shell(*command):
@@ -591,9 +592,8 @@ def environment():
     """Versions and git state: what is needed to repeat a run."""
     first_line = lambda text: text.splitlines()[0] if text else "none"
     packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
-    image = Path("/etc/rwkv-speedrun-image")  # written by the Dockerfile
     return dict(
-        image=image.read_text(encoding="utf-8").strip() if image.exists() else "none",
+        image=IMAGE.read_text(encoding="utf-8").strip() if IMAGE.exists() else "none",
         python=platform.python_version(), platform=platform.platform(), torch=torch.__version__,
         cuda=torch.version.cuda or "none", nvcc=(shell("nvcc", "--version").splitlines() or ["none"])[-1],
         driver=first_line(shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")),

@@ -179,8 +179,8 @@ def make(args, dataset, manifest, say):
             manifest.add(place(args.out, file_name(made), shard[:fill], [len(dataset), 0]))
             made += 1
     except concurrent.futures.process.BrokenProcessPool:
-        raise Failure("a worker was killed; if for want of memory, take fewer --workers. The same command goes on after "
-                      "the last whole shard.") from None
+        raise Failure("a worker was killed; if for want of memory, take fewer --workers. The same command goes on "
+                      "after the last whole shard.") from None
     finally:
         bar.close()
         pool.shutdown(wait=False, cancel_futures=True)
@@ -226,7 +226,8 @@ def run(args):
     with alone(args.out):
         manifest = Manifest(args.out, about)
         if manifest.damaged:
-            raise Failure(f"{manifest.path} is damaged. Delete the folder and begin anew, or name another with --out DIR.")
+            raise Failure(f"{manifest.path} is damaged. Delete the folder and begin anew, or name another with --out "
+                          "DIR.")
         made = make(args, dataset, manifest, lambda text: tqdm.write(text, file=sys.stderr))
     tokens = sum(entry["tokens"] for entry in manifest.shards.values())
     what = f"{made} of them made in {time.perf_counter() - start:.0f} s" if made else "intact, nothing to make"
