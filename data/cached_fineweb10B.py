@@ -392,6 +392,13 @@ def parse(script, dataset, train_shards, doc, argv):
     return args
 
 
+def reading(results, count):
+    """The results, under a bar: reading takes up to a second a shard."""
+    from tqdm import tqdm
+    return tqdm(results, "reading", count, unit="shard", leave=False, disable=not count,
+                mininterval=0.2 if sys.stderr.isatty() else 10)
+
+
 def check(args, dataset, manifest, say):
     """--check: reads every byte and fetches nothing. -> exit status"""
     names = [file_name(i) for i in range(args.count + 1)] if args.count else sorted(
@@ -411,7 +418,7 @@ def check(args, dataset, manifest, say):
 
     wrong, tokens, strangers = [], 0, 0
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for name, entry, known, fault in pool.map(look, names):
+        for name, entry, known, fault in reading(pool.map(look, names), len(names)):
             if entry and known and entry["sha256"] != known["sha256"]:
                 fault = f"is damaged: sha256 {entry['sha256'][:12]}…, by the manifest {known['sha256'][:12]}…"
             strangers += bool(entry and not known)
@@ -448,7 +455,7 @@ def survey(args, names, manifest, pool, say):
         except Damaged as error:
             return name, known, None, str(error)
 
-    for name, known, entry, fault in pool.map(look, changed):
+    for name, known, entry, fault in reading(pool.map(look, changed), len(changed)):
         if entry and known and known["sha256"] == entry["sha256"]:
             manifest.add(dict(known, bytes=entry["bytes"], mtime_ns=entry["mtime_ns"]))  # copied or touched
         elif entry and not known:
@@ -507,8 +514,8 @@ def download(args, dataset, source, found, manifest, pool, tqdm):
 
 def explain(error, out):
     """A full disk and the like, in one line."""
-    return Failure(f"cannot write {error.filename or out}: {error.strerror or error}. Make room or set permissions, or "
-                   "name another folder with --out DIR; the same command goes on from here.")
+    return Failure(f"cannot read or write {error.filename or out}: {error.strerror or error}. Make room or set "
+                   "permissions, or name another folder with --out DIR; the same command goes on from here.")
 
 
 def fetch(args, dataset, repo, train_shards, manifest, say):

@@ -189,6 +189,13 @@ def test_a_cut_connection_goes_on_where_it_broke(hub, run, shards, kind):
         assert starts[1] == CHUNK, "what had arrived was fetched again"
 
 
+def test_a_server_that_falls_silent(hub, run, shards):
+    hub.faults[ONE] = [("hang", 1_300_000)]
+    assert run(1, HF_HUB_DOWNLOAD_TIMEOUT="1").returncode == 0
+    whole(run, shards, (VAL, ONE))
+    assert hub.asked(server="store", name=ONE)[0].headers["range"] == f"bytes={CHUNK}-"  # the silent one has not ended
+
+
 def test_a_killed_download_goes_on_where_it_stopped(hub, start, run, shards):
     hub.faults[ONE] = [("hang", 2_200_000)]
     process = start(1)
@@ -368,7 +375,7 @@ def test_disk_full_in_the_middle(hub, run, shards):
     def limit():
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
-    refused(run(1, limit=limit), "cannot write", str(run.out), "--out", lines=9)
+    refused(run(1, limit=limit), "cannot read or write", str(run.out), "--out", lines=9)
     assert not (run.out / ONE).exists()
     assert run(1).returncode == 0
     whole(run, shards, (VAL, ONE))
@@ -383,12 +390,12 @@ def as_anybody():
 
 def test_no_permission_to_write(hub, run):
     run.out.write_text("a file, not a folder")
-    refused(run(1), "cannot write", run.out, "--out")
+    refused(run(1), "cannot read or write", run.out, "--out")
     run.out.unlink()
     run.out.mkdir(mode=0o555)
     if os.geteuid() == 0 and not sys.platform.startswith("linux"):
         pytest.skip("root may write anywhere")
-    refused(run(1, limit=as_anybody), "cannot write", run.out, "Permission denied", "--out")
+    refused(run(1, limit=as_anybody), "cannot read or write", run.out, "Permission denied", "--out")
     assert hub.requests == [] and list(run.out.iterdir()) == []
 
 

@@ -173,7 +173,7 @@ def test_bad_input(run, world, tmp_path):
     assert not (tmp_path / "out").exists()
     refused(run(shard_size=len(world[1])), "fill no more than the val shard", "--shard_size")
     (tmp_path / "file").write_text("")
-    refused(run(out=tmp_path / "file" / "out"), "cannot write", "--out")
+    refused(run(out=tmp_path / "file" / "out"), "cannot read or write", "--out")
 
 
 def test_a_folder_with_other_shards(run, world, tmp_path):
