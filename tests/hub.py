@@ -38,7 +38,7 @@ class Hub:
             log_message = lambda *_: None
 
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
+        server.daemon_threads, server.handle_error = True, lambda *_: None  # clients that hang up are part of the game
         threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
         return server
 
