@@ -256,8 +256,6 @@ class Source:
                         with open(found["cached"], "rb") as f:
                             shutil.copyfileobj(f, part, CHUNK)
                     else:
-                        if found["size"] and part.size > found["size"]:
-                            part.restart()
                         headers = dict(self.hub.utils.build_hf_headers(), **{"Accept-Encoding": "identity"})
                         self.hub.file_download.http_get(
                             found["url"], part, resume_size=part.size, headers=headers, expected_size=found["size"],

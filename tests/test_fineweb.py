@@ -38,22 +38,25 @@ def world(tmp_path_factory):
     random = np.random.default_rng(0)
     words = "the and in another theater, it's 1234 Käse 日本 🙂 \n\n end.".split(" ")
     texts = [" ".join(random.choice(words, random.integers(1, 40))) for _ in range(600)]
+    texts[-1] = "the last"
     texts[3:6] = "", "a mark <|endoftext|> in the text is text", "one document of several shards " * 900
+    bpe = tiktoken.Encoding("toy", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
+    every = lambda: np.array([t for text in texts for t in (len(ranks), *bpe.encode_ordinary(text))], "<u2")
+    if len(every()) % 2:
+        texts[-1] += "1"
     for i, part in enumerate((texts[:350], texts[350:])):
         n = len(part)
         pq.write_table(pa.table(dict(
             text=part, id=[f"<urn:uuid:{k}>" for k in range(n)], dump=["CC-MAIN-2013-20"] * n, url=["http://x"] * n,
             date=["2013-05-18T05:48:54Z"] * n, file_path=["s3://x"] * n, language=["en"] * n,
             language_score=[0.99] * n, token_count=[9] * n)), folder / f"{i:03d}_00000.parquet", row_group_size=100)
-    bpe = tiktoken.Encoding("toy", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
-    tokens = np.array([t for text in texts for t in (len(ranks), *bpe.encode_ordinary(text))], "<u2")
-    return folder, tokens
+    return folder, every()
 
 
 @pytest.fixture
 def start(world, tmp_path):
     def call(*arguments, out=tmp_path / "out", script=SCRIPT, **flags):
-        flags = dict(version="10B", input=world[0], vocab=world[0] / "ranks", shard_size=SIZE, workers=2) | flags
+        flags = dict(version="10B", input=world[0], vocab=world[0] / "ranks", shard_size=SIZE, workers=1) | flags
         env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         env.update(HF_HOME=str(world[0] / "home"), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", PYTHONUTF8="1")
         return subprocess.Popen([sys.executable, str(script), "--out", str(out), *map(str, arguments), *(
@@ -116,7 +119,15 @@ def test_shards_are_the_documents(run, world, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.*")}
 
 
-@pytest.mark.parametrize("workers", (1, 5))
+def test_the_last_shard_may_be_full(run, world, tmp_path):
+    assert len(world[1]) % 2 == 0
+    assert run(shard_size=len(world[1]) // 2).returncode == 0
+    again = run(shard_size=len(world[1]) // 2)
+    assert "2 shards" in again.output and "intact, nothing to make" in again.output, again.errors
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.bin")) == [name(1), name(0)]
+
+
+@pytest.mark.parametrize("workers", (2, 5))
 def test_any_number_of_workers(run, world, tmp_path, workers):
     assert run(workers=workers).returncode == 0
     whole(tmp_path / "out", world[1])
@@ -136,7 +147,7 @@ def test_killed_it_goes_on(start, run, world, tmp_path):
     shards = sorted((tmp_path / "out").glob("fineweb_*.bin"))
     assert shards, "killed too early to say anything"
     kept = {path: path.stat().st_mtime_ns for path in shards[:1]}
-    done = run(workers=1)
+    done = run(workers=2)
     assert done.returncode == 0 and ("going on in document" in done.errors or "intact" in done.output), done.errors
     whole(tmp_path / "out", world[1])
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in kept.items())
