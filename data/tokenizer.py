@@ -1,4 +1,4 @@
-"""The tokenizers of data/text.py and data/fineweb.py: bytes, and GPT-2's byte pairs (by tiktoken, data/requirements.txt).
+"""The tokenizers of data/text.py and data/fineweb.py: bytes, and GPT-2's byte pairs (needs tiktoken).
 
     tokenizer = load("gpt2")                      fetches GPT-2's ranks, or finds them where tiktoken keeps them
     tokenizer = load("gpt2", "r50k_base.tiktoken")      reads them from a file: no network
@@ -78,20 +78,21 @@ class BytePairs:
 
 def read_vocabulary(data, where):
     """[bytes] of the content of a vocabulary file; `where` names it in messages."""
-    ranks = {}
+    ranks, count = {}, 0
     for number, line in enumerate(data.splitlines(), 1):
         if line.strip():
             try:
                 token, rank = line.split()
-                ranks[int(rank)] = base64.b64decode(token, validate=True)
+                ranks[int(rank)], count = base64.b64decode(token, validate=True), count + 1
             except (ValueError, binascii.Error):
-                raise Failure(f'{where} line {number} is not "base64 rank": is it a tiktoken vocabulary, whole?') from None
+                raise Failure(f'{where} line {number} is not "base64 rank": is it a tiktoken vocabulary?') from None
     tokens = [ranks[i] for i in sorted(ranks)]
-    if len(tokens) > LARGEST_ID:
-        raise Failure(f"{where} has {len(tokens)} tokens and a document mark: ids beyond {LARGEST_ID}, which the shards "
+    if count > LARGEST_ID:
+        raise Failure(f"{where} has {count} tokens and a document mark: ids beyond {LARGEST_ID}, which shards "
                       "(uint16) cannot hold. Use a smaller vocabulary, such as GPT-2's.")
-    if sorted(ranks) != list(range(len(tokens))) or len(set(tokens)) != len(tokens):
-        raise Failure(f"{where} is damaged: its ranks are not 0 to {len(tokens) - 1}, each once. Fetch it again.")
+    if sorted(ranks) != list(range(count)) or len(set(tokens)) != count:
+        raise Failure(f"{where} is damaged: its {count} ranks are not 0 to {count - 1}, of different tokens. "
+                      "Fetch it again.")
     if not {bytes([i]) for i in range(256)} <= set(tokens):
         raise Failure(f"{where} lacks some single bytes, so that not every text can be encoded. Fetch it again.")
     return tokens
