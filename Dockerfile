@@ -1,7 +1,7 @@
 # The image of reproducible records: CUDA 13.0 with its compiler, the Python of Ubuntu 24.04, the pinned packages.
 #
 #   docker build -t rwkv-speedrun .
-#   docker run -it --rm --gpus all -v $(pwd):/rwkv-speedrun rwkv-speedrun ./run_rwkv7.sh --adam_lr 0.0026
+#   docker run -it --rm --gpus all -v $(pwd):/rwkv-speedrun rwkv-speedrun ./run_rwkv7.sh --adam_lr 0.0026 --fast_cuda
 #   docker run -it --rm -v $(pwd):/rwkv-speedrun rwkv-speedrun ./run_rwkv7.sh --track tiny          (no GPU)
 #   docker run -it --rm -v $(pwd):/rwkv-speedrun rwkv-speedrun ./test.sh
 #

@@ -8,7 +8,7 @@
 Every document is <|endoftext|> and its text in GPT-2's tokens, in the order of the dataset, cut into shards of
 --shard_size tokens wherever that falls; the first shard is for validation. The shards are the same for any number of
 workers. Broken off, the same command goes on after the last whole shard. The package datasets keeps the raw text in
-its own cache (HF_HOME): three times the room of the shards.
+its own cache (HF_HOME), where it takes more room than the shards.
 """
 
 import argparse
