@@ -59,7 +59,7 @@ def made(tmp_path):
     return tmp_path / "mine", lines
 
 
-@pytest.mark.parametrize("block", (1 << 20, 64, 1))
+@pytest.mark.parametrize("block", (1 << 20, 64, 7))
 def test_there_and_back(made, tmp_path, capsys, monkeypatch, block):
     folder, lines = made
     monkeypatch.setattr(binidx, "BLOCK", block)
