@@ -85,8 +85,8 @@ def unchanged(path, entry):
 
 
 def write(path, data):
-    """Whole or not at all: a reader never sees half a file."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    """Whole or not at all: a reader never sees half a file. One process at a time: alone() sees to that."""
+    temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as f:
             f.write(data)

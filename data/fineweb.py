@@ -102,26 +102,29 @@ def encoded(dataset, start, pool, workers):
 # --------------------------------------------------------------------------------------------------------------------
 # Shards
 
-def place(folder, name, tokens, following):
-    """Writes a shard, whole or not at all. -> its entry; following: [document, token of it] where the next begins."""
+def place(folder, manifest, name, tokens, following):
+    """Writes a shard, whole or not at all; following: [document, token of it] where the next one begins.
+
+    The manifest knows it first: killed in between, a file is missing, which is seen, and none is unknown.
+    """
     header = np.zeros(256, "<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    path, part = os.path.join(folder, name), os.path.join(folder, f".{name}.part")
+    part, digest = os.path.join(folder, f".{name}.part"), hashlib.sha256(header)
+    digest.update(tokens)
     try:
         with open(part, "wb") as f:
             f.write(header)
             f.write(tokens)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(part, path)
+        stat = os.stat(part)
+        manifest.add(dict(name=name, tokens=len(tokens), bytes=stat.st_size, sha256=digest.hexdigest(),
+                          split="val" if "_val_" in name else "train", top_id=int(tokens.max()),
+                          mtime_ns=stat.st_mtime_ns, next=following))
+        os.replace(part, os.path.join(folder, name))
     finally:
         if os.path.exists(part):
             os.remove(part)
-    digest, stat = hashlib.sha256(header), os.stat(path)
-    digest.update(tokens)
-    return dict(name=name, tokens=len(tokens), bytes=stat.st_size, sha256=digest.hexdigest(),
-                split="val" if "_val_" in name else "train", top_id=int(tokens.max()), mtime_ns=stat.st_mtime_ns,
-                next=following)
 
 
 def finished(folder, manifest):
@@ -168,7 +171,7 @@ def make(args, dataset, manifest, say):
                 if fill == args.shard_size:
                     at = int(np.searchsorted(ends, done, "right"))
                     following = [first + at, int(done - (ends[at - 1] if at else 0))]
-                    manifest.add(place(args.out, file_name(made), shard, following))
+                    place(args.out, manifest, file_name(made), shard, following)
                     made, fill = made + 1, 0
                     bar.set_postfix_str(f"{made} shards")
             bar.update(len(lengths))
@@ -176,7 +179,7 @@ def make(args, dataset, manifest, say):
             raise Failure(f"{made * args.shard_size + fill:,} tokens fill no more than the val shard: choose a "
                           "--shard_size of less than half of them.")
         if fill:
-            manifest.add(place(args.out, file_name(made), shard[:fill], [len(dataset), 0]))
+            place(args.out, manifest, file_name(made), shard[:fill], [len(dataset), 0])
             made += 1
     except concurrent.futures.process.BrokenProcessPool:
         raise Failure("a worker was killed; if for want of memory, take fewer --workers. The same command goes on "

@@ -56,9 +56,10 @@ def world(tmp_path_factory):
 @pytest.fixture
 def start(world, tmp_path):
     def call(*arguments, out=tmp_path / "out", script=SCRIPT, **flags):
+        more = {key: flags.pop(key) for key in list(flags) if key.isupper()}
         flags = dict(version="10B", input=world[0], vocab=world[0] / "ranks", shard_size=SIZE, workers=1) | flags
         env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        env.update(HF_HOME=str(world[0] / "home"), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", PYTHONUTF8="1")
+        env.update(HF_HOME=str(world[0] / "home"), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", PYTHONUTF8="1", **more)
         return subprocess.Popen([sys.executable, str(script), "--out", str(out), *map(str, arguments), *(
             str(part) for key, value in flags.items() if value is not None for part in (f"--{key}", value))],
             env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -151,6 +152,28 @@ def test_killed_it_goes_on(start, run, world, tmp_path):
     assert done.returncode == 0 and ("going on in document" in done.errors or "intact" in done.output), done.errors
     whole(tmp_path / "out", world[1])
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in kept.items())
+
+
+@pytest.mark.parametrize("kind, number", (("bin", 2), ("json", 2)))
+@pytest.mark.parametrize("when", ("before", "after"))
+def test_killed_at_any_moment(run, world, tmp_path, kind, number, when):
+    """Just before and just after the rename of a shard or of the manifest."""
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import os
+rename, count = os.replace, 0
+def replace(source, target):
+    global count
+    count += str(target).endswith({kind!r})
+    {when == 'after'} and rename(source, target)
+    if count == {number}:
+        os._exit(9)
+    {when == 'before'} and rename(source, target)
+os.replace = replace
+""")
+    assert run(PYTHONPATH=tmp_path).returncode == 9
+    done = run()
+    assert done.returncode == 0, done.errors
+    whole(tmp_path / "out", world[1])
 
 
 def test_what_is_damaged_is_made_again(run, world, tmp_path):
