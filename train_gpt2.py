@@ -128,6 +128,8 @@ def resolve(args, world):
         args.device = "cuda" if cuda else "cpu"
     if args.dtype == "auto":
         args.dtype = ("bf16" if args.device == "cuda" else "mixed") if has_bf16(args.device) else "fp32"
+    if args.order == "cubic" and args.track == "fineweb":
+        raise ValueError("--order cubic is for small corpora on --track tiny; track fineweb reads in sequence.")
     counts = ("steps", "bsz", "device_bsz", "seq_len", "epochs", "val_every", "val_tokens", "layers", "width")
     for low in (f.name for f in fields(args) if f.type in (int, float) and getattr(args, f.name) < (f.name in counts)):
         raise ValueError(f"--{low} {getattr(args, low)} is too small: at least {int(low in counts)}.")
@@ -165,6 +167,8 @@ class Hyperparameters(Flags):
     device_bsz: int = flag("sequences a device takes at once, at most", fineweb=64, tiny=16)
     seq_len: int = flag("tokens a sequence (T)", fineweb=1024, tiny=256)
     epochs: int = flag("how often the train shards may be read over", fineweb=1, tiny=20)
+    order: str = flag("of the train tokens; cubic: k-th sequence = chunk k^3 mod p (data/README.md)", "sequential",
+                      choices=("sequential", "cubic"))
     val_every: int = flag("steps between validations", fineweb=125, tiny=1100)
     val_tokens: int = flag("validation tokens, the first there are (tiny: at most)", fineweb=10485760, tiny=262144)
     save_every: int = flag("steps between checkpoints, 0 for none", 0)
@@ -453,10 +457,10 @@ class TokenStream:
     """The tokens of the sorted shards folder/*_<split>_*.bin as one stream; opens only the first with `need` tokens.
 
     repeat: how often the stream may be read over (position p is token p mod tokens); 0: fewer tokens will do.
-    Raises ValueError with the way out.
+    cubic: tokens a chunk of the cubic order; that takes every shard. Raises ValueError with the way out.
     """
 
-    def __init__(self, folder, split, need, why, repeat=1):
+    def __init__(self, folder, split, need, why, repeat=1, cubic=0):
         self.paths, self.shards, total = [], [], 0
         found = sorted(Path(folder).glob(f"*_{split}_*.bin"))
         if not found:
@@ -465,10 +469,14 @@ class TokenStream:
             self.paths.append(path)
             self.shards.append(open_shard(path))
             total += len(self.shards[-1])
-            if total >= need:
+            if total >= need and not cubic:
                 break
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
-        if repeat and total * repeat < need:
+        self.prime = prime_below((total - 1) // cubic) if cubic else 0
+        if cubic and self.prime * repeat * cubic < need - 1:
+            raise ValueError(f"{why} need {(need - 1) // cubic} chunks of {cubic} tokens; {folder} has {self.prime} "
+                             f"for --order cubic at --epochs {repeat}. More text, fewer --steps or more --epochs.")
+        if repeat and total * repeat < need and not cubic:
             if repeat == 1:
                 each = max(len(shard) for shard in self.shards)
                 raise ValueError(f"{why} need {-(-need // each)} {split} shards of {millions(each)} tokens, found "
@@ -490,20 +498,37 @@ class TokenStream:
             done += len(part)
         return out
 
-    def fingerprint(self, vocab_size):
-        """[{name, tokens, sha256}] of the shards, every byte read. ValueError for an id beyond the vocabulary."""
+    def fingerprint(self, vocab_size, known=()):
+        """[{name, tokens, sha256}] of the shards. ValueError for an id beyond the vocabulary.
+
+        known: the manifest's entries. A shard whose size and time are still those of its entry is not read, which would
+        take long for billions of tokens: its hash and highest id come from there, and hash_from says so.
+        """
+        known = {entry["name"]: entry for entry in known if "mtime_ns" in entry}
+
         def scan(path, shard):
-            digest, top = hashlib.sha256(np.fromfile(path, np.uint8, 1024)), 0
-            for i in range(0, len(shard), 1 << 22):
-                part = np.ascontiguousarray(shard[i:i + (1 << 22)])
-                digest.update(part)
-                top = max(top, int(part.max()))
+            entry, now, facts = known.get(path.name, {}), path.stat(), dict(name=path.name, tokens=len(shard))
+            if entry and (entry["bytes"], entry["mtime_ns"]) == (now.st_size, now.st_mtime_ns):
+                top, facts["sha256"], facts["hash_from"] = entry["top_id"], entry["sha256"], "manifest.json"
+            else:
+                digest, top = hashlib.sha256(np.fromfile(path, np.uint8, 1024)), 0
+                for i in range(0, len(shard), 1 << 22):
+                    part = np.ascontiguousarray(shard[i:i + (1 << 22)])
+                    digest.update(part)
+                    top = max(top, int(part.max()))
+                facts["sha256"] = digest.hexdigest()
             if top >= vocab_size:
                 raise ValueError(f"{path} holds token id {top}, beyond the vocabulary of {vocab_size}. "
                                  "Wrong tokenizer for this track?")
-            return dict(name=path.name, tokens=len(shard), sha256=digest.hexdigest())
+            return facts
         with ThreadPoolExecutor() as pool:  # hashing and max() run without the interpreter's lock
             return list(pool.map(scan, self.paths, self.shards))
+
+
+def prime_below(n):
+    """The largest prime p < n with p mod 3 = 2 (0: there is none): k -> k^3 mod p visits each of 0 .. p - 1 once."""
+    prime = lambda p: all(p % d for d in range(2, math.isqrt(p) + 1))
+    return next((p for p in range(n - 1, 1, -1) if p % 3 == 2 and prime(p)), 0)
 
 
 def millions(count):
@@ -522,7 +547,8 @@ class DataLoader:
     """Batches of the training stream, read ahead by a thread into pinned memory.
 
     Step s is tokens [s n, (s + 1) n] with n = bsz * seq_len, whatever the ranks and micro-batches; this rank gets
-    sequences [first, last) of its bsz. next() -> inputs, targets, both int64 (last - first, seq_len), on the device.
+    sequences [first, last) of its bsz. In the cubic order the run's k-th sequence is chunk k^3 mod p of the stream.
+    next() -> inputs, targets, both int64 (last - first, seq_len), on the device.
     """
 
     def __init__(self, stream, args, first, last):
@@ -536,8 +562,10 @@ class DataLoader:
             if self.cuda is not None:  # a new thread starts on GPU 0; pinning there would put a context on it
                 torch.cuda.set_device(self.cuda)
             for step in range(self.args.steps):
-                start = (step * self.args.bsz + self.first) * self.args.seq_len
-                tokens = torch.from_numpy(self.stream.read(start, (self.last - self.first) * self.args.seq_len + 1))
+                start, count, T = step * self.args.bsz + self.first, self.last - self.first, self.args.seq_len
+                cubic = (pow(k, 3, p) for k in range(start, start + count)) if (p := self.stream.prime) else None
+                tokens = torch.from_numpy(np.concatenate([self.stream.read(chunk * T, T + 1) for chunk in cubic])
+                                          if cubic else self.stream.read(start * T, count * T + 1))
                 self.queue.put(tokens if self.cuda is None else tokens.pin_memory())
         except Exception as error:  # a vanished disk must not look like an endless wait
             self.queue.put(error)
@@ -547,13 +575,15 @@ class DataLoader:
         if isinstance(item, Exception):
             raise item
         tokens = item.to(self.args.device, non_blocking=True)
-        return tokens[:-1].view(-1, self.args.seq_len), tokens[1:].view(-1, self.args.seq_len)
+        T, stride = self.args.seq_len, self.args.seq_len + bool(self.stream.prime)
+        return [tokens.as_strided((self.last - self.first, T), (stride, 1), i).contiguous() for i in (0, 1)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Record [shared]
 
 SCHEMA = 1  # of result.json
+IMAGE = Path("/etc/rwkv-speedrun-image")  # written by the Dockerfile
 
 
 def shell(*command):
@@ -581,6 +611,7 @@ def environment():
     first_line = lambda text: text.splitlines()[0] if text else "none"
     packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
     return dict(
+        image=IMAGE.read_text(encoding="utf-8").strip() if IMAGE.exists() else "none",
         python=platform.python_version(), platform=platform.platform(), torch=torch.__version__,
         cuda=torch.version.cuda or "none", nvcc=(shell("nvcc", "--version").splitlines() or ["none"])[-1],
         driver=first_line(shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")),
@@ -813,13 +844,14 @@ def warm_up(model, compiled, optimizers, val, share, args):
     return before
 
 
-def save(model, args, record, step):
-    """checkpoints/<run>/step<step>.pt: {"model", "config", "step"}, written atomically. Rank 0 only."""
+def save(model, args, record, step, data):
+    """checkpoints/<run>/step<step>.pt: model, config, step and the data's tokenizer, written atomically by rank 0."""
     if record.path:
         path = Path("checkpoints") / record.path.name / f"step{step:06d}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.save(dict(model=model.state_dict(), config=asdict(args), step=step), f"{path}.part")
+            tokenizer = {key: (data["manifest"] or {}).get(key) for key in ("tokenizer", "tokenizer_sha256")}
+            torch.save(dict(model=model.state_dict(), config=asdict(args), step=step, **tokenizer), f"{path}.part")
         except RuntimeError as error:  # torch's word for a full disk
             os.remove(f"{path}.part")
             raise OSError(errno.ENOSPC, str(error).splitlines()[0], str(path)) from error
@@ -848,22 +880,29 @@ def print_parameters(model, optimizers):
 
 def open_data(args, rank):
     """(train stream, val stream, their facts for the record), every token checked by rank 0. Raises ValueError."""
-    need = args.steps * args.bsz * args.seq_len + 1
-    train = TokenStream(args.data, "train", need, f"{args.steps} steps", args.epochs)
+    need, cubic = args.steps * args.bsz * args.seq_len + 1, args.seq_len if args.order == "cubic" else 0
+    train = TokenStream(args.data, "train", need, f"{args.steps} steps", args.epochs, cubic)
     exactly = 1 if args.track == "fineweb" else 0
     val = TokenStream(args.data, "val", args.val_tokens + 1, f"{args.val_tokens} validation tokens", exactly)
     if min(args.val_tokens, len(val) - 1) < args.seq_len:
         raise ValueError(f"--val_tokens {args.val_tokens} of the {len(val)} in the val shards of {args.data} make no "
                          f"sequence of {args.seq_len}. Give more text, a larger --val_tokens or a smaller --seq_len.")
-    if rank != 0 or args.check:
-        return train, val, {}
     manifest = Path(args.data) / "manifest.json"
     try:
-        about = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else None
-    except ValueError as error:
+        about = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
+        vocab, listed = about.get("vocab_size"), {shard["name"]: shard["sha256"] for shard in about.get("shards", ())}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{manifest} is damaged ({error}). Make the data again, or delete this file.") from error
-    return train, val, dict(folder=str(args.data), train=train.fingerprint(args.vocab_size),
-                            val=val.fingerprint(args.vocab_size), manifest=about)
+    if vocab not in (None, args.vocab_size):
+        raise ValueError(f"{args.data} holds tokens of {about.get('tokenizer')}, {vocab} ids; the model has "
+                         f"--vocab_size {args.vocab_size}. Use --vocab_size {vocab}, or data of another tokenizer.")
+    if rank != 0 or args.check:
+        return train, val, {}
+    shards = [stream.fingerprint(args.vocab_size, about.get("shards", ())) for stream in (train, val)]
+    for shard in (s for s in shards[0] + shards[1] if listed and listed.get(s["name"]) != s["sha256"]):
+        raise ValueError(f"{Path(args.data) / shard['name']} is not what manifest.json lists: damaged, or of another "
+                         "tokenizer? Make the data again, or delete manifest.json if you vouch for every shard.")
+    return train, val, dict(folder=str(args.data), train=shards[0], val=shards[1], manifest=about or None)
 
 
 def keep_memory():
@@ -940,7 +979,7 @@ def run(args, rank, record, clock, data, model, optimizers, counts):
             say(f"step {step}/{args.steps}  validation loss {loss:.4f}  {clock.train_ms() / 1e3:.1f} s of training")
         if args.save_every and step and (step % args.save_every == 0 or step == args.steps):
             clock.switch("saving")
-            save(model, args, record, step)
+            save(model, args, record, step, described)
         if step == args.steps:
             break
         if clock.phase != "train":

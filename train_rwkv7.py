@@ -3,12 +3,12 @@
 Track fineweb: 12 layers, 768 wide, at most 124M parameters active per token, 3200 steps of 524288 tokens, on GPUs.
 Track tiny:    the same script on bytes of text, about 1M parameters, two minutes on a laptop's CPU; no GPU, no network.
 
-    8 GPUs   ./run_rwkv7.sh --adam_lr 0.0026             (torchrun --standalone --nproc_per_node=8 train_rwkv7.py ...)
+    8 GPUs   ./run_rwkv7.sh --adam_lr 0.0026 --fast_cuda (torchrun --standalone --nproc_per_node=8 train_rwkv7.py ...)
     1 GPU    ./run_rwkv7.sh --device_bsz 32              (python train_rwkv7.py ...; the same run, only longer)
     CPU      ./run_rwkv7.sh --track tiny                 (python data/pydocs.py; python train_rwkv7.py --track tiny)
 
 Claims: on fineweb none yet (the public run of this recipe reached 3.2756 after 3200 steps); on tiny the table of
-README.md, from the runs in records/. The file stands alone: besides itself it reads only its kernel in cuda/wkv7/.
+README.md, from the runs in records/. The file stands alone: besides itself it reads only its kernels in cuda/.
 """
 
 import argparse
@@ -132,6 +132,8 @@ def resolve(args, world):
         args.device = "cuda" if cuda else "cpu"
     if args.dtype == "auto":
         args.dtype = ("bf16" if args.device == "cuda" else "mixed") if has_bf16(args.device) else "fp32"
+    if args.order == "cubic" and args.track == "fineweb":
+        raise ValueError("--order cubic is for small corpora on --track tiny; track fineweb reads in sequence.")
     counts = ("steps", "bsz", "device_bsz", "seq_len", "epochs", "val_every", "val_tokens", "layers", "width")
     for low in (f.name for f in fields(args) if f.type in (int, float) and getattr(args, f.name) < (f.name in counts)):
         raise ValueError(f"--{low} {getattr(args, low)} is too small: at least {int(low in counts)}.")
@@ -169,6 +171,8 @@ class Hyperparameters(Flags):
     device_bsz: int = flag("sequences a device takes at once, at most", fineweb=32, tiny=16)
     seq_len: int = flag("tokens a sequence (T)", fineweb=1024, tiny=256)
     epochs: int = flag("how often the train shards may be read over", fineweb=1, tiny=20)
+    order: str = flag("of the train tokens; cubic: k-th sequence = chunk k^3 mod p (data/README.md)", "sequential",
+                      choices=("sequential", "cubic"))
     val_every: int = flag("steps between validations", fineweb=125, tiny=1100)
     val_tokens: int = flag("validation tokens, the first there are (tiny: at most)", fineweb=10485760, tiny=262144)
     save_every: int = flag("steps between checkpoints, 0 for none", 0)
@@ -200,8 +204,8 @@ class Hyperparameters(Flags):
     compile: bool = flag("torch.compile the model on a GPU", True)
     kernel: str = flag("WKV-7: torch (anywhere), cpu (C++), cuda (exact) or auto (the device's, else torch)", "auto",
                        choices=("auto", "torch", "cpu", "cuda"))
-    fast_cuda: bool = flag("WKV-7 on tensor cores", False)
-    wind_cuda: bool = flag("WKV-7 fused with the time mixing around it", False)
+    fast_cuda: bool = flag("WKV-7 on tensor cores, heads of 64 or 128", False)
+    wind_cuda: bool = flag("WKV-7 fused with the time mixing around it, on tensor cores, heads of 64", False)
     # report
     check: bool = flag("only check flags, machine and data, for WORLD_SIZE ranks, and stop", False)
     print_params: bool = flag("print every parameter with its optimiser, rate, mean and sd, and stop", False)
@@ -246,25 +250,27 @@ def kernel_sources(kernel):
     return [CUDA_FOLDER / file for file in KERNELS[kernel].files]
 
 
-def toolchain():
+def toolchain(gpu=True):
     """Plain facts on what kernels are built with here: versions as text ("13.0"), architectures as numbers (90 for
-    sm_90), None for what is not there. compiler_refused: what nvcc says if it will not work with the C++ compiler."""
+    sm_90), None for what is not there. compiler_refused: what nvcc says if it will not work with the C++ compiler.
+    Without `gpu` nvcc is not looked for."""
     def ask(*command):
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         return done.stdout + done.stderr
     cxx = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     home = os.environ.get("CUDA_HOME")
-    nvcc = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    nvcc = [*[f"{home}/bin/nvcc"] * bool(home), "nvcc", "/usr/local/cuda/bin/nvcc"]
     facts = dict(
         torch=torch.__version__, torch_cuda=torch.version.cuda, cxx_named=cxx[0], cxx_version=None, gcc=None,
         torch_archs=[int(arch[3:]) for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", arch)],
         devices=[dict(name=torch.cuda.get_device_name(i), arch=10 * major + minor) for i in range(
             torch.cuda.device_count()) for major, minor in [torch.cuda.get_device_capability(i)]],
         cxx=[shutil.which(cxx[0]), *cxx[1:]] if shutil.which(cxx[0]) else None, cuda_home=home,
-        nvcc=next(filter(None, map(shutil.which, nvcc)), None), cuda=None, nvcc_archs=[], compiler_refused=None)
+        nvcc=next(filter(None, map(shutil.which, nvcc if gpu else ())), None), cuda=None, nvcc_archs=[],
+        compiler_refused=None)
     if facts["cxx"]:
         facts["cxx_version"] = (ask(*facts["cxx"], "--version").splitlines() or [""])[0]
-        gcc = re.search(r"(?<!clang version )\b(\d+)\.\d+\.\d+", facts["cxx_version"])
+        gcc = re.search(r"\b(\d+)\.\d+\.\d+", re.sub(r"\(.*?\)", "", facts["cxx_version"]))
         facts["gcc"] = int(gcc[1]) if gcc and "clang" not in facts["cxx_version"] else None
     if facts["nvcc"]:
         version = re.search(r"release (\d+\.\d+)", ask(facts["nvcc"], "--version"))
@@ -286,13 +292,15 @@ def obstacle(facts, kernel):
     if KERNELS[kernel].device == "cuda":
         old = [device for device in facts["devices"] if device["arch"] < 80]
         new = [device for device in facts["devices"] if device["arch"] not in facts["nvcc_archs"]]
+        if not facts["torch_cuda"]:
+            return because(f"torch {facts['torch']} was built without CUDA.", "For an NVIDIA GPU install one with it.")
         if not facts["devices"]:
             return because("torch sees no CUDA device.", "Run it where there is one (nvidia-smi lists them).")
         if old:
             return because(f"{old[0]['name']} (sm_{old[0]['arch']}) has no bf16; the kernel needs sm_80 or newer.",
                            "Take another GPU (CUDA_VISIBLE_DEVICES), or train here with --dtype fp32 (slow).")
         if not facts["nvcc"]:
-            looked = f"$CUDA_HOME = {facts['cuda_home']}" if facts["cuda_home"] else "PATH, /usr/local/cuda"
+            looked = f"$CUDA_HOME: {facts['cuda_home'] or 'not set'}, PATH, /usr/local/cuda"
             return because(f"no nvcc (looked in {looked}).", f"torch {facts['torch']} was built for CUDA "
                            f"{facts['torch_cuda']}: install that toolkit and set CUDA_HOME, or use the Dockerfile.")
         ours, theirs = (str(facts[name]).split(".")[0] for name in ("cuda", "torch_cuda"))
@@ -404,7 +412,8 @@ def build_lock(path):
 
 def build_kernel(kernel, library):
     """Build and load `kernel`, hold it against the recurrence and only then keep it as `library`; else KernelError."""
-    facts, archs, log = toolchain(), kernel_flags(kernel)[1], library.with_suffix(".log")
+    facts = toolchain(gpu=KERNELS[kernel].device == "cuda")
+    archs, log = kernel_flags(kernel)[1], library.with_suffix(".log")
     problem = obstacle(facts, kernel)
     if problem:
         raise KernelError(problem)
@@ -443,6 +452,8 @@ def load_kernel(kernel, required=False):
         return kernel
     several, local_rank = dist.is_initialized(), int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
     try:
+        if hasattr(getattr(torch.ops, OPERATOR), f"{kernel}_forward"):  # twice in one process ends it
+            raise KernelError(f"{OPERATOR} {kernel} was refused before.\n{AROUND}")
         library = kernel_library(kernel)
         if local_rank > 0:
             if not library.exists():
@@ -484,13 +495,16 @@ CHUNKED = ("tiles.cuh", "wkv7/chunk.cuh", "wkv7/chunk_backward.cuh")
 KERNELS = dict(
     torch=Kernel((), None, "--kernel torch", HEAD_SIZES, (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
     cpu=Kernel(("wkv7/wkv7_cpu.cpp", "cpu.h"), "cpu", "--kernel cpu", HEAD_SIZES, states=False),
-    cuda=Kernel((*ON_GPU, "wkv7/wkv7_cuda.cu"), "cuda", "--kernel cuda", (32, 64, 96, 128, 192),
+    cuda=Kernel((*ON_GPU, "exact.cuh", "wkv7/wkv7_cuda.cu"), "cuda", "--kernel cuda", (32, 64, 96, 128, 192),
                 (torch.bfloat16, torch.float32), multiple=16),
     fast=Kernel((*ON_GPU, *CHUNKED, "wkv7/wkv7_fast.cu"), "cuda", "--fast_cuda", (64, 128), (torch.bfloat16,),
-                multiple=16))
+                multiple=16),
+    wind=Kernel((*ON_GPU[:-1], "wkv7/wkv7_wind_binding.cpp", *CHUNKED, "wkv7/wkv7_wind.cu"), "cuda", "--wind_cuda",
+                (64,), (torch.bfloat16,), states=False, multiple=16))  # time_mix in one operator
 LIMITS = dict(  # of the relative errors of y dr dw dk dv da db after a build
     cpu=[2e-6] * 7, cuda=[2.5e-3, 2.5e-3, 4e-3, 2.5e-3, 2.5e-3, 3e-3, 3e-3],
-    fast=[5e-3, 5e-3, 6e-3, 5e-3, 5e-3, 7e-3, 7e-3])
+    fast=[5e-3, 5e-3, 6e-3, 5e-3, 5e-3, 7e-3, 7e-3],
+    wind=[5e-3, 2e-2, 2e-2, 2e-2, 5e-3, 2e-2, 5e-3])  # of out dr dw dk dv da dg; the norm costs digits where y is small
 DECAY_BOUND = 0.6065306597126334  # e^{-1/2}
 CHUNK = 16  # tokens; where keys repeat, small chunks are the accurate ones
 
@@ -592,12 +606,15 @@ def kept_like(kernel, r):
     (B, T, H, N), wide = r.shape, torch.promote_types(r.dtype, torch.float32)
     shape, dtype = dict(torch=((-(-T // CHUNK), B, H, N, N), wide), cpu=(r.shape, r.dtype),
                         cuda=((B, H, -(-T // 16), N + 16, N), torch.float32),
-                        fast=((B, H, -(-T // 64), N, N), torch.bfloat16))[kernel]
+                        fast=((B, H, -(-T // 64), N, N), torch.bfloat16),
+                        wind=((B, H, -(-T // 64), N, N), torch.bfloat16))[kernel]
     return r.new_empty(shape, dtype=dtype)
 
 
 def register_kernel(kernel):
     """Make wkv7::<kernel>_forward -> (y, kept, final state) known to torch.compile, <kernel>_backward its backward."""
+    if kernel == "wind":
+        return register_wind()
     forward, backward = (getattr(torch.ops.wkv7, f"{kernel}_{way}").default for way in ("forward", "backward"))
     states = KERNELS[kernel].states  # a kernel without takes and gives neither s0, sT nor their gradients
 
@@ -632,6 +649,30 @@ def register_kernel(kernel):
     LOADED_KERNELS.add(kernel)
 
 
+def register_wind():
+    """Make wkv7::wind_forward(r, w, k, v, a, g, parameters) -> (out, kept) and its backward known to torch.compile."""
+    forward, backward = (getattr(torch.ops.wkv7, f"wind_{way}").default for way in ("forward", "backward"))
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.set_materialize_grads(False)
+
+    def backward_of(ctx, dout, _):
+        if dout is None:
+            return (None,) * 7
+        *grads, parts = backward(*ctx.saved_tensors, dout.contiguous())
+        return *grads, parts.sum(0).transpose(0, 1)  # a part for each sequence
+
+    def fake_backward(*inputs):
+        B, T, H, N = inputs[0].shape
+        return *(x.new_empty(x.shape) for x in inputs[:6]), inputs[6].new_empty(B, H, 7, N)
+
+    torch.library.register_fake(forward, lambda *x: (x[0].new_empty(x[0].shape), kept_like("wind", x[0])))
+    torch.library.register_fake(backward, fake_backward)
+    torch.library.register_autograd(forward, backward_of, setup_context=setup_context)
+    LOADED_KERNELS.add("wind")
+
+
 register_kernel("torch")
 
 
@@ -647,6 +688,8 @@ def wkv7(r, w, k, v, a, b, kernel="torch", state=None, final=False):
     if kernel not in LOADED_KERNELS:
         raise ValueError(f"wkv7: kernel {kernel!r} is not loaded (loaded: {', '.join(sorted(LOADED_KERNELS))})")
     (B, T, H, N), dtype = r.shape, r.dtype if r.dtype in about.dtypes else about.dtypes[-1]
+    if kernel == "wind":
+        raise ValueError("wkv7: --wind_cuda is the whole time mixing, time_mix(), not this operator alone")
     if N not in about.head_sizes:
         raise ValueError(f"wkv7: head size {N} is not one of {', '.join(map(str, about.head_sizes))} ({about.flag})")
     if r.dtype == torch.float64 != dtype or about.device not in (None, r.device.type):
@@ -671,23 +714,54 @@ def wkv7(r, w, k, v, a, b, kernel="torch", state=None, final=False):
     return (y, sT) if final else y
 
 
+def time_mix(r, w, k, v, a, g, parameters, kernel="torch"):
+    """WKV-7 and what is around it in a head: r w k v a g and the result (B, T, H, N); parameters w0 a0 k_k k_a r_k and
+    the norm's weight and bias (H, N) each. a is the logit of the in-context learning rate, g the gate.
+        alpha = sigmoid(a + a0)   kappa = k k_k / |k k_k|   k' = k (1 + (alpha - 1) k_a)
+        ((LN(wkv7(r, w + w0, k', v, -kappa, kappa alpha)) ln_w + ln_b) + (sum_n r k' r_k) v) g
+    --wind_cuda does it in one operator, in fp32 between bf16 inputs and results."""
+    B, T, H, N = r.shape
+    if kernel == "wind":
+        if N != 64 or kernel not in LOADED_KERNELS or r.device.type != KERNELS[kernel].device:
+            raise ValueError(f"time_mix: --wind_cuda must be loaded and needs heads of 64 on {KERNELS[kernel].device}; "
+                             f"got {N} on {r.device}")
+        inputs = [F.pad(x.to(torch.bfloat16), (0, 0, 0, 0, 0, -T % 16), value=-torch.inf if i == 1 else 0).contiguous()
+                  for i, x in enumerate((r, w, k, v, a, g))]  # padding: d = 1 and the rest 0
+        return torch.ops.wkv7.wind_forward(*inputs, torch.stack(parameters).float())[0][:, :T].to(r.dtype)
+    w0, a0, k_k, k_a, r_k, ln_w, ln_b = (p.to(r.dtype) for p in parameters)
+    alpha = torch.sigmoid(a0 + a)
+    wide = torch.promote_types(r.dtype, torch.float32)
+    kappa = F.normalize((k * k_k).to(wide), dim=-1, eps=1e-12).to(r.dtype)
+    k = k * (1 + (alpha - 1) * k_a)
+    y = wkv7(r, w0 + w, k, v, -kappa, kappa * alpha, kernel)
+    y = F.group_norm(y.reshape(B * T, H * N), H, ln_w.flatten(), ln_b.flatten(), eps=64e-5).view(B, T, H, N)
+    return (y + (r * k * r_k).sum(-1, keepdim=True) * v) * g
+
+
 @torch.enable_grad()
 def self_test(kernel):
     """{tensor: (relative error, limit)} against the recurrence in float64, on random inputs in the kernel's dtype."""
-    about, wrong, size = KERNELS[kernel], torch.zeros(7), torch.zeros(7)
+    about, wrong, size, wind = KERNELS[kernel], torch.zeros(7), torch.zeros(7), kernel == "wind"
     for N in {64, 128}.intersection(about.head_sizes):
         generator = torch.Generator().manual_seed(0)
-        r, w, k, v, kappa, alpha, dy = (torch.randn(1, 88, 2, N, generator=generator) for _ in range(7))
-        kappa = F.normalize(kappa, dim=-1)
-        inputs = [x.to(about.dtypes[0]) for x in (r, w, k, v, -kappa, kappa * alpha.sigmoid(), dy)]
+        normal = lambda *shape: torch.randn(*shape, generator=generator)
+        r, w, k, v, kappa, alpha, dy = (normal(1, 88, 2, N) for _ in range(7))
+        kappa, p = F.normalize(kappa, dim=-1), [mean + 0.1 * normal(2, N) for mean in (0, 0, 0.7, 1, 0, 1, 0)]
+        inputs = (r, w, k, v, kappa * N ** 0.5, alpha) if wind else (r, w, k, v, -kappa, kappa * alpha.sigmoid())
+        inputs = [x.to(about.dtypes[0]) for x in (*inputs, dy)]
         exact = [x.double().requires_grad_() for x in inputs]
         mine, results = [x.to(about.device, copy=True).requires_grad_() for x in inputs], []
-        for y, (*leaves, dy) in ((wkv7_recurrent(*exact[:6])[0], exact), (wkv7(*mine[:6], kernel), mine)):
+        if wind:
+            forms = [time_mix(*inputs[:6], [x.to(inputs[0].device, type) for x in p], form) for inputs, type, form in
+                     ((exact, torch.float64, "torch"), (mine, torch.float32, kernel))]
+        else:
+            forms = wkv7_recurrent(*exact[:6])[0], wkv7(*mine[:6], kernel)
+        for y, (*leaves, dy) in zip(forms, (exact, mine)):
             results.append([x.detach().double().cpu() for x in (y, *torch.autograd.grad(y, leaves, dy))])
         wrong += torch.tensor([(x - right).square().sum() for right, x in zip(*results)])
         size += torch.tensor([right.square().sum() for right in results[0]])
-    errors = (wrong / size).sqrt().tolist()
-    return {name: pair for name, *pair in zip(("y", "dr", "dw", "dk", "dv", "da", "db"), errors, LIMITS[kernel])}
+    names = ("out", "dr", "dw", "dk", "dv", "da", "dg") if wind else ("y", "dr", "dw", "dk", "dv", "da", "db")
+    return {name: pair for name, *pair in zip(names, (wrong / size).sqrt().tolist(), LIMITS[kernel])}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -765,21 +839,16 @@ class TimeMixing(nn.Module):
         xr, xw, xk, xv, xa, xg = (torch.addcmul(x, xx, cast(mu)) for mu in
                                   (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))  # (B, T, C) each
         r, k, v = (linear(t).to(x.dtype) for linear, t in ((self.receptance, xr), (self.key, xk), (self.value, xv)))
-        w = cast(self.w0) + product(torch.tanh(product(xw, self.w1)), self.w2)  # pre-activation p of the decay
-        alpha = torch.sigmoid(cast(self.a0) + product(product(xa, self.a1), self.a2))
+        w = product(torch.tanh(product(xw, self.w1)), self.w2)  # pre-activation of the decay, without w0
+        a = product(product(xa, self.a1), self.a2)
         g = product(torch.sigmoid(product(xg, self.g1)), self.g2)
         if self.l == 0:
             v_first = v
         else:
             v = torch.lerp(v, v_first, torch.sigmoid(cast(self.v0) + product(product(xv, self.v1), self.v2)))
-        kappa = F.normalize(heads(k * cast(self.k_k)).float(), dim=-1, eps=1e-12).to(x.dtype)  # (B, T, H, N)
-        k = heads(k * (1 + (alpha - 1) * cast(self.k_a)))
-        r, v = heads(r), heads(v)
-        y = wkv7(r, heads(w), k, v, -kappa, kappa * heads(alpha), self.kernel)
-        y = F.group_norm(y.reshape(B * T, C), self.ln_x.num_groups, cast(self.ln_x.weight), cast(self.ln_x.bias),
-                         self.ln_x.eps)
-        y = y.view(B, T, C) + ((r * k * cast(self.r_k)).sum(-1, keepdim=True) * v).view(B, T, C)
-        return self.output(y * g), v_first
+        parameters = self.w0, self.a0, self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias
+        y = time_mix(*map(heads, (r, w, k, v, a, g)), [p.view(-1, self.N) for p in parameters], self.kernel)
+        return self.output(y.reshape(B, T, C)), v_first
 
 
 class ChannelMixing(nn.Module):
@@ -870,23 +939,23 @@ class RWKV7(nn.Module):
 
 def build_model(args):
     """The model on the default device, seeded by the caller. Raises ValueError when the flags do not fit together."""
-    if args.wind_cuda:
-        raise ValueError("--wind_cuda: there is no such kernel of WKV-7 here yet. "
-                         "Go on without it: --fast_cuda or --kernel torch (slower, the same maths).")
-    wanted = "fast" if args.fast_cuda else args.kernel
+    if args.fast_cuda and args.wind_cuda:
+        raise ValueError("--fast_cuda and --wind_cuda exclude each other: --wind_cuda is the larger fusion.")
+    wanted = "wind" if args.wind_cuda else "fast" if args.fast_cuda else args.kernel
     required = wanted != "auto"
     if not required:
         wanted = "cuda" if args.device == "cuda" and args.headsz in KERNELS["cuda"].head_sizes else "torch"
         wanted = "cpu" if args.device == "cpu" else wanted
     about = KERNELS[wanted]
+    if about.device not in (None, args.device):
+        raise ValueError(f"{about.flag} runs on a {'GPU' if about.device == 'cuda' else 'CPU'} only. "
+                         f"Use --kernel torch, or --device {about.device}.")
     fits = [n for n in about.head_sizes if args.width % n == 0]
     if args.headsz not in fits:
         divides = args.headsz > 0 and args.width % args.headsz == 0
         why = f"{about.flag} has no kernel for it" if divides else f"{args.width} is not a multiple of {args.headsz}"
-        raise ValueError(f"--headsz {args.headsz}: {why}. Allowed: {', '.join(map(str, fits))}.")
-    if about.device not in (None, args.device):
-        raise ValueError(f"{about.flag} runs on a {'GPU' if about.device == 'cuda' else 'CPU'} only. "
-                         f"Use --kernel torch, or --device {about.device}.")
+        allowed = ", ".join(map(str, fits or about.head_sizes)) + ("" if fits else ", of which --width is a multiple")
+        raise ValueError(f"--headsz {args.headsz}: {why}. Allowed: {allowed}.")
     if args.dtype == "fp32" and torch.float32 not in about.dtypes:
         raise ValueError(f"{about.flag} computes in bf16: not with --dtype fp32. Use --kernel cuda or another --dtype.")
     args.kernel = load_kernel(wanted, required)
@@ -1023,10 +1092,10 @@ class TokenStream:
     """The tokens of the sorted shards folder/*_<split>_*.bin as one stream; opens only the first with `need` tokens.
 
     repeat: how often the stream may be read over (position p is token p mod tokens); 0: fewer tokens will do.
-    Raises ValueError with the way out.
+    cubic: tokens a chunk of the cubic order; that takes every shard. Raises ValueError with the way out.
     """
 
-    def __init__(self, folder, split, need, why, repeat=1):
+    def __init__(self, folder, split, need, why, repeat=1, cubic=0):
         self.paths, self.shards, total = [], [], 0
         found = sorted(Path(folder).glob(f"*_{split}_*.bin"))
         if not found:
@@ -1035,10 +1104,14 @@ class TokenStream:
             self.paths.append(path)
             self.shards.append(open_shard(path))
             total += len(self.shards[-1])
-            if total >= need:
+            if total >= need and not cubic:
                 break
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
-        if repeat and total * repeat < need:
+        self.prime = prime_below((total - 1) // cubic) if cubic else 0
+        if cubic and self.prime * repeat * cubic < need - 1:
+            raise ValueError(f"{why} need {(need - 1) // cubic} chunks of {cubic} tokens; {folder} has {self.prime} "
+                             f"for --order cubic at --epochs {repeat}. More text, fewer --steps or more --epochs.")
+        if repeat and total * repeat < need and not cubic:
             if repeat == 1:
                 each = max(len(shard) for shard in self.shards)
                 raise ValueError(f"{why} need {-(-need // each)} {split} shards of {millions(each)} tokens, found "
@@ -1060,20 +1133,37 @@ class TokenStream:
             done += len(part)
         return out
 
-    def fingerprint(self, vocab_size):
-        """[{name, tokens, sha256}] of the shards, every byte read. ValueError for an id beyond the vocabulary."""
+    def fingerprint(self, vocab_size, known=()):
+        """[{name, tokens, sha256}] of the shards. ValueError for an id beyond the vocabulary.
+
+        known: the manifest's entries. A shard whose size and time are still those of its entry is not read, which would
+        take long for billions of tokens: its hash and highest id come from there, and hash_from says so.
+        """
+        known = {entry["name"]: entry for entry in known if "mtime_ns" in entry}
+
         def scan(path, shard):
-            digest, top = hashlib.sha256(np.fromfile(path, np.uint8, 1024)), 0
-            for i in range(0, len(shard), 1 << 22):
-                part = np.ascontiguousarray(shard[i:i + (1 << 22)])
-                digest.update(part)
-                top = max(top, int(part.max()))
+            entry, now, facts = known.get(path.name, {}), path.stat(), dict(name=path.name, tokens=len(shard))
+            if entry and (entry["bytes"], entry["mtime_ns"]) == (now.st_size, now.st_mtime_ns):
+                top, facts["sha256"], facts["hash_from"] = entry["top_id"], entry["sha256"], "manifest.json"
+            else:
+                digest, top = hashlib.sha256(np.fromfile(path, np.uint8, 1024)), 0
+                for i in range(0, len(shard), 1 << 22):
+                    part = np.ascontiguousarray(shard[i:i + (1 << 22)])
+                    digest.update(part)
+                    top = max(top, int(part.max()))
+                facts["sha256"] = digest.hexdigest()
             if top >= vocab_size:
                 raise ValueError(f"{path} holds token id {top}, beyond the vocabulary of {vocab_size}. "
                                  "Wrong tokenizer for this track?")
-            return dict(name=path.name, tokens=len(shard), sha256=digest.hexdigest())
+            return facts
         with ThreadPoolExecutor() as pool:  # hashing and max() run without the interpreter's lock
             return list(pool.map(scan, self.paths, self.shards))
+
+
+def prime_below(n):
+    """The largest prime p < n with p mod 3 = 2 (0: there is none): k -> k^3 mod p visits each of 0 .. p - 1 once."""
+    prime = lambda p: all(p % d for d in range(2, math.isqrt(p) + 1))
+    return next((p for p in range(n - 1, 1, -1) if p % 3 == 2 and prime(p)), 0)
 
 
 def millions(count):
@@ -1092,7 +1182,8 @@ class DataLoader:
     """Batches of the training stream, read ahead by a thread into pinned memory.
 
     Step s is tokens [s n, (s + 1) n] with n = bsz * seq_len, whatever the ranks and micro-batches; this rank gets
-    sequences [first, last) of its bsz. next() -> inputs, targets, both int64 (last - first, seq_len), on the device.
+    sequences [first, last) of its bsz. In the cubic order the run's k-th sequence is chunk k^3 mod p of the stream.
+    next() -> inputs, targets, both int64 (last - first, seq_len), on the device.
     """
 
     def __init__(self, stream, args, first, last):
@@ -1106,8 +1197,10 @@ class DataLoader:
             if self.cuda is not None:  # a new thread starts on GPU 0; pinning there would put a context on it
                 torch.cuda.set_device(self.cuda)
             for step in range(self.args.steps):
-                start = (step * self.args.bsz + self.first) * self.args.seq_len
-                tokens = torch.from_numpy(self.stream.read(start, (self.last - self.first) * self.args.seq_len + 1))
+                start, count, T = step * self.args.bsz + self.first, self.last - self.first, self.args.seq_len
+                cubic = (pow(k, 3, p) for k in range(start, start + count)) if (p := self.stream.prime) else None
+                tokens = torch.from_numpy(np.concatenate([self.stream.read(chunk * T, T + 1) for chunk in cubic])
+                                          if cubic else self.stream.read(start * T, count * T + 1))
                 self.queue.put(tokens if self.cuda is None else tokens.pin_memory())
         except Exception as error:  # a vanished disk must not look like an endless wait
             self.queue.put(error)
@@ -1117,13 +1210,15 @@ class DataLoader:
         if isinstance(item, Exception):
             raise item
         tokens = item.to(self.args.device, non_blocking=True)
-        return tokens[:-1].view(-1, self.args.seq_len), tokens[1:].view(-1, self.args.seq_len)
+        T, stride = self.args.seq_len, self.args.seq_len + bool(self.stream.prime)
+        return [tokens.as_strided((self.last - self.first, T), (stride, 1), i).contiguous() for i in (0, 1)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Record [shared]
 
 SCHEMA = 1  # of result.json
+IMAGE = Path("/etc/rwkv-speedrun-image")  # written by the Dockerfile
 
 
 def shell(*command):
@@ -1151,6 +1246,7 @@ def environment():
     first_line = lambda text: text.splitlines()[0] if text else "none"
     packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
     return dict(
+        image=IMAGE.read_text(encoding="utf-8").strip() if IMAGE.exists() else "none",
         python=platform.python_version(), platform=platform.platform(), torch=torch.__version__,
         cuda=torch.version.cuda or "none", nvcc=(shell("nvcc", "--version").splitlines() or ["none"])[-1],
         driver=first_line(shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")),
@@ -1383,13 +1479,14 @@ def warm_up(model, compiled, optimizers, val, share, args):
     return before
 
 
-def save(model, args, record, step):
-    """checkpoints/<run>/step<step>.pt: {"model", "config", "step"}, written atomically. Rank 0 only."""
+def save(model, args, record, step, data):
+    """checkpoints/<run>/step<step>.pt: model, config, step and the data's tokenizer, written atomically by rank 0."""
     if record.path:
         path = Path("checkpoints") / record.path.name / f"step{step:06d}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.save(dict(model=model.state_dict(), config=asdict(args), step=step), f"{path}.part")
+            tokenizer = {key: (data["manifest"] or {}).get(key) for key in ("tokenizer", "tokenizer_sha256")}
+            torch.save(dict(model=model.state_dict(), config=asdict(args), step=step, **tokenizer), f"{path}.part")
         except RuntimeError as error:  # torch's word for a full disk
             os.remove(f"{path}.part")
             raise OSError(errno.ENOSPC, str(error).splitlines()[0], str(path)) from error
@@ -1418,22 +1515,29 @@ def print_parameters(model, optimizers):
 
 def open_data(args, rank):
     """(train stream, val stream, their facts for the record), every token checked by rank 0. Raises ValueError."""
-    need = args.steps * args.bsz * args.seq_len + 1
-    train = TokenStream(args.data, "train", need, f"{args.steps} steps", args.epochs)
+    need, cubic = args.steps * args.bsz * args.seq_len + 1, args.seq_len if args.order == "cubic" else 0
+    train = TokenStream(args.data, "train", need, f"{args.steps} steps", args.epochs, cubic)
     exactly = 1 if args.track == "fineweb" else 0
     val = TokenStream(args.data, "val", args.val_tokens + 1, f"{args.val_tokens} validation tokens", exactly)
     if min(args.val_tokens, len(val) - 1) < args.seq_len:
         raise ValueError(f"--val_tokens {args.val_tokens} of the {len(val)} in the val shards of {args.data} make no "
                          f"sequence of {args.seq_len}. Give more text, a larger --val_tokens or a smaller --seq_len.")
-    if rank != 0 or args.check:
-        return train, val, {}
     manifest = Path(args.data) / "manifest.json"
     try:
-        about = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else None
-    except ValueError as error:
+        about = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
+        vocab, listed = about.get("vocab_size"), {shard["name"]: shard["sha256"] for shard in about.get("shards", ())}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{manifest} is damaged ({error}). Make the data again, or delete this file.") from error
-    return train, val, dict(folder=str(args.data), train=train.fingerprint(args.vocab_size),
-                            val=val.fingerprint(args.vocab_size), manifest=about)
+    if vocab not in (None, args.vocab_size):
+        raise ValueError(f"{args.data} holds tokens of {about.get('tokenizer')}, {vocab} ids; the model has "
+                         f"--vocab_size {args.vocab_size}. Use --vocab_size {vocab}, or data of another tokenizer.")
+    if rank != 0 or args.check:
+        return train, val, {}
+    shards = [stream.fingerprint(args.vocab_size, about.get("shards", ())) for stream in (train, val)]
+    for shard in (s for s in shards[0] + shards[1] if listed and listed.get(s["name"]) != s["sha256"]):
+        raise ValueError(f"{Path(args.data) / shard['name']} is not what manifest.json lists: damaged, or of another "
+                         "tokenizer? Make the data again, or delete manifest.json if you vouch for every shard.")
+    return train, val, dict(folder=str(args.data), train=shards[0], val=shards[1], manifest=about or None)
 
 
 def keep_memory():
@@ -1510,7 +1614,7 @@ def run(args, rank, record, clock, data, model, optimizers, counts):
             say(f"step {step}/{args.steps}  validation loss {loss:.4f}  {clock.train_ms() / 1e3:.1f} s of training")
         if args.save_every and step and (step % args.save_every == 0 or step == args.steps):
             clock.switch("saving")
-            save(model, args, record, step)
+            save(model, args, record, step, described)
         if step == args.steps:
             break
         if clock.phase != "train":

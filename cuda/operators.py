@@ -35,12 +35,12 @@ class Operator:
     tensors: tuple  # names: y, then the gradients in the order of the inputs
     make: Callable  # family, B, T, H, N -> inputs, dy; fp32
     recurrence: Callable  # inputs -> y
-    kernels: Callable  # device, peers -> {name: Kernel}, "torch" first
+    kernels: Callable  # device, peers -> {name: Kernel}; the first is the one that speed-ups are against
     gates: Callable  # rounds, dtype, family -> {tensor: relative L2 error}
     elements: Callable  # B, T, H, N -> numbers read or written at the least, both passes
     flops: Callable  # B, T, H, N -> of the recurrence, both passes
     head_sizes: tuple
-    shapes: dict  # device: shapes timed by default
+    shapes: dict  # device: shapes timed by default; none: not timed there
 
 
 FUSED = ("wind",)  # kernels with inputs of their own: an operator of their own here
@@ -144,6 +144,56 @@ def wkv7():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The time mixing around WKV-7, in one operator (--wind_cuda) or in steps
+
+MIXED = ("out", "dr", "dw", "dk", "dv", "da", "dg", "dw0", "da0", "dk_k", "dk_a", "dr_k", "dln_w", "dln_b")
+
+
+def time_mix_inputs(family, B, T, H, N):
+    (r, w, k, v, a, _), dy = wkv7_inputs(family, B, T, H, N)
+    generator = torch.Generator().manual_seed(1)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)
+    alpha, gate, spread = normal(B, T, H, N), normal(B, T, H, N), [0.5, 0.3, 0.1, 0.1, 0.1, 0.1, 0.1]
+    if family == "correlated":  # the keys, the decay and alpha 0.9 as they are there
+        alpha, k, spread[:3] = torch.full_like(alpha, 2.2), -8 * a, [0, 0, 0]
+    parameters = [mean + width * normal(H, N) for mean, width in zip((0, 0, 0.7, 1, 0, 1, 0), spread)]
+    return (r, w, k, v, alpha, gate, *parameters), dy
+
+
+def time_mix(*inputs, kernel="torch"):
+    return train_rwkv7.time_mix(*inputs[:6], inputs[6:], kernel)
+
+
+def time_mix_gates(rounds, dtype, family):
+    """Emulated on a CPU, B,T,H 2,200,3: fused at most 7.8e-3, its r_k and ln_b, of sums in fp32, 1.4e-7; in steps, each
+    rounded to bf16, 2.3e-2. Less of T, and a token whose y hardly varies can cost the norm all its digits."""
+    if dtype == torch.float32:
+        return dict.fromkeys(MIXED, 2e-6)
+    if rounds == "steps":
+        return dict.fromkeys(MIXED, 3e-2)
+    return {**dict.fromkeys(MIXED, 1e-2), "dr_k": 1e-5, "dln_b": 1e-5}
+
+
+def time_mix_kernels(device, peers):
+    """In steps as a model takes them, compiled on a GPU, and fused."""
+    def steps(name):
+        call = functools.partial(time_mix, kernel=name)
+        call = torch.compile(call, fullgraph=True, dynamic=False) if device == "cuda" else call
+        return Kernel(call, why_not(train_rwkv7, name), rounds="steps")
+    if device == "cpu":
+        return {"mix torch": steps("torch"), "mix cpu": steps("cpu")}
+    wind = Kernel(functools.partial(time_mix, kernel="wind"), why_not(train_rwkv7, "wind"), rounds="bf16")
+    return {"mix torch": steps("torch"), "mix fast": steps("fast"), "wind": wind}
+
+
+def time_mixing():
+    return Operator(
+        tensors=MIXED, make=time_mix_inputs, recurrence=time_mix, kernels=time_mix_kernels, gates=time_mix_gates,
+        elements=wkv7().elements, flops=wkv7().flops, head_sizes=train_rwkv7.KERNELS["wind"].head_sizes,
+        shapes={"cuda": [(64, 1024, 12, 64)], "cpu": []})  # what it saves is traffic of a GPU's memory
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # WKV-6
 
 
@@ -194,6 +244,6 @@ def wkv6():
         head_sizes=train_rwkv6.KERNELS["torch"].head_sizes, shapes=wkv7().shapes)
 
 
-# Name on the command line: what is checked and timed under it. An operator with inputs of its own, as one that fuses
-# the recurrence with its surroundings has them, is one more in the tuple; its rows go into the same table.
-OPERATORS = {"wkv7": (wkv7,), "wkv6": (wkv6,)}
+# Name on the command line: what is checked and timed under it. An operator with inputs of its own is one more in the
+# tuple; its rows go into the same table.
+OPERATORS = {"wkv7": (wkv7, time_mixing), "wkv6": (wkv6,)}

@@ -97,6 +97,18 @@ __device__ inline void copy_tile(bf16* tile, const bf16* from, int thread) {
   copy_async(tile + offset<N>(thread / (N / 8), thread % (N / 8) * 8), from);
 }
 
+// Starts copying a chunk's tiles: the first `count` of the tensors x whose first number of this head is at `start`, but
+// those in `skip`.
+template <int N, int TENSORS>
+__device__ inline void fetch(bf16 (*tile)[C * N], const bf16* const (&x)[TENSORS], int count, int chunk, int64_t start,
+                             int stride, unsigned skip = 0) {
+  const int thread = thread_index();
+  const int64_t from = start + int64_t{chunk * C} * stride + piece<N>(stride, thread);
+#pragma unroll 1
+  for (int i = 0; i < count; ++i)
+    if (!(skip >> i & 1)) copy_tile<N>(tile[i], x[i] + from, thread);
+}
+
 // States in global memory, (N, N): `head` is the number of the state, `to` or `from` the first one.
 template <int N>
 __device__ inline void write_state(float* to, int64_t head, const Sum (&S)[N / 16]) {
@@ -175,6 +187,19 @@ struct Order {
 // Where the state at the start of chunk i of a group lies. The slot of a group's chunk 3 is free when the next group's
 // first state is fetched, and is that group's slot of chunk 0.
 __device__ inline int slot(int group, int i) { return group % 2 ? GROUP / C - 1 - i : i; }
+
+// Starts copying what a step of a group needs; the states are found without the tensors in `skip`.
+template <int N, int TENSORS>
+__device__ inline void fetch_step(bf16 (*tile)[C * N], bf16 (*state)[N * N], const bf16* const (&x)[TENSORS], unsigned skip,
+                                  const bf16* kept, const Order& order, int group, int step, int64_t start, int stride) {
+  int n = order.size(group);
+  if (step > 2 * n - 2) step = 0, n = GROUP / C, --group;
+  if (group >= 0) {
+    fetch<N>(tile, x, TENSORS, group * (GROUP / C) + order.chunk(n, step), start, stride, step < n - 1 ? skip : 0);
+    if (step == 0) copy_state<N>(state[slot(group, 0)], kept, int64_t{blockIdx.x} * order.groups + group, thread_index());
+  }
+  copy_commit();
+}
 
 // For the launchers: null, or why these sizes cannot be.
 inline const char* refuse(int64_t B, int64_t T, int64_t H, int64_t N, std::initializer_list<int64_t> head_sizes) {

@@ -23,6 +23,7 @@ import time
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256  # header: 256 int32; [0] magic, [1] version, [2] tokens, rest 0
 DOCUMENT_MARK = 256         # first token of every document; tokens 0..255 are the bytes of the text in UTF-8
+TOKENIZER_SHA256 = "e66088df4cdb28fbad3c55ac5a7ae741bc402e732ed948eb096a8ed6f852768f"  # tokenizer.py says of what
 MIN_DOCSTRING = 32          # characters; what is shorter ("Return the name.") is mostly boilerplate
 MIN_DOCUMENT = 256          # bytes; a document should fill the context of the tiny track once
 MIN_REPEAT = 64             # characters; a paragraph this long is kept once in the whole corpus
@@ -233,7 +234,8 @@ def build(stdlib, out):
         raise Failure(f"only {text} bytes of text in {stdlib}, {MIN_TEXT} needed: this Python lacks its sources. "
                       "Install its full standard library (Debian: libpython3-stdlib) or use another Python.")
     manifest = {
-        "dataset": "pydocs", "tokenizer": "bytes", "vocab_size": 257, "document_mark": DOCUMENT_MARK,
+        "dataset": "pydocs", "tokenizer": "bytes", "tokenizer_sha256": TOKENIZER_SHA256, "vocab_size": 257,
+        "document_mark": DOCUMENT_MARK,
         "python": python_version(), "files": files, "documents": len(docs),
         "fingerprint": fingerprint, "builder": builder(),
         "shards": [{"name": name, "tokens": tokens, "bytes": len(data), "sha256": sha256(data), "split": part}

@@ -89,6 +89,8 @@ VALUES = {
     "hidden name": (["--name", ".x"], ["--name", ".x"]),
     "name that no disk takes": (["--name", "x" * 300], ["File name too long"]),
     "small vocabulary": (["--vocab_size", 200], ["token id 25", "vocabulary of 200", "toy_train_000000.bin"]),
+    "another order": (["--order", "cubic", "--steps", 10**6], ["1000000 steps need", "--order cubic", "--epochs 20"]),
+    "another order in the race": (["--track", "fineweb", "--order", "cubic"], ["--order cubic", "small corpora"]),
     "too few tokens": (["--steps", 400], ["400 steps need", "--epochs 20"]),
     "CUDA where there is none": (["--device", "cuda"], ["--device cuda", "no CUDA device", "--device cpu"]),
 }
@@ -169,6 +171,11 @@ def test_bad_shards(script, tmp_path, records, refused):
     write_shard(good, range(250))
     (tmp_path / "d" / "manifest.json").write_text("{ cut sho")
     refused(script, tiny(script, tmp_path / "d", records), tmp_path / "d" / "manifest.json")
+    for manifest in ('[]', '{"shards": 7}', '{"shards": [{"name": "x"}]}'):
+        (tmp_path / "d" / "manifest.json").write_text(manifest)
+        refused(script, tiny(script, tmp_path / "d", records), tmp_path / "d" / "manifest.json", "damaged")
+    (tmp_path / "d" / "manifest.json").write_text('{"tokenizer": "gpt2", "vocab_size": 50257}')
+    refused(script, tiny(script, tmp_path / "d", records), "tokens of gpt2", "--vocab_size 257", "--vocab_size 50257")
 
 
 @pytest.mark.parametrize("flag", ("--fast_cuda", "--wind_cuda"))

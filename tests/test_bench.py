@@ -165,6 +165,24 @@ def test_an_operator_with_parameters(monkeypatch):
     assert seen == {(torch.bfloat16, torch.float32)}
 
 
+def test_the_time_mixing(monkeypatch):
+    """Its steps on the CPU pass its gates; an error in the gradient of a parameter is seen."""
+    monkeypatch.setitem(bench.CHECK_SHAPE, "cpu", bench.CHECK_SHAPE["cuda"])
+    operator = operators.time_mixing()
+    kernels = operator.kernels("cpu", False)
+    kernels["wrong"] = operators.Kernel(lambda *x: operators.time_mix(*x[:-1], x[-1] * 2 - x[-1].detach()))
+    shape = (1, 32, 1, 64)
+    rows = {row["kernel"]: row for row in bench.measure(operator, shape, kernels, bench.WallClock(), "cpu", 3, 1e9)}
+    assert list(rows) == ["mix torch", "mix cpu", "wrong"]
+    assert set(rows["mix cpu"]["errors"]["random"]) == set(operators.MIXED)
+    for name in ("mix torch", "mix cpu"):
+        assert rows[name]["refused"] == "" and rows[name]["both_ms"] > 0, rows[name]
+    assert rows["mix torch"]["speed_up"] == 1
+    assert rows["wrong"]["refused"].startswith("random dln_b 1.0e+00 above 2.0e-06")
+    gates = operator.gates("bf16", torch.bfloat16, "random")
+    assert set(gates) == set(operators.MIXED) and gates["dw"] == 1e-2 and gates["dln_b"] == 1e-5
+
+
 def test_wkv6_on_the_cpu(tmp_path, monkeypatch):
     """The same program: only the operator's description is another."""
     monkeypatch.setitem(bench.COPY_BYTES, "cpu", 2**20)
@@ -336,7 +354,7 @@ def test_measure_with_events():
         train_rwkv7.wkv7, head_sizes=(64,)), "absent": operators.Kernel(missing="not built")}, timer)
     assert rows["greedy"]["refused"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate"
     assert "both_ms" not in rows["greedy"]
-    assert rows["narrow"]["refused"] == "head size 16 is not one of (64,)" and rows["absent"]["refused"] == "not built"
+    assert "narrow" not in rows and rows["absent"]["refused"] == "not built"
     last = rows["last"]
     assert (last["forward_ms"], last["backward_ms"], last["both_ms"], last["both_spread_ms"]) == (3.0, 1.0, 4.0, 0.0)
     assert calls.count(torch.Size(SHAPE)) == bench.WARM_UP["cpu"] + 3 + 1, "warm-up, repeats, memory"

@@ -62,6 +62,45 @@ def test_the_stream_repeats(folder):
     assert np.array_equal(inputs.numpy(), 1000 + np.arange(6 * 510) % TOTAL)
 
 
+def test_prime_below():
+    sieve = [n for n in range(2, 3000) if all(n % d for d in range(2, n))]
+    for n in range(3000):
+        assert script.prime_below(n) == max((p for p in sieve if p < n and p % 3 == 2), default=0), n
+    assert script.prime_below(10**7) == 9999971
+    for p in (2, 5, 11, 1013):
+        assert sorted(k**3 % p for k in range(p)) == list(range(p)), f"{p}: k^3 leaves a chunk out"
+
+
+@pytest.mark.parametrize("ranks", (1, 2, 3, 4))
+@pytest.mark.parametrize("bsz, seq_len", ((12, 7), (24, 13), (12, 1)))
+def test_cubic_order(folder, ranks, bsz, seq_len):
+    """Over two epochs, whatever the ranks: the k-th sequence is chunk k^3 mod p, so each chunk comes once an epoch."""
+    p = max(n for n in range((TOTAL - 1) // seq_len) if n % 3 == 2 and all(n % d for d in range(2, n)))
+    steps, share = 2 * p // bsz, bsz // ranks
+    stream = script.TokenStream(folder, "train", steps * bsz * seq_len + 1, f"{steps} steps", 2, cubic=seq_len)
+    assert len(stream) == TOTAL, "the cubic order takes every shard"
+    parts = [batches(stream, steps, bsz, seq_len, rank * share, (rank + 1) * share) for rank in range(ranks)]
+    chunks = []
+    for step in range(steps):
+        inputs = torch.cat([part[step][0] for part in parts])
+        targets = torch.cat([part[step][1] for part in parts])
+        assert inputs.shape == targets.shape == (bsz, seq_len) and inputs.is_contiguous() and targets.is_contiguous()
+        chunks += ((inputs[:, 0] - 1000) // seq_len).tolist()
+        assert torch.equal(inputs, inputs[:, :1] + torch.arange(seq_len)), f"step {step}: not a chunk"
+        assert torch.equal(targets, inputs + 1), f"step {step}: targets are not the next tokens"
+    assert chunks == [k**3 % p for k in range(steps * bsz)]
+    assert len(set(chunks[:p])) == min(p, len(chunks)) and max(chunks) < p
+
+
+def test_too_few_chunks_for_the_cubic_order(folder):
+    p = 89  # the first below (1018 - 1) // 10 = 101; 97 mod 3 = 1
+    stream = lambda need, repeat, cubic: script.TokenStream(folder, "train", need, "9 steps", repeat, cubic)
+    assert stream(2 * p * 10 + 1, 2, 10).prime == p
+    refusal(lambda: stream(2 * p * 10 + 11, 2, 10), "9 steps need 179 chunks of 10", folder, "has 89", "--epochs 2",
+            "fewer --steps")
+    refusal(lambda: stream(401, 9, 400), "has 0", "More text")
+
+
 def test_only_the_shards_that_are_needed(folder):
     (folder / "toy_train_000003.bin").write_bytes(b"nobody opens this one")
     stream = script.TokenStream(folder, "train", 138, "1 steps")

@@ -15,8 +15,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOOLS = "bash cat cmp cp dirname env grep mkdir rm tail uname".split()
+REQUIREMENTS = ("requirements.txt", "data/requirements.txt", "tests/requirements.txt")
 PINS = dict(re.findall(r"^([\w-]+)==([\w.]+)", "".join(
-    (ROOT / path).read_text() for path in ("requirements.txt", "tests/requirements.txt")), re.MULTILINE))
+    (ROOT / path).read_text() for path in REQUIREMENTS), re.MULTILINE))
 SHOW = "import json, sys; print(json.dumps({'argv': sys.argv, 'executable': sys.executable}))\n"
 
 
@@ -27,8 +28,7 @@ class Box:
         self.repo, self.bin, self.wheels = folder / "a repo", folder / "stub bin", folder / "wheels"
         for path in (self.repo / "data", self.repo / "tests", self.bin, self.wheels, folder / "home"):
             path.mkdir(parents=True)
-        for name in ("setup.sh", "run_rwkv7.sh", "run_rwkv6.sh", "run_gpt2.sh", "test.sh", "requirements.txt",
-                     "tests/requirements.txt"):
+        for name in "setup.sh run_rwkv7.sh run_rwkv6.sh run_gpt2.sh test.sh".split() + list(REQUIREMENTS):
             shutil.copy(ROOT / name, self.repo / name)
         for name in ("train_rwkv7.py", "train_rwkv6.py", "train_gpt2.py"):
             (self.repo / name).write_text(SHOW)
@@ -223,7 +223,7 @@ def test_changed_requirements_are_installed(installed):
 
 def test_test_requirements_come_on_top(installed):
     done = installed.run(script="test.sh")
-    assert "installing requirements.txt tests/requirements.txt" in done.stderr, done
+    assert f"installing {' '.join(REQUIREMENTS)}" in done.stderr, done
     assert (site_packages(installed) / "pytest.py").exists()
     assert installed.run(script="test.sh").stderr == "" and installed.run().stderr == ""
 

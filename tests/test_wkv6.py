@@ -44,9 +44,9 @@ def make(family, B=2, T=100, H=3, N=64, seed=0):
     elif family == "drops":  # slow decay, and now and then a token that wipes a channel out: log d = -1e5
         w = torch.where(w > 1.5, 11.5 + 0.1 * w, -6 + 0.1 * w)
     elif family == "no bounds":
-        w = torch.where(w > 1, 10 + 200 * (w - 1), torch.where(w < -1, 40 * w, w - 4))
+        w = torch.where(w > 1, 10 + 100 * (w - 1), torch.where(w < -1, 40 * w, w - 4))
         w[:, ::5, 1] = -1e30
-        w[0, 7, 2] = 500.0
+        w[0, min(7, T - 1), 2] = 500.0
     elif family == "zeros":  # rows of padding, and a head that is zero throughout
         for x in (r, k, v, w, dy):
             x[:, 1::3] = 0

@@ -1,21 +1,12 @@
-"""WKV-7: every form against the float64 recurrence (forward, six gradients), its limits, its build."""
+"""WKV-7: every form against the float64 recurrence (forward, six gradients), and its limits."""
 
 import math
-import os
-import re
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
-import train_rwkv7
-from train_rwkv7 import HEAD_SIZES, kernel_sources, load_kernel, wkv7, wkv7_recurrent
+from train_rwkv7 import HEAD_SIZES, load_kernel, wkv7, wkv7_recurrent
 
 NAMES = ("y", "dr", "dw", "dk", "dv", "da", "db")
 FORMS = ("torch", "cpu")
@@ -171,6 +162,23 @@ def test_torch_form_in_float64():
     check(run("torch", inputs, dy), run("reference", inputs, dy), 1e-14)
 
 
+@pytest.mark.parametrize("T", (1, 16, 37))
+def test_states_of_the_torch_form(T):
+    """From a given state, with a gradient of the final one."""
+    inputs, dy = make("random", T=T, N=32)
+    torch.manual_seed(0)
+    s0, dsT = torch.randn(2, 2, 3, 32, 32, dtype=torch.float64)
+    results = []
+    for form in (lambda *x: wkv7_recurrent(*x), lambda *x: wkv7(*x[:6], state=x[6], final=True)):
+        leaves = [x.double().requires_grad_() for x in (*inputs, s0)]
+        y, end = form(*leaves)
+        results.append((y, end, *torch.autograd.grad((y, end), leaves, (dy.double(), dsT))))
+    for name, exact, x in zip((*NAMES[:1], "sT", *NAMES[1:], "ds0"), *results):
+        assert (x - exact).norm() <= 1e-13 * exact.norm(), name
+    with pytest.raises(ValueError, match="--kernel cpu starts from the zero state"):
+        wkv7(*inputs, kernel="cpu", final=True)
+
+
 @pytest.mark.parametrize("T", (1, 15, 16, 17, 31, 64, 100))
 @pytest.mark.parametrize("H", (1, 3))
 def test_lengths(T, H):
@@ -255,7 +263,7 @@ def test_refusals():
         wkv7(*(x[:, :0] for x in inputs))
     with pytest.raises(ValueError, match="'fast' is not loaded .loaded: cpu, torch"):
         wkv7(*inputs, kernel="fast")
-    with pytest.raises(ValueError, match="cpu computes in fp32"):
+    with pytest.raises(ValueError, match="cpu computes in float32 on cpu; got float64"):
         wkv7(*(x.double() for x in inputs), kernel="cpu")
     with pytest.raises(RuntimeError, match="differ in shape"):
         torch.ops.wkv7.cpu_forward(*inputs[:5], inputs[5][:, :2].contiguous())
@@ -267,9 +275,10 @@ def test_opcheck(form, T):
     inputs, dy = make("random", B=1, T=T, H=1, N=16)
     inputs = [x.requires_grad_() for x in inputs]
     forward, backward = (getattr(torch.ops.wkv7, f"{form}_{way}").default for way in ("forward", "backward"))
-    torch.library.opcheck(forward, tuple(inputs))
-    inputs = tuple(x.detach() for x in inputs)
-    torch.library.opcheck(backward, (*inputs, forward(*inputs)[1], dy))
+    for states in ((), (None,), (torch.randn(1, 1, 16, 16),))[form == "torch" :][: 2 if form == "torch" else 1]:
+        torch.library.opcheck(forward, (*inputs, *states))
+        given = (*(x.detach() for x in inputs), *states)
+        torch.library.opcheck(backward, (*given, forward(*given)[1], dy, *states))
 
 
 class Layer(torch.nn.Module):
@@ -298,96 +307,3 @@ def test_compile_in_one_graph(form, backend):
     for eager, compiled in zip(*results):
         assert eager.abs().max() > 0.1
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
-
-
-# The build. Each test works on a copy of the script and its kernel, in a folder whose name has spaces; so has torch's.
-
-
-@pytest.fixture
-def copy(tmp_path):
-    root = tmp_path / "a path with spaces"
-    for source in (Path(train_rwkv7.__file__).absolute(), *kernel_sources("cpu")):
-        target = root / source.relative_to(Path(train_rwkv7.__file__).absolute().parent)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, target)
-    (tmp_path / "site packages").mkdir()
-    (tmp_path / "site packages" / "torch").symlink_to(Path(torch.__file__).parent)
-    return root
-
-
-LOAD = """
-import os, pathlib, torch, train_rwkv7
-before = os.path.exists("cuda/build")
-kernel = train_rwkv7.load_kernel("cpu")
-y = train_rwkv7.wkv7(*(torch.ones(1, 2, 1, 16) for _ in range(6)), kernel=kernel)
-print(kernel, train_rwkv7.load_kernel("cpu"), before, y[0, 0, 0, 0].item())
-"""
-
-
-def start(root, code=LOAD, **environment):
-    path = os.pathsep.join((str(root), str(root.parent / "site packages")))
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": path, **environment}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=root, env=environment, text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def finish(process):
-    try:
-        out, err = process.communicate(timeout=100)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, err
-    return out.split(), err
-
-
-def test_a_killed_build_is_in_nobodys_way(copy):
-    build = copy / "cuda" / "build"
-    first = start(copy)
-    deadline = time.monotonic() + 60
-    while not list(build.glob("*/lock")):
-        assert first.poll() is None and time.monotonic() < deadline, "the build did not start"
-        time.sleep(0.01)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
-    assert list(build.glob("*/lock")) and not list(build.glob("*.so")), "nothing was left behind: this proves nothing"
-
-    assert finish(start(copy)) == (["cpu", "cpu", "True", "16.0"], "")
-    (library,) = build.glob("*.so")
-    built = library.stat().st_mtime_ns
-    # And now it is built, no compiler is needed.
-    assert finish(start(copy, CXX="/nonexistent")) == (["cpu", "cpu", "True", "16.0"], "")
-    assert library.stat().st_mtime_ns == built
-
-
-def test_no_compiler_or_a_broken_one_gives_the_torch_form(copy):
-    code = """
-import os, torch, train_rwkv7
-def load(): print(train_rwkv7.load_kernel("cpu"), flush=True)
-path = os.environ["PATH"]
-os.environ["CXX"] = "/nonexistent/c++"; load()
-del os.environ["CXX"]; os.environ["PATH"] = ""; load()
-os.environ["PATH"] = path
-with open("cuda/wkv7/wkv7_cpu.cpp", "a") as source: source.write("this is no C++;")
-load()
-print(train_rwkv7.wkv7(*(torch.ones(1, 2, 1, 16) for _ in range(6)))[0, 0, 0, 0].item())
-"""
-    out, err = finish(start(copy, code))
-    assert out == ["torch", "torch", "torch", "16.0"]
-    lines = [line for line in err.splitlines() if line.startswith("WKV-7: ")]
-    assert len(lines) == 6, err
-    assert "no C++ compiler (/nonexistent/c++ not found); install g++ or set CXX" in lines[0]
-    assert "no C++ compiler (c++ not found)" in lines[2]
-    assert "error: " in lines[4] and "this" in lines[4]
-    log = Path(re.search(r"full log: (.*\.log)\)", lines[4])[1])
-    assert "this is no C++" in log.read_text()
-    assert all("--kernel torch" in line for line in lines[1::2])
-    assert [path.suffix for path in (copy / "cuda" / "build").iterdir()] == [".log"]
-
-
-def test_a_checkout_that_cannot_be_written(copy):
-    (copy / "cuda" / "build").write_text("a file where the folder should be")
-    scratch = copy.parent / "tmp"
-    scratch.mkdir()
-    assert finish(start(copy, TMPDIR=str(scratch))) == (["cpu", "cpu", "True", "16.0"], "")
-    assert not list(scratch.glob("wkv7*"))

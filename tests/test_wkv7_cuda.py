@@ -15,7 +15,7 @@ from test_wkv7 import NAMES, errors, make, run
 from train_rwkv7 import wkv7, wkv7_recurrent
 
 pytestmark = pytest.mark.skipif(bool(cuda_build.MISSING), reason=cuda_build.MISSING or "")
-KERNELS = ("cuda",)
+KERNELS = ("cuda", "fast")
 FAMILIES = ("random", "slow", "bound", "correlated", "identical", "zeros", "large", "tiny dy", "sparse dy")
 # Relative errors against float64 on inputs rounded to bf16: y dv | dr dk | da db | dw | final state and ds0. "": any
 # family but those named. Rounding the results to bf16 alone costs 1.7e-3.
@@ -27,7 +27,9 @@ GATES = {"cuda": {"": EXACT},
 # of the forward and 3 of the backward fit into an SM's 65536 registers.
 BUDGET = {"cuda": {"forward<32": (128, 0), "forward<64": (168, 0), "forward<96": (255, 0), "forward<128": (255, 0),
                    "forward<192": (255, 200), "backward<32": (168, 0), "backward<64": (168, 0), "backward<96": (255, 0),
-                   "backward<128": (255, 0), "backward<192": (255, 3000)}}
+                   "backward<128": (255, 0), "backward<192": (255, 3000)},
+          "fast": {"wkv7::forward<64>": (80, 0), "wkv7::forward<128>": (128, 0),  # 6, 2, 3 and 1 blocks
+                   "wkv7::backward<64>": (168, 0), "wkv7::backward<128>": (255, 0)}}
 
 
 def build(kernel, **how):
@@ -90,7 +92,16 @@ def test_every_family(kernel, family):
 @pytest.mark.parametrize("B, H", ((1, 1), (2, 3)))
 def test_lengths(kernel, B, T, H):
     inputs, dy = bf16("random", B=B, T=T, H=H, N=64, seed=T)
-    check(errors(run(kernel, inputs, dy), run("reference", inputs, dy)), gates(kernel, "random"), f"{kernel}, T {T}")
+    found = errors(run(kernel, inputs, dy), run("reference", inputs, dy))
+    if T == 1:  # a head's y is one number times v: it may be the small sum of large terms
+        found = {name: error for name, error in found.items() if "per head" not in name}
+    check(found, gates(kernel, "random"), f"{kernel}, T {T}")
+
+
+@pytest.mark.parametrize("family", ("slow", "correlated"))
+def test_a_long_sequence(kernel, family):
+    inputs, dy = bf16(family, B=1, T=1024, H=1)
+    check(errors(run(kernel, inputs, dy), run("reference", inputs, dy)), gates(kernel, family), f"{kernel}, {family}")
 
 
 @pytest.mark.parametrize("N", (32, 64, 96, 128, 192))
@@ -342,8 +353,10 @@ def test_address_and_undefined_behaviour_sanitizers(name):
 @pytest.mark.parametrize("arch", ("80", "90a", "100"))
 @pytest.mark.parametrize("name", KERNELS)
 def test_nvcc_report(name, arch):
-    flags, budget = ((), BUDGET[name]) if arch == "90a" else (["-DHEAD_SIZES=64"], {
+    flags, budget = ((), dict(BUDGET[name])) if arch == "90a" or name != "cuda" else (["-DHEAD_SIZES=64"], {
         kernel: limit for kernel, limit in BUDGET[name].items() if kernel.endswith("<64")})
+    if arch == "80" and name == "fast":  # whose 164 KB of shared memory hold 5 and 2 blocks
+        budget["wkv7::forward<64>"], budget["wkv7::backward<64>"] = (96, 0), (255, 0)
     report = nvcc_report(train_rwkv7.CUDA_FOLDER / "wkv7" / f"wkv7_{name}.cu", arch, flags)
     assert {kernel.split(",")[0] for kernel in report} == set(budget), list(report)
     for kernel, used in report.items():

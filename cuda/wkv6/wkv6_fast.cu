@@ -36,17 +36,8 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? FORWARD_BLOCKS : 2)
   auto& shared = *reinterpret_cast<ForwardMemory<N>*>(shared_memory());
   auto& scaled = shared.scaled;
   const int head = blockIdx.x, chunks = in.T / C, groups = (chunks + GROUP / C - 1) / (GROUP / C);
-  const int stride = in.H * N;  // from token to token
+  const auto stride = [&] { return in.H * N; };  // from token to token; a register less than a constant
   const int64_t start = (int64_t{head / in.H} * in.T * in.H + head % in.H) * N;
-  auto fetch = [&](int chunk) {
-    const int thread = thread_index();
-    const int64_t from = start + int64_t{chunk * C} * stride + piece<N>(stride, thread);
-    if (chunk < chunks)
-#pragma unroll 1
-      for (int i = 0; i < 4; ++i) copy_tile<N>(shared.tile[chunk % 2][i], in.x[i] + from, thread);
-    copy_commit();
-  };
-
   Sum S[N / 16], Y = {};
   Block v = {};
   auto finish = [&](int chunk) {  // a barrier after its pairs()
@@ -55,16 +46,18 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? FORWARD_BLOCKS : 2)
     load<C>(x, scaled.A, 0, 0, at);
     add_product(Y, x, v);
     to_block(x, Y);
-    write(y + start + int64_t{chunk * C} * stride, stride, x, at);
+    write(y + start + int64_t{chunk * C} * stride(), stride(), x, at);
   };
   start_state<N>(S, s0, head);
   begin<N>(scaled, in.u, head % in.H);
-  fetch(0);
+  fetch<N>(shared.tile[0], in.x, 4, 0, start, stride());
+  copy_commit();
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const Thread at;
     copy_wait<0>();
     sync_block();  // the tiles are there, and nobody needs those of the chunk before any more
-    fetch(chunk + 1);
+    if (chunk + 1 < chunks) fetch<N>(shared.tile[(chunk + 1) % 2], in.x, 4, chunk + 1, start, stride());
+    copy_commit();
     if (chunk > 0) finish(chunk - 1);
     if (chunk % (GROUP / C) == 0) write_state<N>(kept, int64_t{head} * groups + chunk / (GROUP / C), S);
     auto& x = shared.tile[chunk % 2];
@@ -109,20 +102,9 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? BACKWARD_BLOCKS : 1)
   const Order order(in.T);
 
   auto fetch = [&](int group, int step, int stage) {
-    int n = order.size(group);
-    if (step > 2 * n - 2) step = 0, n = GROUP / C, --group;
-    if (group >= 0) {
-      const int thread = thread_index(), chunk = group * (GROUP / C) + order.chunk(n, step);
-      const int64_t from = start + int64_t{chunk * C} * stride + piece<N>(stride, thread);
-#pragma unroll 1
-      for (int i = 0; i < 5; ++i)
-        if (step >= n - 1 || (i != 0 && i != 4))  // the states do without r and dy
-          copy_tile<N>(shared.tile[stage][i], in.x[i] + from, thread);
-      if (step == 0) copy_state<N>(shared.state[slot(group, 0)], kept, int64_t{head} * order.groups + group, thread);
-    }
-    copy_commit();
+    constexpr unsigned SKIP = 1 << 0 | 1 << 4;  // r and dy
+    fetch_step<N>(shared.tile[stage], shared.state, in.x, SKIP, kept, order, group, step, start, stride);
   };
-
   Sum G[N / 16];
   float du_own[2] = {0.f, 0.f};
   start_state<N>(G, dsT, head);
@@ -218,7 +200,7 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? BACKWARD_BLOCKS : 1)
 
 const char* wkv6_fast_forward(WKV6_FORWARD) {
   using namespace wkv6;
-  const Inputs inputs = {{input(r), input(k), input(v), input(w), nullptr}, u, static_cast<int>(T), static_cast<int>(H)};
+  const Inputs inputs = {{input(r), input(k), input(v), input(w), nullptr}, u, int(T), int(H)};
   if (const char* why = refuse(B, T, H, N, {64, 128})) return why;
   return for_head_size<64, 128>(N, [&](auto n) {
     return launch(forward<n>, B * H, 2 * n, sizeof(ForwardMemory<n>), stream, inputs, s0, output(y), output(kept), sT);
@@ -227,7 +209,7 @@ const char* wkv6_fast_forward(WKV6_FORWARD) {
 
 const char* wkv6_fast_backward(WKV6_BACKWARD) {
   using namespace wkv6;
-  const Inputs inputs = {{input(r), input(k), input(v), input(w), input(dy)}, u, static_cast<int>(T), static_cast<int>(H)};
+  const Inputs inputs = {{input(r), input(k), input(v), input(w), input(dy)}, u, int(T), int(H)};
   if (const char* why = refuse(B, T, H, N, {64, 128})) return why;
   return for_head_size<64, 128>(N, [&](auto n) {
     return launch(backward<n>, B * H, 2 * n, sizeof(BackwardMemory<n>), stream, inputs, input(kept), dsT, output(dr),

@@ -17,9 +17,9 @@ namespace wkv7 {
 namespace {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int BACKWARD_BLOCKS = 2;  // 164 KB of shared memory
+constexpr int FORWARD_BLOCKS = 5, BACKWARD_BLOCKS = 2;  // 164 KB of shared memory
 #else
-constexpr int BACKWARD_BLOCKS = 3;
+constexpr int FORWARD_BLOCKS = 6, BACKWARD_BLOCKS = 3;
 #endif
 
 struct Inputs {
@@ -36,30 +36,23 @@ struct ForwardMemory {
 };
 
 template <int N>
-__global__ void __launch_bounds__(2 * N, N == 64 ? 6 : 2)
+__global__ void __launch_bounds__(2 * N, N == 64 ? FORWARD_BLOCKS : 2)
     forward(const __grid_constant__ Inputs in, const float* s0, bf16* y, bf16* kept, float* sT) {
   auto& shared = *reinterpret_cast<ForwardMemory<N>*>(shared_memory());
   const int head = blockIdx.x, chunks = in.T / C, groups = (chunks + GROUP / C - 1) / (GROUP / C);
   const int stride = in.H * N;  // from token to token
   const int64_t start = (int64_t{head / in.H} * in.T * in.H + head % in.H) * N;
-  auto fetch = [&](int chunk) {
-    const int thread = thread_index();
-    const int64_t from = start + int64_t{chunk * C} * stride + piece<N>(stride, thread);
-    if (chunk < chunks)
-#pragma unroll 1
-      for (int i = 0; i < 6; ++i) copy_tile<N>(shared.tile[chunk % 2][i], in.x[i] + from, thread);
-    copy_commit();
-  };
-
   Sum S[N / 16];
   start_state<N>(S, s0, head);
-  fetch(0);
+  fetch<N>(shared.tile[0], in.x, 6, 0, start, stride);
+  copy_commit();
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const Thread at;
     copy_wait<0>();
     sync_block();  // the tiles are there, and nobody needs those of the chunk before any more
-    fetch(chunk + 1);
     if (chunk % (GROUP / C) == 0) write_state<N>(kept, int64_t{head} * groups + chunk / (GROUP / C), S);
+    if (chunk + 1 < chunks) fetch<N>(shared.tile[(chunk + 1) % 2], in.x, 6, chunk + 1, start, stride);
+    copy_commit();
     auto& x = shared.tile[chunk % 2];
     const Tiles tile = {x[0], x[1], x[2], x[3], x[4], x[5]};
     scale<N>(tile, Decays<N>(tile.W, at), shared.P_end, at);
@@ -71,7 +64,7 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? 6 : 2)
     finish_chunk<N>(S, Z, &Y, tile, shared.matrix, shared.P_end, at);
     Block out;
     to_block(out, Y);
-    write(y + start + int64_t{chunk * C} * stride, stride, out, at);
+    write(y + start + int64_t{chunk * C} * stride, stride, out, Thread());
   }
   write_state<N>(sT, head, S);
 }
@@ -83,28 +76,17 @@ struct BackwardMemory : Backward<N> {
 
 template <int N>
 __global__ void __launch_bounds__(2 * N, N == 64 ? BACKWARD_BLOCKS : 1)
-    backward(const __grid_constant__ Inputs in, const bf16* kept, const float* dsT, bf16* dr, bf16* dw, bf16* dk, bf16* dv, bf16* da, bf16* db,
-             float* ds0) {
+    backward(const __grid_constant__ Inputs in, const bf16* kept, const float* dsT, bf16* dr, bf16* dw, bf16* dk, bf16* dv,
+             bf16* da, bf16* db, float* ds0) {
   auto& shared = *reinterpret_cast<BackwardMemory<N>*>(shared_memory());
   const int head = blockIdx.x, stride = in.H * N;
   const int64_t start = (int64_t{head / in.H} * in.T * in.H + head % in.H) * N;
   const Order order(in.T);
 
   auto fetch = [&](int group, int step, int stage) {
-    int n = order.size(group);
-    if (step > 2 * n - 2) step = 0, n = GROUP / C, --group;
-    if (group >= 0) {
-      const int thread = thread_index(), chunk = group * (GROUP / C) + order.chunk(n, step);
-      const int64_t from = start + int64_t{chunk * C} * stride + piece<N>(stride, thread);
-#pragma unroll 1
-      for (int i = 0; i < 7; ++i)
-        if (step >= n - 1 || (i != 0 && i != 6))  // the states do without r and dy
-          copy_tile<N>(shared.tile[stage][i], in.x[i] + from, thread);
-      if (step == 0) copy_state<N>(shared.state[slot(group, 0)], kept, int64_t{head} * order.groups + group, thread);
-    }
-    copy_commit();
+    constexpr unsigned SKIP = 1 << 0 | 1 << 6;  // r and dy
+    fetch_step<N>(shared.tile[stage], shared.state, in.x, SKIP, kept, order, group, step, start, stride);
   };
-
   Sum G[N / 16];
   start_state<N>(G, dsT, head);
   int stage = 0;
@@ -180,7 +162,7 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? BACKWARD_BLOCKS : 1)
 
 const char* wkv7_fast_forward(WKV7_FORWARD) {
   using namespace wkv7;
-  const Inputs inputs = {{input(r), input(w), input(k), input(v), input(a), input(b), nullptr}, static_cast<int>(T), static_cast<int>(H)};
+  const Inputs inputs = {{input(r), input(w), input(k), input(v), input(a), input(b), nullptr}, int(T), int(H)};
   if (const char* why = refuse(B, T, H, N, {64, 128})) return why;
   if (N == 64)
     return launch(forward<64>, B * H, 128, sizeof(ForwardMemory<64>), stream, inputs, s0, output(y), output(kept), sT);
@@ -189,7 +171,7 @@ const char* wkv7_fast_forward(WKV7_FORWARD) {
 
 const char* wkv7_fast_backward(WKV7_BACKWARD) {
   using namespace wkv7;
-  const Inputs inputs = {{input(r), input(w), input(k), input(v), input(a), input(b), input(dy)}, static_cast<int>(T), static_cast<int>(H)};
+  const Inputs inputs = {{input(r), input(w), input(k), input(v), input(a), input(b), input(dy)}, int(T), int(H)};
   if (const char* why = refuse(B, T, H, N, {64, 128})) return why;
   if (N == 64)
     return launch(backward<64>, B * H, 128, sizeof(BackwardMemory<64>), stream, inputs, input(kept), dsT, output(dr), output(dw),

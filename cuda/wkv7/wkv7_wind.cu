@@ -50,7 +50,9 @@ __device__ inline float total(const Shares& shares, int i, int row, const Thread
 
 struct Parameters {
   float x[PARAMETERS][N];
-  __device__ float operator()(int i, int half, int e, const Thread& at) const { return x[i][16 * at.warp + 8 * half + 2 * at.q + e]; }
+  __device__ float operator()(int i, int half, int e, const Thread& at) const {
+    return x[i][16 * at.warp + 8 * half + 2 * at.q + e];
+  }
 };
 
 __device__ inline void read_parameters(Parameters& to, const Inputs& in) {  // a barrier must follow
@@ -70,10 +72,11 @@ struct Element {
   }
 };
 
-// |k k_k|^2 and the bonus, sum of r k' r_k.
+// |k k_k|^2 and, if there is an r, the bonus, sum of r k' r_k.
+template <bool WITH_R>
 __device__ inline void hand_in_sums(Shares& shares, bf16 (*raw)[C * N], const Parameters& p, const Thread& at) {
-  Block r, k, a;
-  load<N>(r, raw[R], 0, 16 * at.warp, at);
+  Block r = {}, k, a;
+  if (WITH_R) load<N>(r, raw[R], 0, 16 * at.warp, at);
   load<N>(k, raw[K], 0, 16 * at.warp, at);
   load<N>(a, raw[A], 0, 16 * at.warp, at);
   float sums[2][2] = {};
@@ -158,28 +161,21 @@ __global__ void __launch_bounds__(2 * N, 4) forward(const __grid_constant__ Inpu
   const int head = blockIdx.x, chunks = in.T / C, groups = (chunks + GROUP / C - 1) / (GROUP / C);
   const int stride = in.H * N;  // from token to token
   const int64_t start = (int64_t{head / in.H} * in.T * in.H + head % in.H) * N;
-  auto fetch = [&](int chunk) {
-    const int thread = thread_index();
-    const int64_t from = start + int64_t{chunk * C} * stride + piece<N>(stride, thread);
-    if (chunk < chunks)
-#pragma unroll 1
-      for (int i = 0; i < 6; ++i) copy_tile<N>(shared.tile[chunk % 2][i], in.x[i] + from, thread);
-    copy_commit();
-  };
-
   Sum S[N / 16] = {};
   read_parameters(shared.parameters, in);
-  fetch(0);
+  fetch<N>(shared.tile[0], in.x, 6, 0, start, stride);
+  copy_commit();
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const Thread at;
     const Parameters& p = shared.parameters;
     copy_wait<0>();
     sync_block();
-    fetch(chunk + 1);
+    if (chunk + 1 < chunks) fetch<N>(shared.tile[(chunk + 1) % 2], in.x, 6, chunk + 1, start, stride);
+    copy_commit();
     if (chunk % (GROUP / C) == 0) write_state<N>(kept, int64_t{head} * groups + chunk / (GROUP / C), S);
     auto& raw = shared.tile[chunk % 2];
     const Tiles tile = {raw[R], nullptr, raw[K], raw[V], raw[A], raw[W]};
-    hand_in_sums(shared.sums, raw, p, at);
+    hand_in_sums<true>(shared.sums, raw, p, at);
     sync_block();
     scale(tile, raw, p, shared.sums, Decays<N>(raw[W], at, p.x[W0]), shared.P_end, at);
     sync_block();
@@ -220,19 +216,9 @@ __global__ void __launch_bounds__(2 * N, 2)
   const int64_t start = (int64_t{head / in.H} * in.T * in.H + head % in.H) * N;
   const Order order(in.T);
   auto fetch = [&](int group, int step, int stage) {
-    int n = order.size(group);
-    if (step > 2 * n - 2) step = 0, n = GROUP / C, --group;
-    if (group >= 0) {
-      const int thread = thread_index(), chunk = group * (GROUP / C) + order.chunk(n, step);
-      const int64_t from = start + int64_t{chunk * C} * stride + piece<N>(stride, thread);
-#pragma unroll 1
-      for (int i = 0; i < 7; ++i)
-        if (step >= n - 1 || i < GATE) copy_tile<N>(shared.tile[stage][i], in.x[i] + from, thread);
-      if (step == 0) copy_state<N>(shared.state[slot(group, 0)], kept, int64_t{head} * order.groups + group, thread);
-    }
-    copy_commit();
+    constexpr unsigned SKIP = 1 << R | 1 << GATE | 1 << DOUT;
+    fetch_step<N>(shared.tile[stage], shared.state, in.x, SKIP, kept, order, group, step, start, stride);
   };
-
   Sum G[N / 16] = {};
   float parts[PARAMETERS][2][2] = {};  // of the parameters' gradients: the lane's rows, in its columns
   const Parameters& p = shared.parameters;
@@ -250,7 +236,7 @@ __global__ void __launch_bounds__(2 * N, 2)
       auto& raw = shared.tile[stage];
       const Tiles tile = {nullptr, nullptr, shared.scaled[0], raw[V], shared.scaled[1], shared.scaled[2]};
       if (step == 0) load_state<N>(S, shared.state[slot(group, 0)], at);
-      hand_in_sums(shared.sums, raw, p, at);
+      hand_in_sums<false>(shared.sums, raw, p, at);
       sync_block();
       scale(tile, raw, p, shared.sums, Decays<N>(raw[W], at, p.x[W0]), shared.P_end, at);
       sync_block();
@@ -274,7 +260,7 @@ __global__ void __launch_bounds__(2 * N, 2)
         to_block(x, values);
         write(tensor + start + int64_t{(group * (GROUP / C) + i) * C} * stride, stride, x, at);
       };
-      hand_in_sums(shared.sums, raw, p, at);
+      hand_in_sums<true>(shared.sums, raw, p, at);
       sync_block();
       const Decays<N> decays(raw[W], at, p.x[W0]);
       scale(tile, raw, p, shared.sums, decays, shared.P_end, at);
@@ -300,7 +286,8 @@ __global__ void __launch_bounds__(2 * N, 2)
         load<N>(dout, raw[DOUT], 0, 16 * at.warp, at);
         FOR_ELEMENTS {
           float& y = Y[half][2 * row + e];
-          const float own = element(v, row, half, e), change = element(dout, row, half, e), d = change * element(g, row, half, e);
+          const float own = element(v, row, half, e), change = element(dout, row, half, e);
+          const float d = change * element(g, row, half, e);
           y = (y - moments.mean[row]) * moments.inverse[row];
           d_gate[row][half][e] = change * (y * p(LN_W, half, e, at) + p(LN_B, half, e, at) + bonus[row] * own);
           parts[LN_W][half][e] += d * y;
@@ -388,14 +375,14 @@ __global__ void __launch_bounds__(2 * N, 2)
 const char* wkv7_wind_forward(WKV7_WIND_FORWARD) {
   using namespace wkv7;
   if (const char* why = refuse(B, T, H, N, {64})) return why;
-  const Inputs inputs = {{input(r), input(w), input(k), input(v), input(a), input(g), nullptr}, parameters, static_cast<int>(T), static_cast<int>(H)};
+  const Inputs inputs = {{input(r), input(w), input(k), input(v), input(a), input(g), nullptr}, parameters, int(T), int(H)};
   return launch(forward, B * H, 128, sizeof(ForwardMemory), stream, inputs, output(out), output(kept));
 }
 
 const char* wkv7_wind_backward(WKV7_WIND_BACKWARD) {
   using namespace wkv7;
   if (const char* why = refuse(B, T, H, N, {64})) return why;
-  const Inputs inputs = {{input(r), input(w), input(k), input(v), input(a), input(g), input(dout)}, parameters, static_cast<int>(T), static_cast<int>(H)};
+  const Inputs inputs = {{input(r), input(w), input(k), input(v), input(a), input(g), input(dout)}, parameters, int(T), int(H)};
   return launch(backward, B * H, 128, sizeof(BackwardMemory), stream, inputs, input(kept), output(dr), output(dw), output(dk), output(dv),
                 output(da), output(dg), d_parameters);
 }

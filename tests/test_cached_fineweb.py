@@ -1,0 +1,528 @@
+"""data/cached_fineweb10B.py and its sister: processes of their own, with the real client of the hub, against a server
+on loopback (hub.py) that speaks the hub's protocol and fails in every way a network does."""
+
+import ctypes
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import train_rwkv7
+from helpers import ROOT, write_shard
+from hub import COMMIT, Hub
+
+SCRIPT, REPO = ROOT / "data" / "cached_fineweb10B.py", "/datasets/kjj0/fineweb10B-gpt2"
+VAL, ONE, TWO = "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"
+CHUNK = 1 << 20  # of the script: what a broken connection may cost
+SETTINGS = re.compile(r"(?i)(HF_|HUGGING|.*_PROXY$)")  # of the one who runs the tests
+
+
+def shard_bytes(folder, tokens, seed, top=50257):
+    body = np.random.default_rng(seed).integers(top, size=tokens)
+    body[0] = 50256
+    return write_shard(folder / "shard", body).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    return {VAL: shard_bytes(folder, 700_000, 0), ONE: shard_bytes(folder, 1_250_000, 1),
+            TWO: shard_bytes(folder, 1_250_000, 2)}
+
+
+@pytest.fixture
+def hub(shards):
+    server = Hub({f"{REPO}/{name}": data for name, data in shards.items()})
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def start(hub, tmp_path):
+    """Starts the script as a user would; -> the process. out: its --out."""
+    def call(*arguments, script=SCRIPT, prefix=(), limit=None, **env):
+        clean = {key: value for key, value in os.environ.items() if not SETTINGS.match(key)}
+        clean.update(HF_ENDPOINT=hub.url(), HF_HOME=str(tmp_path / "home"), NO_PROXY="127.0.0.1", PYTHONUTF8="1")
+        clean.update(env)
+        return subprocess.Popen([sys.executable, *prefix, str(script), *map(str, arguments), "--out",
+                                 str(tmp_path / "out")], env=clean, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, preexec_fn=limit)
+    call.out = tmp_path / "out"
+    return call
+
+
+@pytest.fixture
+def run(start):
+    def call(*arguments, **options):
+        process = start(*arguments, **options)
+        try:
+            process.output, process.errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert "Traceback" not in process.errors, process.errors
+        return process
+    call.out = start.out
+    return call
+
+
+def whole(run, shards, names=(VAL, ONE, TWO)):
+    """Every shard is there, the manifest describes it, nothing else is left behind."""
+    assert {path.name for path in run.out.iterdir()} == {*names, "manifest.json", ".lock"}
+    manifest = json.loads((run.out / "manifest.json").read_text())
+    assert (manifest["dataset"], manifest["source"]) == ("fineweb10B", "kjj0/fineweb10B-gpt2")
+    assert (manifest["tokenizer"], manifest["vocab_size"], manifest["document_mark"]) == ("gpt2", 50257, 50256)
+    assert [entry["name"] for entry in manifest["shards"]] == list(names)
+    for entry in manifest["shards"]:
+        data, path = shards[entry["name"]], run.out / entry["name"]
+        assert path.read_bytes() == data, entry["name"]
+        assert entry["sha256"] == hashlib.sha256(data).hexdigest() and entry["bytes"] == len(data)
+        assert entry["tokens"] == (len(data) - 1024) // 2 and entry["mtime_ns"] == path.stat().st_mtime_ns
+        assert entry["split"] == ("val" if entry["name"] == VAL else "train")
+        assert entry["top_id"] == int(np.frombuffer(data, "<u2", offset=1024).max())
+    return manifest["shards"]
+
+
+def refused(done, *parts, status=1, lines=1):
+    """One clear line, after at most lines - 1 others and the bar."""
+    assert done.returncode == status, (done.output, done.errors)
+    said = [line for line in re.split("[\r\n]", done.errors) if line.strip() and "%|" not in line]
+    assert 1 <= len(said) <= lines, done.errors
+    last = said[-1]
+    for part in map(str, parts):
+        assert part in last, f"{part!r} is not in: {last}"
+
+
+def nothing_begun(run):
+    assert not run.out.exists() or not [p.name for p in run.out.iterdir() if p.name != ".lock"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# All is well
+
+def test_fetch_and_fetch_again(hub, run, shards):
+    done = run(2, HF_TOKEN="hf_secret")
+    assert done.returncode == 0, done.errors
+    entries = whole(run, shards)
+    assert all(entry["hub_checksum"] and entry["commit"] == COMMIT for entry in entries)
+    size = sum(map(len, shards.values()))
+    assert f"fetching 3 files, {size / 1e9:.2f} GB, from {hub.url()}" in done.output
+    assert "2 train shards and the val shard, 3,200,000 tokens" in done.output
+    assert "6.40M/6.41M" in done.errors or "100%" in done.errors, done.errors  # the bar reached the total
+    assert sum(request.sent for request in hub.asked(server="store")) == size  # not a byte twice
+    assert {r.headers.get("authorization") for r in hub.asked(server="hub")} == {"Bearer hf_secret"}
+    assert {r.headers.get("authorization") for r in hub.asked(server="store")} == {None}, "the token went to a stranger"
+
+    hub.requests.clear()
+    before = {path: path.stat().st_mtime_ns for path in run.out.iterdir() if path.name != ".lock"}
+    again = run(2)
+    assert again.returncode == 0 and "intact, nothing to fetch" in again.output and again.errors == ""
+    assert hub.requests == [] and all(path.stat().st_mtime_ns == time for path, time in before.items())
+    check = run("--check")
+    assert check.returncode == 0 and "3 shards, 3,200,000 tokens, every byte as it should be" in check.output
+    assert hub.requests == []
+
+
+def test_more_shards_later(hub, run, shards):
+    assert run(1).returncode == 0
+    whole(run, shards, (VAL, ONE))
+    hub.requests.clear()
+    done = run(2)
+    assert done.returncode == 0 and "1 files fetched" in done.output, done
+    whole(run, shards)
+    assert {request.path.rsplit("/", 1)[1] for request in hub.requests} == {TWO}
+
+
+def test_the_100B_sister(hub, run, shards, tmp_path):
+    hub.files = {path.replace("10B", "100B"): data for path, data in hub.files.items()}
+    sister = SCRIPT.with_name("cached_fineweb100B.py")
+    done = run(1, script=sister)
+    assert done.returncode == 0 and (run.out / ONE).read_bytes() == shards[ONE], done.errors
+    assert json.loads((run.out / "manifest.json").read_text())["source"] == "kjj0/fineweb100B-gpt2"
+    refused(run(1031, script=sister), "1031", "fineweb100B has 1030", status=2)
+    refused(run(1), "fineweb100B", "--out")  # this folder is taken
+
+
+def test_counts(run, hub):
+    parse = lambda *flags: run(*flags, prefix=("-c", (
+        "import runpy, sys; sys.argv = sys.argv[1:]; m = runpy.run_path(sys.argv[0]);"
+        "print(m['parse']('x', 'fineweb10B', 103, '', sys.argv[1:]).count)")))
+    for flags, count in ((["18"], 18), ([], None), (["--steps", 3200, "--bsz", 512], 17),
+                         (["--steps", 3200, "--bsz", 512, "--seq_len", 64], 2), (["--steps", 190], 1),
+                         (["--steps", 100_000_000 // 1024, "--bsz", 1], 1),
+                         (["--steps", 1_000_000, "--bsz", 1, "--seq_len", 100], 2)):  # one token too many
+        assert parse(*flags).output.strip() == str(count), flags
+    defaults = train_rwkv7.Hyperparameters(track="fineweb")
+    assert (defaults.bsz, defaults.seq_len) == (512, 1024), "the script's defaults are those of the track"
+
+
+@pytest.mark.parametrize("flags, parts", [
+    (["0"], ["0 train shards", "at least 1"]), (["104"], ["104", "fineweb10B has 103"]), (["-1"], ["-1"]),
+    (["many"], ["'many' is not a number"]), (["1.5"], ["'1.5' is not a number"]), (["1", "2"], ["2"]),
+    (["3", "--steps", "5"], ["not both"]), (["--steps", "40000"], ["--steps 40000", "210 shards", "has 103"]),
+    (["--steps", "0"], ["at least 1"]), (["--bsz", "x"], ["'x'"]), (["1", "--jobs", "0"], ["at least 1"])])
+def test_command_line(run, hub, flags, parts):
+    refused(run(*flags), *parts, status=2)
+    nothing_begun(run)
+    assert hub.requests == []
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A bad network
+
+@pytest.mark.parametrize("kind", ("cut", "reset"))
+def test_a_cut_connection_goes_on_where_it_broke(hub, run, shards, kind):
+    hub.faults[ONE] = [(kind, 1_300_000), (kind, 600_000)]
+    done = run(1)
+    assert done.returncode == 0, done.errors
+    whole(run, shards, (VAL, ONE))
+    starts = [int(r.headers.get("range", "bytes=0-")[6:-1]) for r in hub.asked(server="store", name=ONE)]
+    assert len(starts) == 3 and starts == sorted(starts) and starts[0] == 0, starts
+    if kind == "cut":  # a reset also takes what had arrived and was not read yet
+        assert starts[1] == CHUNK, "what had arrived was fetched again"
+
+
+def test_a_server_that_falls_silent(hub, run, shards):
+    hub.faults[ONE] = [("hang", 1_300_000)]
+    assert run(1, HF_HUB_DOWNLOAD_TIMEOUT="1").returncode == 0
+    whole(run, shards, (VAL, ONE))
+    assert hub.asked(server="store", name=ONE)[0].headers["range"] == f"bytes={CHUNK}-"  # the silent one has not ended
+
+
+def test_a_killed_download_goes_on_where_it_stopped(hub, start, run, shards):
+    hub.faults[ONE] = [("hang", 2_200_000)]
+    process = start(1)
+    try:
+        parts = lambda: [p for p in run.out.glob(f".{ONE}.*.part") if p.stat().st_size >= 2 * CHUNK]
+        for _ in range(600):
+            if parts() and (run.out / VAL).exists():
+                break
+            time.sleep(0.05)
+        assert parts() and not (run.out / ONE).exists()
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.communicate()
+    hub.requests.clear()
+    done = run(1)
+    assert done.returncode == 0 and "from an earlier try" in done.output, done.errors
+    whole(run, shards, (VAL, ONE))
+    request, = hub.asked(server="store")
+    assert request.headers["range"] == f"bytes={2 * CHUNK}-" and request.path.endswith(ONE)
+
+
+def test_ctrl_c(hub, start, run, shards):
+    hub.faults[ONE] = [("hang", 1_100_000)]
+    process = start(1)
+    try:
+        for _ in range(600):
+            if (run.out / VAL).exists():
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and errors.endswith("interrupted; the same command goes on from here\n"), errors
+    assert "Traceback" not in errors
+    assert run(1).returncode == 0
+    whole(run, shards, (VAL, ONE))
+
+
+def test_parts_of_another_version_are_not_used(hub, run, shards):
+    run.out.mkdir()
+    (run.out / f".{ONE}.0123456789abcdef.part").write_bytes(b"x" * 2_000_000)
+    (run.out / f".{VAL}.{hashlib.sha256(shards[VAL]).hexdigest()[:16]}.part").write_bytes(shards[VAL][:1_000_001])
+    (run.out / f".{TWO}.{hashlib.sha256(shards[TWO]).hexdigest()[:16]}.part").write_bytes(shards[TWO] + b"too much")
+    done = run(2)
+    assert done.returncode == 0, done.errors
+    whole(run, shards)
+    ranges = {r.path.rsplit("/", 1)[1]: r.headers.get("range") for r in hub.asked(server="store")}
+    assert ranges == {VAL: "bytes=1000001-", ONE: None, TWO: None}
+
+
+def test_a_server_that_ignores_ranges(hub, run, shards):
+    hub.faults[ONE] = [("cut", 1_300_000), ("whole",)]
+    assert run(1).returncode == 0
+    whole(run, shards, (VAL, ONE))
+
+
+def test_damaged_bytes_are_fetched_again(hub, run, shards):
+    bad = bytearray(shards[ONE])
+    bad[2_000_000] ^= 1
+    hub.faults[ONE] = [("bytes", bytes(bad))]
+    done = run(1)
+    assert done.returncode == 0 and f"{ONE} is damaged: sha256" in done.errors and "fetching it again" in done.errors
+    whole(run, shards, (VAL, ONE))
+    assert len(hub.asked(server="store", name=ONE)) == 2
+
+
+def test_damaged_every_time(hub, run, shards):
+    bad = bytearray(shards[ONE])
+    bad[2_000_000] ^= 1
+    hub.faults[ONE] = [("bytes", bytes(bad))] * 9
+    refused(run(1), ONE, "is damaged: sha256", "3 times over", "HF_ENDPOINT", lines=3)
+    assert len(hub.asked(server="store", name=ONE)) == 3 and not (run.out / ONE).exists()
+    assert not list(run.out.glob(".*.part")) and (run.out / VAL).exists()
+
+
+@pytest.mark.parametrize("data, part", [
+    (b"<html>Sign in to the hotel's network</html>" * 99, "is no shard: it begins with"),
+    (b"", "is no shard: 0 bytes"), ("count", "is damaged: 7 tokens by its header, 8 by its size"),
+    ("id", "token id 50300, the vocabulary ends at 50256")])
+def test_what_is_no_shard(hub, run, tmp_path, data, part):
+    if data == "count":
+        data = write_shard(tmp_path / "s", range(8), count=7).read_bytes()
+    elif data == "id":
+        data = write_shard(tmp_path / "s", [50256, 50300]).read_bytes()
+    hub.files[f"{REPO}/{ONE}"], hub.checksums = data, False
+    refused(run(1), ONE, part, lines=3)
+    assert not (run.out / ONE).exists() and len(hub.asked(server="store", name=ONE)) <= 3
+
+
+def test_no_checksum_from_the_hub(hub, run, shards):
+    hub.checksums = False
+    assert run(1).returncode == 0
+    assert [entry["hub_checksum"] for entry in whole(run, shards, (VAL, ONE))] == [False, False]
+
+
+def test_not_there(hub, run):
+    del hub.files[f"{REPO}/{ONE}"]
+    refused(run(1), f"{hub.url()}{REPO}/resolve/main/{ONE}", "does not exist (HTTP 404)", "HF_ENDPOINT")
+    nothing_begun(run)
+
+
+def test_no_access(hub, run):
+    hub.faults[VAL] = [("hub", 401)]
+    refused(run(1), "no access to kjj0/fineweb10B-gpt2", "HTTP 401", "HF_TOKEN")
+    nothing_begun(run)
+
+
+def test_too_many_requests_then_success(hub, run, shards):
+    hub.faults[VAL] = [("hub", 429, {"Retry-After": 2}), ("store", 429, {"Retry-After": 0})]
+    hub.faults[ONE] = [("hub", 503), ("store", 500)]
+    done = run(1)
+    assert done.returncode == 0, done.errors
+    assert f"{VAL}: HTTP 429; again in 2 s" in done.errors and f"{ONE}: HTTP 503; again in 1 s" in done.errors
+    whole(run, shards, (VAL, ONE))
+
+
+def test_an_error_that_stays(hub, run):
+    hub.faults[ONE] = [("store", 500)] * 9
+    refused(run(1, "--retries", 1), ONE, "HTTP 500", "The same command", lines=2)
+    assert len(hub.asked(server="store", name=ONE)) == 2
+
+
+def test_no_server(hub, run):
+    refused(run(1, "--retries", 1, HF_ENDPOINT="http://127.0.0.1:1"), "no connection to http://127.0.0.1:1",
+            "HTTPS_PROXY", "HF_ENDPOINT", lines=2)
+    nothing_begun(run)
+
+
+def test_something_else_answers(hub, run):
+    hub.commit = None
+    refused(run(1), "does not answer as the hub does", "HF_ENDPOINT")
+    nothing_begun(run)
+
+
+def test_by_way_of_a_proxy(hub, run, shards):
+    done = run(1, HF_ENDPOINT="http://hub.invalid", HTTP_PROXY=hub.url(), http_proxy=hub.url())
+    assert done.returncode == 0 and "from http://hub.invalid" in done.output, done.errors
+    whole(run, shards, (VAL, ONE))
+
+
+def test_the_hubs_cache(hub, run, shards, tmp_path):
+    """Filled by the client itself; then without network, told so (HF_HUB_OFFLINE) and not."""
+    refused(run(1, HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set", VAL, "cache")
+    fill = ("from huggingface_hub import hf_hub_download as get; import sys;"
+            "[get('kjj0/fineweb10B-gpt2', name, repo_type='dataset') for name in sys.argv[2:4]]")
+    assert run(VAL, ONE, prefix=("-c", fill), HF_HUB_DISABLE_XET="1").returncode == 0
+    hub.requests.clear()
+    done = run(1, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0 and "from the hub's cache" in done.output, done.errors
+    assert all(e["hub_checksum"] and e["commit"] == COMMIT for e in whole(run, shards, (VAL, ONE)))
+    shutil.rmtree(run.out)
+    assert run(1, HF_ENDPOINT="http://127.0.0.1:1", HF_HUB_ETAG_TIMEOUT="1").returncode == 0
+    whole(run, shards, (VAL, ONE))
+    shutil.rmtree(run.out)
+    assert hub.requests == []
+    blob = next(p for p in tmp_path.glob("home/hub/*/blobs/*") if p.stat().st_size == len(shards[ONE]))
+    blob.write_bytes(b"x" + blob.read_bytes()[1:])  # a damaged cache
+    refused(run(1, HF_HUB_OFFLINE="1"), ONE, "in the hub's cache is no shard", lines=9)
+    done = run(1)
+    assert done.returncode == 0 and len(hub.asked(server="store")) == 1, done.errors
+    whole(run, shards, (VAL, ONE))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A bad disk
+
+def test_disk_too_small(hub, run, shards):
+    hub.sizes[f"{REPO}/{ONE}"] = 10**16
+    refused(run(1), "10000000.00 GB to fetch", "GB free in", "--out")
+    nothing_begun(run)
+    assert hub.asked(server="store") == []
+
+
+def test_disk_full_in_the_middle(hub, run, shards):
+    def limit():
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+    refused(run(1, limit=limit), "cannot read or write", str(run.out), "--out", lines=9)
+    assert not (run.out / ONE).exists()
+    assert run(1).returncode == 0
+    whole(run, shards, (VAL, ONE))
+
+
+def as_anybody():
+    """In a child: root without its right to write anywhere is bound by permissions like everybody."""
+    PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
+    if os.geteuid() == 0:
+        ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
+
+
+def test_no_permission_to_write(hub, run):
+    run.out.write_text("a file, not a folder")
+    refused(run(1), "cannot read or write", run.out, "--out")
+    run.out.unlink()
+    run.out.mkdir(mode=0o555)
+    if os.geteuid() == 0 and not sys.platform.startswith("linux"):
+        pytest.skip("root may write anywhere")
+    refused(run(1, limit=as_anybody), "cannot read or write", run.out, "Permission denied", "--out")
+    assert hub.requests == [] and list(run.out.iterdir()) == []
+
+
+def test_two_at_once(hub, start, run):
+    hub.faults[VAL] = [("hang", 1000)]
+    first = start(1)
+    try:
+        for _ in range(600):
+            if list(run.out.glob(".*.part")):
+                break
+            time.sleep(0.05)
+        refused(run(1), "another download into", run.out)
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(data)
+
+
+def damage_flip(out):
+    flip(out / ONE)
+    return f"{ONE} is not what the manifest says: fetching it again"
+
+
+def damage_cut(out):
+    os.truncate(out / ONE, 5000)
+    return f"{ONE} is damaged: 1250000 tokens by its header, 1988 by its size: fetching it again"
+
+
+def damage_gone(out):
+    (out / ONE).unlink()
+    return ""
+
+
+@pytest.mark.parametrize("damage", (damage_flip, damage_cut, damage_gone))
+def test_what_is_damaged_is_fetched_again(hub, run, shards, damage):
+    assert run(2).returncode == 0
+    said = damage(run.out)
+    refused(run("--check"), "1 of 3 shards missing or damaged", "Without --check", lines=2)
+    hub.requests.clear()
+    done = run(2)
+    assert done.returncode == 0 and said in done.errors and "1 files fetched" in done.output, done.errors
+    whole(run, shards)
+    assert [r.path.rsplit("/", 1)[1] for r in hub.asked(server="store")] == [ONE]
+
+
+def test_a_damaged_manifest(hub, run, shards):
+    assert run(2).returncode == 0
+    (run.out / "manifest.json").write_text("{")
+    flip(run.out / ONE)
+    done = run(2)
+    assert done.returncode == 0 and "manifest.json is damaged: reading every shard" in done.errors, done.errors
+    assert f"{ONE} is not the hub's (another sha256): fetching it again" in done.errors
+    whole(run, shards)
+
+
+def test_check_finds_what_a_glance_does_not(hub, run, shards):
+    """A byte that changed while size and time did not: as on a failing disk."""
+    assert run(2).returncode == 0
+    stat = (run.out / ONE).stat()
+    flip(run.out / ONE)
+    os.utime(run.out / ONE, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert "intact" in run(2).output
+    check = run("--check")
+    assert f"{ONE} is damaged: sha256" in check.errors
+    refused(check, "1 of 3 shards missing or damaged", "Without --check", lines=2)
+    assert "1 files fetched" in run(2).output
+    whole(run, shards)
+    assert run("--check", 2).returncode == 0
+    refused(run("--check", 4), "2 of 5 shards missing", lines=3)
+
+
+def test_shards_copied_by_hand(hub, run, shards):
+    """Held against the hub's checksum when there is a hub, taken as they are when there is none."""
+    run.out.mkdir()
+    (run.out / VAL).write_bytes(shards[VAL])
+    (run.out / ONE).write_bytes(shards[ONE])
+    flip(run.out / ONE)
+    check = run("--check")
+    assert check.returncode == 0 and "2 not in manifest.json" in check.output
+    assert not (run.out / "manifest.json").exists()
+    done = run(1)
+    assert done.returncode == 0 and f"{ONE} is not the hub's" in done.errors, done.errors
+    whole(run, shards, (VAL, ONE))
+    assert {r.path.rsplit("/", 1)[1] for r in hub.asked(server="store")} == {ONE}
+    (run.out / "manifest.json").unlink()
+    hub.requests.clear()
+    done = run(1, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0 and hub.requests == [], done.errors
+    assert [entry["hub_checksum"] for entry in whole(run, shards, (VAL, ONE))] == [False, False]
+
+
+def test_a_touched_shard_is_read_and_kept(hub, run, shards):
+    assert run(1).returncode == 0
+    os.utime(run.out / ONE)
+    hub.requests.clear()
+    assert "intact" in run(1).output and hub.requests == []
+    whole(run, shards, (VAL, ONE))
+
+
+@pytest.mark.parametrize("package", ("huggingface_hub", "numpy", "tqdm"))
+def test_a_python_without_packages(run, package):
+    code = (f"import runpy, sys; sys.modules[{package!r}] = None; sys.path[0] = {str(SCRIPT.parent)!r};"
+            "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+    refused(run(1, prefix=("-c", code)), f"{package} is missing", "pip install -r requirements.txt")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What training takes from the manifest
+
+def test_records_take_hashes_from_the_manifest(hub, run, shards, monkeypatch):
+    assert run(2).returncode == 0
+    shards_known = json.loads((run.out / "manifest.json").read_text())["shards"]
+    stream = train_rwkv7.TokenStream(run.out, "train", 2_400_000, "some steps")
+    entries = [dict(name=name, tokens=1_250_000, sha256=hashlib.sha256(shards[name]).hexdigest())
+               for name in (ONE, TWO)]
+    assert stream.fingerprint(50257) == entries
+    with monkeypatch.context() as patch:
+        patch.setattr(train_rwkv7.hashlib, "sha256", None)  # nothing is read
+        assert stream.fingerprint(50257, shards_known) == [dict(e, hash_from="manifest.json") for e in entries]
+        with pytest.raises(ValueError, match="token id .*, beyond the vocabulary of 50000"):
+            stream.fingerprint(50000, shards_known)
+    flip(run.out / ONE)  # another time: read after all
+    one, two = stream.fingerprint(50257, shards_known)
+    assert one["sha256"] == hashlib.sha256((run.out / ONE).read_bytes()).hexdigest() != entries[0]["sha256"]
+    assert "hash_from" not in one and two["hash_from"] == "manifest.json"

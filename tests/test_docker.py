@@ -1,0 +1,223 @@
+"""Dockerfile, constraints.txt, .dockerignore and dev/as_owner.sh. No Docker engine is needed: the Dockerfile is read,
+and of its commands those run that do not change the machine (pip from empty wheels, the image's id, the entrypoint)."""
+
+import fnmatch
+import importlib.metadata
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import train_rwkv7
+from helpers import ROOT
+
+REQUIREMENTS = ("requirements.txt", "data/requirements.txt", "tests/requirements.txt")
+
+
+def pins(path):
+    return {name.lower().replace("_", "-"): version for name, version in re.findall(
+        r"^([\w.-]+)==([\w.+]+)(?:\s|$)", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)}
+
+
+def instructions():
+    """[(keyword, its text on one line)] of the Dockerfile."""
+    lines = [line for line in (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+             if line.strip() and not line.lstrip().startswith("#")]
+    return [tuple(part.split(None, 1)) for part in re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines()]
+
+
+def texts(keyword):
+    return [text for word, text in instructions() if word == keyword]
+
+
+def run_with(part):
+    """The one RUN command that contains this."""
+    text, = [text for text in texts("RUN") if part in text]
+    return text
+
+
+def ignored(path):
+    """Whether .dockerignore keeps a file out of the build: the last line that matches it or a folder of it decides."""
+    out = False
+    for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            pattern, keep = line.removeprefix("!"), line.startswith("!")
+            if any(fnmatch.fnmatch(str(p), pattern) for p in (path, *pathlib.PurePosixPath(path).parents)):
+                out = not keep
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is written there
+
+def test_one_stage_from_a_pinned_image():
+    assert instructions()[0][0] == "FROM"
+    image, = texts("FROM")
+    assert re.fullmatch(r"nvidia/cuda:13\.0\.\d+-devel-ubuntu24\.04", image), image
+    of_torch = pins("constraints.txt")["nvidia-cuda-runtime"]
+    assert of_torch.split(".")[:2] == re.search(r":([\d.]+)", image)[1].split(".")[:2], "nvcc and torch's CUDA differ"
+
+
+def test_nothing_is_unpinned():
+    apt = run_with("apt-get install")
+    packages = apt[apt.index("install"):].split("&&")[0].split()[1:]
+    packages = [package.strip("'") for package in packages if not package.startswith("-")]
+    assert packages and all(re.fullmatch(r"[\w.+-]+=[\w.:]+-\*", package) for package in packages), packages
+    versions = dict(package.split("=") for package in packages)
+    assert versions["python3.12"] == versions["python3.12-dev"] == versions["python3.12-venv"], "one Python"
+    everything = " ".join(texts("RUN"))
+    for word in ("curl", "wget", "--upgrade", "--pre", "configure", "make install", "add-apt-repository", "git clone"):
+        assert word not in everything, word
+    assert everything.count("pip install") == 1
+    assert "-c /image/constraints.txt" in run_with("pip install")
+
+
+def test_the_same_versions_as_the_requirements():
+    command, locked = run_with("pip install"), pins("constraints.txt")
+    assert re.findall(r"-r /image/(\S+)", command) == list(REQUIREMENTS)
+    for path in REQUIREMENTS:
+        assert pins(path), path
+        for name, version in pins(path).items():
+            assert locked[name] == version, f"{name} in {path} and constraints.txt"
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert len(lines) == len(locked) and lines == sorted(lines)
+
+
+def test_paths_exist_and_reach_the_build():
+    copied = [path for text in texts("COPY") for path in text.split()[:-1]]
+    assert set(copied) == {*REQUIREMENTS, "constraints.txt", "dev/as_owner.sh"}
+    for path in copied:
+        assert (ROOT / path).is_file() and not ignored(path), path
+    for path in re.findall(r"/image/(\S+\.txt)", " ".join(texts("RUN"))):
+        assert path in copied, path
+    for path in ("data/fineweb10B/fineweb_val_000000.bin", "data/pydocs/manifest.json", "records/x/log.txt",
+                 ".git/HEAD", ".venv/bin/python", "checkpoints/x.pt", "train_rwkv7.py"):
+        assert ignored(path), path
+
+
+def test_readme_and_dockerfile_name_the_same_commands():
+    readme, dockerfile = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "Dockerfile"))
+    commands = [line.split(" # ")[0].strip() for line in readme.splitlines() if line.startswith("docker ")]
+    assert len(commands) >= 2
+    for command in commands:
+        assert command.split(" ./")[0] in dockerfile, command
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What runs
+
+def requires(name, version):
+    """What a package asks for on this Python, if it is installed here in this version; its name as it writes it."""
+    try:
+        found = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return [line for line in found.requires or () if "extra ==" not in line] \
+        if found.version.split("+")[0] == version else []
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    """A folder in place of the image's root, in which the commands for Python have run."""
+    if subprocess.run([sys.executable, "-c", "import ensurepip, venv"], capture_output=True).returncode:
+        pytest.skip("this Python cannot make environments (ensurepip is missing)")
+    root = tmp_path_factory.mktemp("image")
+    (root / "wheels").mkdir()
+    for name, version in pins("constraints.txt").items():
+        module, info = name.replace("-", "_"), f"{name.replace('-', '_')}-{version}.dist-info"
+        needs = "".join(f"Requires-Dist: {line}\n" for line in requires(name, version))
+        with zipfile.ZipFile(root / "wheels" / f"{module}-{version}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+    (root / "etc").mkdir()
+    for text in texts("COPY"):
+        *sources, target = text.split()
+        for source in sources:
+            path = root / target.lstrip("/") / (pathlib.Path(source).name if target.endswith("/") else "")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / source, path)
+    (root / "bin").mkdir()
+    (root / "bin" / "python3.12").symlink_to(sys.executable)
+    (root / "bin" / "dpkg-query").write_text("#!/bin/sh\n[ \"$*\" = -W ] && printf 'g++\\t4:13.2.0-7ubuntu1\\n'\n")
+    (root / "bin" / "dpkg-query").chmod(0o755)
+    env = {"PATH": f"{root / 'bin'}:{os.environ['PATH']}", "HOME": str(root), "PIP_CONFIG_FILE": "/dev/null",
+           "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": (root / "wheels").as_uri(), "CUDA_VERSION": "13.0.2"}
+    for command in (run_with("pip install"), run_with("rwkv-speedrun-image")):
+        command = re.sub(r"(?<=[\s<>])/(?=opt|image|etc)", f"{root}/", f" {command}")
+        done = subprocess.run(["sh", "-c", command], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return root
+
+
+def test_the_packages_install_and_nothing_else_is_asked_for(image):
+    """From wheels that hold the real dependencies: one that constraints.txt lacks would not be found."""
+    done = subprocess.run([str(image / "opt/venv/bin/python"), "-m", "pip", "list", "--format=freeze"],
+                          capture_output=True, text=True, check=True)
+    installed = {name.lower().replace("_", "-"): version for name, version in re.findall(
+        r"^([\w.-]+)==(\S+)$", done.stdout, re.MULTILINE)}
+    for path in REQUIREMENTS:
+        assert pins(path).items() <= installed.items(), path
+    assert {k: v for k, v in installed.items() if k not in ("pip", "setuptools")}.items() <= pins(
+        "constraints.txt").items()
+
+
+def test_the_images_id(image, monkeypatch):
+    text = (image / "etc/rwkv-speedrun-image").read_text()
+    assert re.fullmatch(r"cuda 13\.0\.2, packages sha256:[0-9a-f]{64}\n", text), text
+    packages = (image / "etc/rwkv-speedrun-packages").read_text()
+    assert "g++\t4:13.2.0-7ubuntu1" in packages and f"torch=={pins('requirements.txt')['torch']}" in packages
+    assert train_rwkv7.IMAGE == pathlib.Path(re.search(r">(/etc/\S+-image)$", run_with("-image"))[1])
+    assert train_rwkv7.environment()["image"] == (
+        train_rwkv7.IMAGE.read_text().strip() if train_rwkv7.IMAGE.exists() else "none")
+    monkeypatch.setattr(train_rwkv7, "IMAGE", image / "etc/rwkv-speedrun-image")
+    assert train_rwkv7.environment()["image"] == text.strip()
+
+
+def test_setup_takes_the_images_python(image, tmp_path):
+    """Also where the mounted checkout has a .venv of the machine outside."""
+    path, = [re.search(r"PATH=(\S+)", text)[1] for text in texts("ENV") if "PATH=" in text]
+    path = path.replace("/opt", f"{image}/opt").replace("${PATH}", os.environ["PATH"])
+    for name in ("setup.sh", *REQUIREMENTS):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").write_text("#!/bin/sh\necho of the machine outside; exit 1\n")
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    done = subprocess.run(["bash", "-euc", f'. ./setup.sh; setup_python {" ".join(REQUIREMENTS)}; echo "$PYTHON"'],
+                          cwd=tmp_path, env={"PATH": path, "HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{image}/opt/venv/bin/python3\n", ""), done
+
+
+def test_the_entrypoint_becomes_the_owner(tmp_path):
+    entry = ROOT / "dev" / "as_owner.sh"
+    assert texts("ENTRYPOINT") == ['["as_owner"]'] and texts("USER") == [], "the entrypoint drops root itself"
+    assert os.access(entry, os.X_OK), "COPY keeps the mode"
+    shutil.copy(entry, tmp_path / "as_owner")
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    own = (os.geteuid(), os.getegid())
+    for owner in {own, (1234, 1235) if own[0] == 0 and shutil.which("setpriv") else own}:
+        checkout = tmp_path / f"checkout of {owner[0]}"
+        checkout.mkdir()
+        os.chown(checkout, *owner)
+        command = 'id -u; id -g; id -G; mkdir records && echo "$@" >records/log.txt; exit 7'
+        done = subprocess.run([str(tmp_path / "as_owner"), "sh", "-c", command, "sh", "two  words", ""], cwd=checkout,
+                              capture_output=True, text=True)
+        assert done.returncode == 7 and done.stderr == "", done
+        uid, gid, groups = done.stdout.splitlines()
+        assert (int(uid), int(gid)) == owner and (owner == own or groups == "1235")
+        log = checkout / "records" / "log.txt"
+        assert (log.stat().st_uid, log.stat().st_gid) == owner and log.read_text() == "two  words \n"
+
+
+def test_any_user_finds_a_home():
+    env = dict(part.split("=", 1) for text in texts("ENV") for part in text.split())
+    assert f"install -d -m 1777 {env['HOME']}" in " ".join(texts("RUN")) and env["USER"] and env["LOGNAME"]
+    assert texts("WORKDIR") == ["/rwkv-speedrun"]
+    assert "install -d -o 1000 -g 1000 /rwkv-speedrun" in " ".join(texts("RUN")), "nobody is root by default"

@@ -1,0 +1,220 @@
+"""data/fineweb.py: shards made of a small parquet file in FineWeb's columns, with a vocabulary of a few tokens."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import train_rwkv7
+from helpers import ROOT
+
+pa = pytest.importorskip("pyarrow", reason="pip install -r data/requirements.txt")
+tiktoken, datasets = pytest.importorskip("tiktoken"), pytest.importorskip("datasets")
+pq = pytest.importorskip("pyarrow.parquet")
+
+SCRIPT, SIZE = ROOT / "data" / "fineweb.py", 5000
+SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's, as OpenAI wrote it
+PAIRS = [b"th", b"the", b" t", b"he", b" a", b"an", b"and", b" th", b" the", b"in", b"er", b"\n\n"]
+
+
+def name(number):
+    return f"fineweb_train_{number:06d}.bin" if number else "fineweb_val_000000.bin"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two parquet files, a vocabulary, and the tokens they must become."""
+    folder = tmp_path_factory.mktemp("raw")
+    ranks = {token: i for i, token in enumerate([bytes([i]) for i in range(256)] + PAIRS)}
+    (folder / "ranks").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for t, i in ranks.items()))
+    random = np.random.default_rng(0)
+    words = "the and in another theater, it's 1234 Käse 日本 🙂 \n\n end.".split(" ")
+    texts = [" ".join(random.choice(words, random.integers(1, 40))) for _ in range(600)]
+    texts[-1] = "the last"
+    texts[3:6] = "", "a mark <|endoftext|> in the text is text", "one document of several shards " * 900
+    bpe = tiktoken.Encoding("toy", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
+    every = lambda: np.array([t for text in texts for t in (len(ranks), *bpe.encode_ordinary(text))], "<u2")
+    if len(every()) % 2:
+        texts[-1] += "1"
+    for i, part in enumerate((texts[:350], texts[350:])):
+        n = len(part)
+        pq.write_table(pa.table(dict(
+            text=part, id=[f"<urn:uuid:{k}>" for k in range(n)], dump=["CC-MAIN-2013-20"] * n, url=["http://x"] * n,
+            date=["2013-05-18T05:48:54Z"] * n, file_path=["s3://x"] * n, language=["en"] * n,
+            language_score=[0.99] * n, token_count=[9] * n)), folder / f"{i:03d}_00000.parquet", row_group_size=100)
+    return folder, every()
+
+
+@pytest.fixture
+def start(world, tmp_path):
+    def call(*arguments, out=tmp_path / "out", script=SCRIPT, **flags):
+        more = {key: flags.pop(key) for key in list(flags) if key.isupper()}
+        flags = dict(version="10B", input=world[0], vocab=world[0] / "ranks", shard_size=SIZE, workers=1) | flags
+        env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        env.update(HF_HOME=str(world[0] / "home"), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", PYTHONUTF8="1", **more)
+        return subprocess.Popen([sys.executable, str(script), "--out", str(out), *map(str, arguments), *(
+            str(part) for key, value in flags.items() if value is not None for part in (f"--{key}", value))],
+            env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return call
+
+
+@pytest.fixture
+def run(start):
+    def call(*arguments, **flags):
+        process = start(*arguments, **flags)
+        process.output, process.errors = process.communicate(timeout=120)
+        assert "Traceback" not in process.errors, process.errors
+        return process
+    return call
+
+
+def refused(done, *parts, status=1):
+    assert done.returncode == status, (done.output, done.errors)
+    said = [line for line in re.split("[\r\n]", done.errors) if line.strip() and not re.search(r"%\||Generating", line)]
+    assert len(said) == 1 and said[0].startswith("fineweb.py: "), said
+    for part in map(str, parts):
+        assert part in said[0], f"{part!r} is not in: {said[0]}"
+
+
+def whole(out, tokens):
+    """Shards that hold these tokens, a manifest that says so, and nothing else."""
+    count = -(-len(tokens) // SIZE)
+    assert {path.name for path in out.iterdir()} == {*map(name, range(count)), "manifest.json", ".lock"}
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert [entry["name"] for entry in manifest["shards"]] == [name(i) for i in range(count)]
+    for i, entry in enumerate(manifest["shards"]):
+        data = (out / name(i)).read_bytes()
+        header, body = np.frombuffer(data, "<i4", 256), np.frombuffer(data, "<u2", offset=1024)
+        assert header[:3].tolist() == [20240520, 1, len(body)] and not header[3:].any()
+        assert np.array_equal(body, tokens[i * SIZE:(i + 1) * SIZE]), f"shard {i}"
+        assert entry["sha256"] == hashlib.sha256(data).hexdigest() and entry["bytes"] == len(data)
+        assert (entry["tokens"], entry["top_id"]) == (len(body), body.max())
+        assert entry["mtime_ns"] == (out / name(i)).stat().st_mtime_ns
+        assert entry["split"] == ("train" if i else "val")
+    return manifest
+
+
+def test_shards_are_the_documents(run, world, tmp_path):
+    done = run()
+    assert done.returncode == 0 and f"{len(world[1]):,} tokens of 600 documents" in done.output, done.errors
+    manifest = whole(tmp_path / "out", world[1])
+    mark = 256 + len(PAIRS)
+    assert (manifest["tokenizer"], manifest["document_mark"], manifest["vocab_size"]) == ("ranks", mark, mark + 1)
+    assert manifest["tokenizer_sha256"] == hashlib.sha256((world[0] / "ranks").read_bytes()).hexdigest()
+    assert (manifest["dataset"], manifest["documents"], manifest["shard_size"]) == ("fineweb10B", 600, SIZE)
+    assert (world[1] == mark).sum() == 600 and world[1][0] == mark
+    stream = train_rwkv7.TokenStream(tmp_path / "out", "train", len(world[1]) - SIZE, "some steps")
+    assert np.array_equal(stream.read(0, len(stream)), world[1][SIZE:])
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.*")}
+    again = run()
+    assert again.returncode == 0 and "intact, nothing to make" in again.output, again.errors
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.*")}
+
+
+def test_the_last_shard_may_be_full(run, world, tmp_path):
+    assert len(world[1]) % 2 == 0
+    assert run(shard_size=len(world[1]) // 2).returncode == 0
+    again = run(shard_size=len(world[1]) // 2)
+    assert "2 shards" in again.output and "intact, nothing to make" in again.output, again.errors
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.bin")) == [name(1), name(0)]
+
+
+@pytest.mark.parametrize("workers", (2, 5))
+def test_any_number_of_workers(run, world, tmp_path, workers):
+    assert run(workers=workers).returncode == 0
+    whole(tmp_path / "out", world[1])
+
+
+def test_killed_it_goes_on(start, run, world, tmp_path):
+    process = start()
+    try:
+        for _ in range(2400):
+            if (tmp_path / "out" / name(1)).exists() or process.poll() is not None:
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.communicate(timeout=60)  # ends when its workers, which hold the pipes, have ended too
+    shards = sorted((tmp_path / "out").glob("fineweb_*.bin"))
+    assert shards, "killed too early to say anything"
+    kept = {path: path.stat().st_mtime_ns for path in shards[:1]}
+    done = run(workers=2)
+    assert done.returncode == 0 and ("going on in document" in done.errors or "intact" in done.output), done.errors
+    whole(tmp_path / "out", world[1])
+    assert all(path.stat().st_mtime_ns == mtime for path, mtime in kept.items())
+
+
+@pytest.mark.parametrize("kind, number", (("bin", 2), ("json", 2)))
+@pytest.mark.parametrize("when", ("before", "after"))
+def test_killed_at_any_moment(run, world, tmp_path, kind, number, when):
+    """Just before and just after the rename of a shard or of the manifest."""
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import os
+rename, count = os.replace, 0
+def replace(source, target):
+    global count
+    count += str(target).endswith({kind!r})
+    {when == 'after'} and rename(source, target)
+    if count == {number}:
+        os._exit(9)
+    {when == 'before'} and rename(source, target)
+os.replace = replace
+""")
+    assert run(PYTHONPATH=tmp_path).returncode == 9
+    done = run()
+    assert done.returncode == 0, done.errors
+    whole(tmp_path / "out", world[1])
+
+
+def test_what_is_damaged_is_made_again(run, world, tmp_path):
+    assert run().returncode == 0
+    data = bytearray((tmp_path / "out" / name(4)).read_bytes())
+    data[3000] ^= 1
+    (tmp_path / "out" / name(4)).write_bytes(data)
+    os.utime(tmp_path / "out" / name(2))  # only touched
+    done = run()
+    assert done.returncode == 0 and "4 shards are whole: going on in document" in done.errors, done.errors
+    whole(tmp_path / "out", world[1])
+
+
+@pytest.mark.parametrize("flags, parts", [
+    (dict(version="1B"), ["--version", "10B"]), (dict(shard_size=0), ["'0' is not a whole number from 1"]),
+    (dict(shard_size=2**31), [f"'{2**31}'"]), (dict(workers="many"), ["'many'"]), (dict(version=None), ["--version"])])
+def test_command_line(run, tmp_path, flags, parts):
+    refused(run(**flags), *parts, status=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input(run, world, tmp_path):
+    refused(run(input=tmp_path / "nowhere"), tmp_path / "nowhere", "does not exist")
+    (tmp_path / "a.parquet").write_text("no parquet")
+    refused(run(input=tmp_path / "a.parquet"), "cannot read", tmp_path / "a.parquet", "parquet")
+    (tmp_path / "empty").mkdir()
+    refused(run(input=tmp_path / "empty"), "no .parquet files in", tmp_path / "empty")
+    pq.write_table(pa.table(dict(content=["x"])), tmp_path / "a.parquet")
+    refused(run(input=tmp_path / "a.parquet"), "no column `text`", "content")
+    refused(run(vocab=tmp_path / "gone"), "cannot read the vocabulary", tmp_path / "gone")
+    assert not (tmp_path / "out").exists()
+    refused(run(shard_size=len(world[1])), "fill no more than the val shard", "--shard_size")
+    (tmp_path / "file").write_text("")
+    refused(run(out=tmp_path / "file" / "out"), "cannot read or write", "--out")
+
+
+def test_a_folder_with_other_shards(run, world, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name(1)).write_bytes(b"copied here by hand")
+    refused(run(), name(1), "stands in no manifest.json", "--out")
+    (tmp_path / "out" / name(1)).unlink()
+    assert run().returncode == 0
+    refused(run(shard_size=SIZE + 1), f"shard_size is {SIZE} there, {SIZE + 1} here", "--out")
+    whole(tmp_path / "out", world[1])

@@ -1,0 +1,457 @@
+"""data/text.py and data/tokenizer.py: shards of your own text, right, the same every time, in little memory."""
+
+import base64
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from helpers import ROOT, SCRIPTS, only_record, run_here, tiny, tree
+
+sys.path.insert(0, str(ROOT / "data"))
+import text  # noqa: E402
+import tokenizer  # noqa: E402
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+pytest.importorskip("tiktoken")
+WORDS = ["the", "theme", " ", "  ", "\n", "\r\n", "a", "don't", "1234", "é", "汉字", "😀", "\u00a0", "\x1c", "...",
+         "<", "<|end"]
+
+
+def words(generator, count):
+    return "".join(generator.choices(WORDS, k=count))
+
+
+@pytest.fixture(scope="module")
+def vocab(tmp_path_factory):
+    """A vocabulary of the 256 bytes and what a few merges make of them, in tiktoken's form."""
+    tokens = [bytes([i]) for i in range(256)] + [b"th", b"the", b" t", b" th", b" the", b"em", b"\n\n", b"12", b"34",
+                                                 b"1234", b"  ", b"\xc3\xa9", b"do", b"don", b"'t", b".."]
+    path = tmp_path_factory.mktemp("vocab") / "small.tiktoken"
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)))
+    return path
+
+
+def shards(folder, split=""):
+    """The tokens of a split, over its shards; each shard checked against the format and the manifest."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["manifest.json"] + [entry["name"] for entry in manifest["shards"]])
+    found = []
+    for entry in (entry for entry in manifest["shards"] if split in entry["split"]):
+        data = (folder / entry["name"]).read_bytes()
+        header = np.frombuffer(data, "<i4", 256)
+        assert header[:3].tolist() == [20240520, 1, entry["tokens"]] and not header[3:].any()
+        assert len(data) == entry["bytes"] == 1024 + 2 * entry["tokens"]
+        assert hashlib.sha256(data).hexdigest() == entry["sha256"] and f"_{entry['split']}_" in entry["name"]
+        found.append(np.frombuffer(data, "<u2", offset=1024))
+    return np.concatenate(found)
+
+
+def documents(tokens, mark=256):
+    """The documents of a stream of tokens, as lists."""
+    assert tokens[0] == mark
+    return [part[1:].tolist() for part in np.split(tokens, np.flatnonzero(tokens == mark)[1:])]
+
+
+def texts(folder, split=""):
+    return [bytes(document).decode() for document in documents(shards(folder, split))]
+
+
+def make(*arguments):
+    """Run main() here; it must succeed."""
+    assert text.main([str(argument) for argument in arguments]) == 0
+
+
+def write_jsonl(path, lines):
+    path.write_text("".join(json.dumps(dict(n=i, text=line)) + "\n" for i, line in enumerate(lines)))
+    return path
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Documents and splits
+
+def test_every_document_once(tmp_path, capsys):
+    lines = [f"document {i} é " * (1 + i % 7) for i in range(210)]
+    make(write_jsonl(tmp_path / "a.jsonl", lines), "--out", tmp_path / "out", "--shard_size", 4000)
+    held_out = lines[9::20]
+    assert texts(tmp_path / "out", "val") == held_out
+    assert texts(tmp_path / "out", "train") == [line for line in lines if line not in held_out]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert len(manifest["shards"]) >= 3 and all(s["tokens"] == 4000 for s in manifest["shards"][:2]), "whole shards"
+    assert (manifest["documents"], manifest["tokenizer"], manifest["vocab_size"]) == (210, "bytes", 257)
+    assert manifest["tokenizer_sha256"] == tokenizer.Bytes.sha256
+    assert f"--data {tmp_path / 'out'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("share", (0.05, 0.1, 0.37, 0.5, 0.9))
+def test_share_of_the_documents(tmp_path, share):
+    make(write_jsonl(tmp_path / "a.jsonl", [str(i) for i in range(500)]), "--out", tmp_path / "out", "--val", share)
+    assert len(texts(tmp_path / "out", "val")) == round(500 * share)
+
+
+def test_by_tail(tmp_path):
+    book = "".join(f"Line {i}: é汉😀.\n" for i in range(3000))
+    (tmp_path / "book.txt").write_text(book)
+    for size in (10**8, 7001, 1000):
+        make(tmp_path / "book.txt", "--by", "tail", "--out", tmp_path / str(size), "--shard_size", size)
+        train, val = (shards(tmp_path / str(size), split) for split in ("train", "val"))
+        total = len(book.encode()) + 1
+        assert len(val) == round(0.05 * total) + 1 and len(train) + len(val) == total + 1
+        assert train[0] == val[0] == 256 and bytes([*train[1:].tolist(), *val[1:].tolist()]).decode() == book
+    lines = [f"document {i}" for i in range(20)]
+    make(write_jsonl(tmp_path / "a.jsonl", lines), "--by", "tail", "--val", 0.5, "--out", tmp_path / "lines")
+    train, val = (documents(shards(tmp_path / "lines", split)) for split in ("train", "val"))
+    assert len(train) + len(val) == 20 + (len(train[-1]) < len(lines[0])), "no mark where one stands already"
+
+
+def test_the_same_every_time(tmp_path, vocab):
+    generator = random.Random(0)
+    source = write_jsonl(tmp_path / "a.jsonl", [words(generator, 40) + str(i % 50) for i in range(100)])
+    for flags in ([], ["--by", "tail"], ["--dedup"], ["--tokenizer", "gpt2", "--vocab", vocab]):
+        for out in ("one", "two"):
+            make(source, *flags, "--out", tmp_path / out / "o", "--overwrite")
+        assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def test_forms_of_input(tmp_path):
+    """One text as .txt, .jsonl, .parquet, in .gz and .zst and in folders: the same tokens."""
+    lines = [f"Document {i}\nof several lines, é.\n" for i in range(40)]
+    separated = "<|endoftext|>\n".join(lines).encode()
+    write_jsonl(tmp_path / "a.jsonl", lines)
+    (tmp_path / "b.txt").write_bytes(separated)
+    (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbf" + separated.replace(b"|>\n", b"|>\r\n") + b"<|endoftext|>\n")
+    half = len(separated) // 2
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(separated[:half]) + gzip.compress(separated[half:]))
+    (tmp_path / "e.jsonl.zst").write_bytes(pyarrow.compress((tmp_path / "a.jsonl").read_bytes(), "zstd", asbytes=True))
+    table = pyarrow.table(dict(id=list(range(40)), text=lines))
+    parquet.write_table(table, tmp_path / "f.parquet", row_group_size=7)
+    (tmp_path / "g" / "deep").mkdir(parents=True)
+    write_jsonl(tmp_path / "g" / "b.jsonl", lines[20:])
+    write_jsonl(tmp_path / "g" / "a.jsonl", lines[:20])
+    (tmp_path / "g" / "notes.md").write_text("not read")
+    (tmp_path / "g" / ".hidden.txt").write_text("not read")
+    write_jsonl(tmp_path / "h.jsonl", []).write_text("".join('{"content": %s}\n\n' % json.dumps(s) for s in lines))
+    for name in ("a.jsonl", "b.txt", "c.txt", "d.txt.gz", "e.jsonl.zst", "f.parquet", "g", "h.jsonl"):
+        out = tmp_path / "out" / name
+        make(tmp_path / name, "--out", out, *(["--field", "content"] if name == "h.jsonl" else []))
+        assert texts(out, "train") == lines[:9] + lines[10:29] + lines[30:], name
+        assert texts(out, "val") == lines[9:30:20], name
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_leave_no_trace(tmp_path, monkeypatch, seed):
+    """Separators, characters and bad bytes at the borders of blocks, and documents that wait on the disk."""
+    generator = random.Random(seed)
+    data = b"".join(generator.choice((b"<|endoftext|>", b"<|endoftext|>\r\n", b"<|endoftext|>\n", b"<|end", b"\xe6\xb1",
+                                      "汉😀".encode(), b"a", b"\xff", b"\n", b"\r", b" ")) for _ in range(3000))
+    (tmp_path / "a.txt").write_bytes(data)
+    flags = [tmp_path / "a.txt", "--val", 0.3, *(["--dedup"] if seed % 2 else [])]
+    make(*flags, "--out", tmp_path / "whole")
+    monkeypatch.setattr(text, "IN_MEMORY", 5)
+    for block in (1, 2, 7, 64):
+        monkeypatch.setattr(text, "BLOCK", block)
+        make(*flags, "--out", tmp_path / str(block))
+        assert tree(tmp_path / str(block)) == tree(tmp_path / "whole")
+    assert json.loads((tmp_path / "whole" / "manifest.json").read_text())["replaced"] > 100
+
+
+def test_dedup_and_empty_documents(tmp_path, capsys):
+    lines = ["one", "two", "one", "", "  \n", "three", "two", "one "] * 2
+    make(write_jsonl(tmp_path / "a.jsonl", lines), "--dedup", "--val", 0.5, "--out", tmp_path / "out")
+    assert sorted(texts(tmp_path / "out")) == ["one", "one ", "three", "two"]
+    assert "8 duplicates" in (out := capsys.readouterr().out) and "4 empty" in out
+    make(tmp_path / "a.jsonl", "--val", 0.5, "--out", tmp_path / "all")
+    assert len(texts(tmp_path / "all")) == 12
+
+
+def test_invalid_utf8(tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b"good \xff\xfe\xfd bad \xe6\xb1 cut" + b" fine" * 20 + b"\xe6\xb1")
+    make(tmp_path / "a.txt", "--by", "tail", "--out", tmp_path / "a")
+    train, val = texts(tmp_path / "a", "train"), texts(tmp_path / "a", "val")
+    assert "".join(train + val).startswith("good \ufffd\ufffd\ufffd bad \ufffd cut fine")
+    assert "5 invalid" in capsys.readouterr().out
+    (tmp_path / "b.jsonl").write_text('{"text": "half \\ud83d of a pair, a whole \\ud83d\\ude00"}\n' * 2)
+    make(tmp_path / "b.jsonl", "--val", 0.5, "--out", tmp_path / "b")
+    assert texts(tmp_path / "b") == ["half \ufffd of a pair, a whole 😀"] * 2
+    assert "2 invalid" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+@pytest.mark.parametrize("seed", range(3))
+def test_byte_pairs(tmp_path, monkeypatch, vocab, seed):
+    """Long documents are encoded in parts and have the tokens of the whole; marks in the text are text."""
+    generator = random.Random(seed)
+    bpe = tokenizer.load("gpt2", vocab)
+    lines = [words(generator, 400) + " x\n" for _ in range(12)] + ["<|endoftext|>"]
+    write_jsonl(tmp_path / "a.jsonl", lines)
+    flags = ["--tokenizer", "gpt2", "--vocab", vocab, "--val", 0.2]
+    for block in (1 << 16, 256):
+        monkeypatch.setattr(text, "BLOCK", block)
+        make(tmp_path / "a.jsonl", *flags, "--out", tmp_path / str(block))
+        found = documents(shards(tmp_path / str(block)), bpe.document_mark)
+        assert sorted(found) == sorted(bpe.encode(line).tolist() for line in lines), block
+    assert [bpe.decode(part).decode() for part in found] and {bpe.decode(part).decode() for part in found} == set(lines)
+    assert any(token > 255 for part in found for token in part), "nothing was merged"
+
+
+def test_names_and_hashes(tmp_path, vocab):
+    both = tokenizer.load(), tokenizer.load("gpt2", vocab)
+    assert both[0].sha256 == hashlib.sha256(b"".join(
+        base64.b64encode(bytes([i])) + f" {i}\n".encode() for i in range(256))).hexdigest()
+    assert both[1].sha256 == hashlib.sha256(vocab.read_bytes()).hexdigest()
+    assert (both[1].name, both[1].document_mark, both[1].vocab_size) == ("small", 272, 273)
+    (tmp_path / "x.tiktoken").write_text("".join(sorted(vocab.read_text().splitlines(True))))
+    assert tokenizer.load("gpt2", tmp_path / "x.tiktoken").sha256 == both[1].sha256, "the order of lines is no matter"
+    import importlib.util
+    spec = importlib.util.spec_from_file_location("pydocs", ROOT / "data" / "pydocs.py")
+    pydocs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pydocs)
+    assert pydocs.TOKENIZER_SHA256 == both[0].sha256
+
+
+def test_bad_vocabularies(tmp_path, vocab, monkeypatch):
+    lines = vocab.read_text().splitlines(True)
+    for name, content, parts in (
+            ("cut", "".join(lines)[:-2], ["272 ranks"]), ("words", "no vocabulary at all\n", ["line 1"]),
+            ("gap", "".join(lines[:-5] + lines[-3:]), ["270 ranks"]), ("less", "".join(lines[:200]), ["single bytes"]),
+            ("large", "".join(f"{base64.b64encode(b'%d' % i).decode()} {i}\n" for i in range(65536)), ["65535"]),
+            ("twice", "".join([*lines, f"IQ== {len(lines)}\n"]), ["different tokens"])):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(tokenizer.Failure) as caught:
+            tokenizer.load("gpt2", tmp_path / name)
+        assert all(part in str(caught.value) for part in [str(tmp_path / name), *parts]), caught.value
+    with pytest.raises(tokenizer.Failure, match="cannot read the vocabulary"):
+        tokenizer.load("gpt2", tmp_path / "gone")
+    import tiktoken.load
+    monkeypatch.setattr(tiktoken.load, "load_tiktoken_bpe", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
+    with pytest.raises(tokenizer.Failure, match="--vocab FILE"):
+        tokenizer.load("gpt2")
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(tokenizer.Failure, match="pip install -r data/requirements.txt"):
+        tokenizer.load("gpt2", vocab)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+def bad(name, data, *flags):
+    return lambda folder: [(folder / name).write_bytes(data) and folder / name, *flags]
+
+
+GOOD = b'{"text": "a line"}\n' * 30
+BAD = {
+    "empty text": (bad("a.txt", b" \n" * 9), ["no text in", "a.txt"]),
+    "no documents": (bad("a.jsonl", b"\n"), ["no text in", "a.jsonl"]),
+    "one document": (bad("a.txt", b"a document"), ["1 document(s)", "--by tail"]),
+    "line without text": (bad("a.jsonl", GOOD + b'{"content": "x", "id": 7}\n'), ["line 31", "content, id", "--field"]),
+    "number for a text": (bad("a.jsonl", b'{"text": 7}\n'), ["line 1", '"text"']),
+    "list for an object": (bad("a.jsonl", GOOD + b'["text"]\n'), ["line 31", "list"]),
+    "no JSON": (bad("a.jsonl", GOOD + b'{"text": "cut sho\n' + GOOD), ["line 31", "not JSON"]),
+    "deep JSON": (bad("a.jsonl", b"[" * 10**5 + b"\n"), ["line 1", "not JSON"]),
+    "JSON over lines": (bad("a.jsonl", b'{\n"text": "a"\n}\n'), ["line 1", "one object a line"]),
+    "long line": (bad("a.jsonl", b'{"text": "' + b"x" * 2**25 + b'"}\n'), ["line 1", "longer than 32 MB", ".txt"]),
+    "UTF-16": (bad("a.txt", "text".encode("utf-16")), ["UTF-16", "iconv"]),
+    "cut .gz": (bad("a.txt.gz", gzip.compress(os.urandom(9999))[:-999]), ["a.txt.gz", "cut short"]),
+    "no .gz": (bad("a.txt.gz", b"plain text"), ["a.txt.gz", "damaged"]),
+    "cut .zst": (bad("a.txt.zst", pyarrow.compress(os.urandom(9999), "zstd", asbytes=True)[:-99]), ["a.txt.zst"]),
+    "no .zst": (bad("a.txt.zst", b"plain text"), ["a.txt.zst", "damaged"]),
+    "no parquet": (bad("a.parquet", b"plain text"), ["a.parquet", "no parquet file"]),
+    "packed parquet": (bad("a.parquet.gz", gzip.compress(b"PAR1")), ["a.parquet.gz", "unpack"]),
+    "other suffix": (bad("a.pdf", b"%PDF"), ["a.pdf", ".txt, .jsonl, .parquet"]),
+    "no such file": (lambda folder: [folder / "gone.txt"], ["gone.txt", "does not exist"]),
+    "folder without text": (lambda folder: [folder], ["no .txt", str]),
+    "share of 0": (bad("a.jsonl", GOOD, "--val", 0), ["--val 0"]),
+    "share of 1": (bad("a.jsonl", GOOD, "--val", 1), ["--val 1"]),
+    "share that is no number": (bad("a.jsonl", GOOD, "--val", "nan"), ["--val nan"]),
+    "shards of 0": (bad("a.jsonl", GOOD, "--shard_size", 0), ["--shard_size 0"]),
+    "shards too large": (bad("a.jsonl", GOOD, "--shard_size", 2**31), ["--shard_size", "2^31"]),
+    "vocabulary of bytes": (bad("a.jsonl", GOOD, "--vocab", "x"), ["--vocab", "--tokenizer gpt2"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, tmp_path, capsys):
+    make_input, parts = BAD[case]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    flags = [str(flag) for flag in make_input(tmp_path / "in")]
+    assert text.main([*flags, "--out", str(tmp_path / "out" / "mine")]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("text.py: ") and err.count("\n") == 1 and "Traceback" not in err and not out, err
+    assert all((str(tmp_path) if part is str else part) in err for part in parts), err
+    assert list((tmp_path / "out").iterdir()) == [], "something half-made is left"
+
+
+def test_flags(tmp_path, capsys):
+    for flags, part in ((["x.txt"], "--out"), (["--out", "x"], "INPUT"), (["x.txt", "--out", "x", "--val", "y"], "'y'"),
+                        (["x.txt", "--out", "x", "--tokeniser", "gpt2"], "--tokeniser")):
+        with pytest.raises(SystemExit) as ended:
+            text.main(flags)
+        err = capsys.readouterr().err
+        assert ended.value.code == 2 and err.count("\n") == 1 and part in err and "--help" in err, err
+
+
+def test_columns_of_parquet(tmp_path, capsys):
+    parquet.write_table(pyarrow.table(dict(text=[1, 2], body=["a", None])), tmp_path / "a.parquet")
+    assert text.main([str(tmp_path / "a.parquet"), "--out", str(tmp_path / "o")]) == 1
+    assert "text (int64), body (string)" in (err := capsys.readouterr().err) and "--field" in err, err
+
+
+def test_what_is_not_installed(tmp_path, capsys, monkeypatch):
+    for module in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for name in ("a.parquet", "a.txt.zst"):
+        (tmp_path / name).write_bytes(b"x")
+        assert text.main([str(tmp_path / name), "--out", str(tmp_path / "o")]) == 1
+        assert "pip install -r data/requirements.txt" in capsys.readouterr().err
+
+
+def test_what_is_never_overwritten(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    flags = [str(flag) for flag in (source, "--val", 0.5, "--out", tmp_path / "out")]
+
+    def refused(*more):
+        before = tree(tmp_path)
+        assert text.main([*flags, *more]) == 1
+        assert tree(tmp_path) == before
+        return capsys.readouterr().err
+
+    (tmp_path / "out").mkdir()
+    make(*flags)  # an empty folder is as good as none
+    capsys.readouterr()
+    assert "--overwrite" in refused()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    assert "thesis.txt" in refused("--overwrite")
+    (tmp_path / "out" / "thesis.txt").unlink()
+    write_jsonl(tmp_path / "a.jsonl", ["three", "four"])
+    make(*flags, "--overwrite")
+    assert sorted(texts(tmp_path / "out")) == ["four", "three"] and len(list(tmp_path.iterdir())) == 2
+    capsys.readouterr()
+    (tmp_path / "link").symlink_to("out")
+    for way in ("out/../out", "link"):
+        make(source, "--val", 0.5, "--out", tmp_path / way, "--overwrite")
+        assert len(texts(tmp_path / "out")) == 2 and sorted(os.listdir(tmp_path)) == ["a.jsonl", "link", "out"], way
+    (tmp_path / "link").unlink()
+    capsys.readouterr()
+    (tmp_path / "out" / "manifest.json").write_text('{"dataset": "pydocs"}')
+    assert "not of this program" in refused("--overwrite")
+    flags[-1] = str(source)
+    assert "exists" in refused("--overwrite")
+    flags[-1] = str(source / "out")
+    assert "cannot write" in refused()
+
+
+def run(*arguments, **options):
+    program = [sys.executable, str(ROOT / "data" / "text.py"), *map(str, arguments)]
+    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_full_disk(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"text " * 200_000)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+    process = run(tmp_path / "a.txt", "--by", "tail", "--out", tmp_path / "o", preexec_fn=limit)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 1 and "File too large" in err and "--out" in err and err.count("\n") == 1, err
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("number, status", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))
+def test_a_killed_run_leaves_nothing(tmp_path, number, status):
+    os.mkfifo(tmp_path / "a.txt")
+    (tmp_path / "out").mkdir()
+    process = run(tmp_path / "a.txt", "--by", "tail", "--out", tmp_path / "out" / "mine")
+    with open(tmp_path / "a.txt", "wb") as fifo:
+        fifo.write(b"text " * 10**6)
+        while not list((tmp_path / "out").glob(".mine.*.part/*.bin")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=100)
+    assert process.returncode == status and "Traceback" not in err and os.listdir(tmp_path / "out") == [], err
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Memory
+
+PEAK = "import sys, text; status = text.main(sys.argv[1:]); print(open('/proc/self/status').read()); sys.exit(status)"
+
+
+def memory(*arguments):
+    """Peak memory of a run in MB."""
+    done = subprocess.run([sys.executable, "-c", PEAK, *map(str, arguments)], cwd=ROOT / "data", capture_output=True,
+                          text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split("VmHWM:")[1].split()[0]) / 1024
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from /proc")
+class TestMemory:
+    """Inputs that take more than the limit where they, or their tokens, are in memory as a whole."""
+
+    def test_text_without_line_ends(self, tmp_path):
+        with open(tmp_path / "a.txt", "wb") as file:
+            file.truncate(120 << 20)  # no room on the disk: zeros
+        for flags in ([], ["--dedup"]):
+            assert memory(tmp_path / "a.txt", "--by", "tail", "--out", tmp_path / "o", "--overwrite", *flags) < 150
+
+    def test_packed_lines(self, tmp_path):
+        with gzip.open(tmp_path / "a.jsonl.gz", "wb", 1) as file:
+            for i in range(120):
+                file.write(b'{"text": "%d %s"}\n' % (i, b"x" * (1 << 20)))
+        assert memory(tmp_path / "a.jsonl.gz", "--out", tmp_path / "o") < 150
+
+    def test_longest_line(self, tmp_path):
+        line = json.dumps(dict(text="😀" + "x" * (2**25 - 100)), ensure_ascii=False) + "\n"  # 4 bytes a character
+        (tmp_path / "a.jsonl").write_text(line * 2)
+        assert memory(tmp_path / "a.jsonl", "--val", 0.5, "--out", tmp_path / "o") < 500
+
+    def test_one_row_group(self, tmp_path):
+        part = os.urandom(500).hex()
+        table = pyarrow.table(dict(text=[f"{i} {part}" for i in range(120_000)]))
+        parquet.write_table(table, tmp_path / "a.parquet", row_group_size=120_000, use_dictionary=False)
+        assert memory(tmp_path / "a.parquet", "--out", tmp_path / "o") < 200
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_train_on_it(script, tmp_path, vocab, capsys):
+    generator = random.Random(0)
+    write_jsonl(tmp_path / "a.jsonl", [words(generator, 100) for _ in range(60)])
+    make(tmp_path / "a.jsonl", "--out", tmp_path / "bytes", "--val", 0.2)
+    make(tmp_path / "a.jsonl", "--out", tmp_path / "pairs", "--val", 0.2, "--tokenizer", "gpt2", "--vocab", vocab)
+    run_here(script, *tiny(script, tmp_path / "bytes", tmp_path / "records", "--order", "cubic"))
+    folder, log, result = only_record(tmp_path / "records")
+    assert result["data"]["manifest"]["tokenizer"] == "bytes" and tokenizer.Bytes.sha256 in log
+    capsys.readouterr()
+
+    def refused(flags, *parts):
+        with pytest.raises(SystemExit) as ended:
+            run_here(script, *tiny(script, tmp_path / "pairs", tmp_path / "more", *flags))
+        err = capsys.readouterr().err
+        assert ended.value.code == 1 and err.count("\n") == 1 and all(part in err for part in parts), err
+
+    for flags in ([], ["--check"], ["--vocab_size", 1000]):
+        refused(flags, "small", "273 ids", "--vocab_size 273")
+    run_here(script, *tiny(script, tmp_path / "pairs", tmp_path / "pairs_records", "--vocab_size", 273))
+    val = next((tmp_path / "pairs").glob("*_val_*"))
+    val.write_bytes(next((tmp_path / "bytes").glob("*_val_*")).read_bytes())
+    refused(["--vocab_size", 273], str(val), "manifest.json")
+    val.rename(val.with_name("my_val_000000.bin"))
+    refused(["--vocab_size", 273], "my_val_000000.bin", "manifest.json")
+    assert not (tmp_path / "more").exists()

@@ -1,0 +1,220 @@
+"""The fused time mixing (--wind_cuda): the .cu file itself on the CPU of tests/cuda_on_cpu, against time_mix in float64
+and against the unfused time_mix in bf16, every gradient, parameters' too; shapes, races, memory, registration, nvcc."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cuda_build
+import train_rwkv7
+from cuda_build import build_on_cpu, find_nvcc, nvcc_report, sanitized_environment
+from helpers import environment, one_thread
+from test_wkv7 import make
+from train_rwkv7 import time_mix
+
+pytestmark = pytest.mark.skipif(bool(cuda_build.MISSING), reason=cuda_build.MISSING or "")
+FOLDER = train_rwkv7.CUDA_FOLDER / "wkv7"
+TENSORS = ("out", "dr", "dw", "dk", "dv", "da", "dg")
+PARAMETERS = ("w0", "a0", "k_k", "k_a", "r_k", "ln_w", "ln_b")
+GATE = dict(dict.fromkeys(TENSORS + PARAMETERS, 8e-3), out=5e-3, dv=5e-3, dg=5e-3, r_k=1e-5, ln_b=1e-5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    """The fused kernel and the unfused fast one, loaded to run on the CPU while this module's tests run."""
+    names = {"wind": "wkv7_wind_binding.cpp", "fast": "wkv7_binding.cpp"}
+    for name, binding in names.items():
+        torch.ops.load_library(build_on_cpu([FOLDER / f"wkv7_{name}.cu", FOLDER / binding], flags=[f"-DKERNEL={name}"]))
+        train_rwkv7.KERNELS[name].device = "cpu"
+        if name not in train_rwkv7.LOADED_KERNELS:
+            train_rwkv7.register_kernel(name)
+    with one_thread():
+        yield
+    for name in names:
+        train_rwkv7.KERNELS[name].device = "cuda"
+        train_rwkv7.LOADED_KERNELS.discard(name)
+
+
+def sample(family, B=1, T=80, H=2, seed=0):
+    """r w k v a g, the parameters and dout: bf16, (H, 64) fp32, bf16."""
+    (r, w, k, v, a, _), dout = make(family, B=B, T=T, H=H, N=64, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)
+    alpha, gate = normal(B, T, H, 64), normal(B, T, H, 64)
+    about, spread = (0, 0, 0.7, 1, 0, 1, 0), [0.5, 0.3, 0.1, 0.1, 0.1, 0.1, 0.1]
+    if family in ("slow", "bound", "correlated", "identical"):  # which say what w and alpha are
+        spread[0] = 0
+    if family in ("correlated", "identical"):
+        spread[1:3], k = (0, 0), -8 * a
+        alpha.fill_(2.2 if family == "correlated" else 20)
+    parameters = [mean + width * normal(H, 64) for mean, width in zip(about, spread)]
+    return [x.bfloat16() for x in (r, w, k, v, alpha, gate)], parameters, dout.bfloat16()
+
+
+def run(form, inputs, parameters, dout):
+    """{name: result or gradient}; form is a kernel or "reference" for the torch form in float64."""
+    exact = form == "reference"
+    leaves = [(x.double() if exact else x).detach().clone().requires_grad_() for x in (*inputs, *parameters)]
+    out = time_mix(*leaves[:6], leaves[6:], "torch" if exact else form)
+    gradients = torch.autograd.grad(out, leaves, dout.to(out.dtype))
+    return dict(zip(TENSORS + PARAMETERS, (out.detach(), *gradients)))
+
+
+def errors(found, reference):
+    for name, x in found.items():
+        assert x.shape == reference[name].shape and torch.isfinite(x).all(), name
+    return {name: ((x.double() - reference[name]).norm() / reference[name].norm()).item() for name, x in found.items()}
+
+
+@pytest.mark.parametrize("family", ("random", "slow", "bound", "correlated", "identical", "zeros", "large", "tiny dy",
+                                    "sparse dy"))
+def test_every_family(family):
+    """Never worse than the steps apart, in bf16 around the fast kernel (mostly twice as good); and gates."""
+    arguments = sample(family, B=2)
+    reference = run("reference", *arguments)
+    fused, apart = (errors(run(form, *arguments), reference) for form in ("wind", "fast"))
+    print(family, {name: f"{error:.1e} ({apart[name]:.1e})" for name, error in fused.items()})
+    over = {name: error for name, error in fused.items() if not error <= apart[name]}
+    assert not over, f"worse than unfused: {over}"
+    if family in ("random", "slow", "tiny dy", "sparse dy"):
+        over = {name: error for name, error in fused.items() if not error <= GATE[name]}
+        assert not over, f"above their gates: {over}"
+
+
+@pytest.mark.parametrize("T", (1, 16, 17, 64, 65, 150))
+@pytest.mark.parametrize("B, H", ((1, 1), (2, 3)))
+def test_lengths(T, B, H):
+    arguments = sample("random", B=B, T=T, H=H, seed=T)
+    found = errors({name: x for name, x in run("wind", *arguments).items() if T > 1 or name not in ("dw", "w0", "k_k")},
+                   run("reference", *arguments))  # the first token has no state for its decay and its kappa to act on
+    apart = errors(run("fast", *arguments), run("reference", *arguments))  # tokens of all but constant y cost digits
+    over = {name: error for name, error in found.items() if not error <= max(GATE[name], 2 * apart[name])}
+    assert not over, f"T {T}, B {B}, H {H}: {over}"
+
+
+def test_bitwise_repeatable_and_strided():
+    inputs, parameters, dout = sample("random", B=2)
+    first, second = (run("wind", inputs, parameters, dout) for _ in range(2))
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    assert not views[0].is_contiguous()
+    third = run("wind", views, parameters, dout.transpose(1, 2).contiguous().transpose(1, 2))
+    for name in TENSORS + PARAMETERS:
+        assert torch.equal(first[name], second[name]) and torch.equal(first[name], third[name]), name
+
+
+def test_refusals():
+    inputs, parameters, dout = sample("random", T=32)
+    stacked = torch.stack(parameters)
+    forward, backward = torch.ops.wkv7.wind_forward, torch.ops.wkv7.wind_backward
+    for call, message in (
+            (lambda: forward(*(x[:, :20].contiguous() for x in inputs), stacked), "T 20 is not a multiple of 16"),
+            (lambda: forward(*(x.float() for x in inputs), stacked), "takes bf16"),
+            (lambda: forward(*inputs, stacked.double()), "parameters must be fp32"),
+            (lambda: forward(*inputs, stacked[:6]), "parameters has the wrong shape"),
+            (lambda: backward(*inputs, stacked, torch.zeros(1, 2, 2, 64, 64).bfloat16(), dout), "kept has the wrong")):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+    with pytest.raises(ValueError, match="needs heads of 64"):
+        time_mix(*(x.view(1, 32, 4, 32) for x in inputs), [p.view(4, 32) for p in parameters], "wind")
+    with pytest.raises(ValueError, match="whole time mixing"):
+        train_rwkv7.wkv7(*inputs, kernel="wind")
+
+
+def test_self_test(monkeypatch):
+    found = train_rwkv7.self_test("wind")
+    assert list(found) == list(TENSORS) and all(1e-4 < error <= limit for error, limit in found.values()), found
+    monkeypatch.setattr(train_rwkv7, "DECAY_BOUND", 0.7)
+    assert all(error > limit for error, limit in train_rwkv7.self_test("wind").values())
+
+
+def test_opcheck():
+    inputs, parameters, dout = sample("random", T=16, H=1)
+    inputs.append(torch.stack(parameters))
+    forward, backward = torch.ops.wkv7.wind_forward.default, torch.ops.wkv7.wind_backward.default
+    torch.library.opcheck(forward, tuple(x.requires_grad_() for x in inputs))
+    inputs = [x.detach() for x in inputs]
+    torch.library.opcheck(backward, (*inputs, forward(*inputs)[1], dout))
+
+
+@pytest.mark.parametrize("T", (32, 40))
+def test_model_in_one_graph(T):
+    """The model with the fused operator, compiled as a whole, is the model with the unfused one."""
+    flags = dict(track="tiny", width=128, headsz=64, layers=2, dtype="mixed", device="cpu", zero_head=False)
+    args = train_rwkv7.Hyperparameters(**flags)
+    results, tokens = [], torch.randint(256, (2, T + 1), generator=torch.Generator().manual_seed(0))
+    for kernel in ("fast", "wind"):
+        torch.manual_seed(0)
+        model = train_rwkv7.RWKV7(args, kernel)
+        for p in model.parameters():  # none of those that start at zero stays there
+            torch.nn.init.normal_(p, mean=p.mean().item(), std=0.02) if p.std() == 0 else None
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        loss = compiled(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    (apart, grads_apart), (fused, grads_fused) = results
+    assert abs(fused - apart) < 2e-3 * apart
+    for name, g in grads_apart.items():
+        assert g.norm() > 0 and (grads_fused[name] - g).norm() < 0.05 * g.norm(), name
+
+
+# Without the operator, in a process of its own: every order of threads, every access watched, sanitizers.
+
+DIRECT = """
+import ctypes, sys
+import numpy as np
+library = ctypes.CDLL(sys.argv[1])
+B, T, H, seen = 2, 80, 2, set()
+random = np.random.default_rng(0).standard_normal
+bf16 = lambda x: (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+inputs, dout = [bf16(random((B, T, H, 64))) for _ in range(6)], bf16(random((B, T, H, 64)))
+parameters = random((7, H, 64)).astype(np.float32)
+for order, seed, copies in eval(sys.argv[2]):
+    library.cuda_on_cpu_schedule(order, ctypes.c_uint64(seed), copies)
+    out, *grads = (np.full(dout.shape, 0xffff, np.uint16) for _ in range(7))
+    kept, parts = np.full((B, H, 2, 64, 64), 0xffff, np.uint16), np.full((B, H, 7, 64), np.nan, np.float32)
+    for way, arrays in dict(forward=(out, kept), backward=(kept, dout, *grads, parts)).items():
+        function = getattr(library, f"wkv7_wind_{way}")
+        function.restype = ctypes.c_char_p
+        error = function(*map(ctypes.c_int64, (B, T, H, 64)),
+                         *(ctypes.c_void_p(x.ctypes.data) for x in (*inputs, parameters, *arrays)), None)
+        assert error is None, error
+    assert np.isfinite(parts).all() and all(((x & 0x7f80) != 0x7f80).all() for x in (out, *grads)), "NaN"
+    seen.add(b"".join(x.tobytes() for x in (out, *grads, parts)))
+assert len(seen) == 1, "the order of threads changes the results"
+"""
+
+
+def direct(library, orders, **env):
+    done = subprocess.run([sys.executable, "-c", DIRECT, str(library), repr(orders)], env=environment(**env),
+                          capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_order_of_threads_does_not_matter():
+    orders = [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 0, 2), (2, 1, 0), (2, 2, 1), (2, 3, 2)]
+    direct(build_on_cpu([FOLDER / "wkv7_wind.cu"]), orders)
+
+
+def test_no_races():
+    direct(build_on_cpu([FOLDER / "wkv7_wind.cu"], races=True), [(0, 0, 0)])
+
+
+def test_address_and_undefined_behaviour_sanitizers():
+    env = sanitized_environment()
+    if env is None:
+        pytest.skip("the compiler has no sanitizers")
+    direct(build_on_cpu([FOLDER / "wkv7_wind.cu"], sanitize=True), [(0, 0, 0)], **dict(env))
+
+
+@pytest.mark.skipif(not find_nvcc(), reason="no nvcc")
+@pytest.mark.parametrize("arch", ("80", "90a", "100"))
+def test_nvcc_report(arch):
+    """4 blocks of the forward and 2 of the backward on a multiprocessor, no spill, no stack frame."""
+    report = nvcc_report(FOLDER / "wkv7_wind.cu", arch)
+    assert set(report) == {"wkv7::forward", "wkv7::backward"}, list(report)
+    for name, used in report.items():
+        assert used["registers"] <= (128 if name.endswith("forward") else 255), (name, used)
+        assert used["stack"] == used["spill_stores"] == used["spill_loads"] == used["shared"] == 0, (name, used)
