@@ -64,6 +64,7 @@ __device__ inline int thread_index() {
 #ifdef __CUDACC__
   int i;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i));
+  __builtin_assume(i >= 0 && i < 1024);  // so that / and % are shifts and masks
   return i;
 #else
   return static_cast<int>(threadIdx.x);
@@ -94,6 +95,10 @@ __device__ inline float shuffle_xor(float x, int mask) {
 #else
   return cuda_on_cpu::shuffle("shuffle_xor", x, mask, threadIdx.x % 32 ^ mask);
 #endif
+}
+
+__device__ inline uint32_t shuffle_xor(uint32_t x, int mask) {
+  return __float_as_uint(shuffle_xor(__uint_as_float(x), mask));
 }
 
 __device__ inline float shuffle_up(float x, int by) {

@@ -81,8 +81,11 @@ __device__ inline float element(const Block& x, int row, int half, int e) {
   return e ? high_bf16(pair) : low_bf16(pair);
 }
 
-__device__ inline void scale_columns(Sum& c, const volatile float* by, const Thread& at) {
-  FOR_ELEMENTS c[half][2 * row + e] *= by[8 * half + 2 * at.q + e];
+__device__ inline void scale_columns(Sum& c, const float* by, const Thread& at) {
+  for (int half = 0; half < 2; ++half) {
+    const float2 d = *reinterpret_cast<const float2*>(by + 8 * half + 2 * at.q);
+    c[half][0] *= d.x, c[half][1] *= d.y, c[half][2] *= d.x, c[half][3] *= d.y;
+  }
 }
 
 // Tiles are C x N matrices in shared memory, where row = token. The block copies one with one 16-byte piece a thread:
@@ -104,7 +107,7 @@ __device__ inline void fetch(bf16 (*tile)[C * N], const bf16* const (&x)[TENSORS
                              int stride, unsigned skip = 0) {
   const int thread = thread_index();
   const int64_t from = start + int64_t{chunk * C} * stride + piece<N>(stride, thread);
-#pragma unroll 1
+#pragma unroll 2
   for (int i = 0; i < count; ++i)
     if (!(skip >> i & 1)) copy_tile<N>(tile[i], x[i] + from, thread);
 }
@@ -170,9 +173,15 @@ __device__ inline void load_state(Sum (&S)[N / 16], const bf16* from, const Thre
 }
 
 // A C x N result in the registers of its warps, to the rows `stride` apart that begin at `to`.
+// Two lanes swap halves first, so that a lane writes 8 bytes and four lanes a whole sector of 32.
 __device__ inline void write(bf16* to, int stride, const Block& x, const Thread& at) {
-  to += int64_t{at.g} * stride + 16 * at.warp + 2 * at.q;
-  for (int i = 0; i < 4; ++i) pair_at(to + int64_t{i % 2 * 8} * stride + i / 2 * 8) = x[i];
+  const int odd = at.q % 2;
+  to += int64_t{at.g} * stride + 16 * at.warp + 8 * odd + 2 * (at.q - odd);
+  for (int row = 0; row < 2; ++row) {
+    const uint32_t other = shuffle_xor(odd ? x[row] : x[row + 2], 1);
+    const uint2 both = odd ? make_uint2(other, x[row + 2]) : make_uint2(x[row], other);
+    *reinterpret_cast<uint2*>(to + int64_t{8 * row} * stride) = both;
+  }
 }
 
 // The order of the chunks. A group of n chunks takes 2n - 1 steps: forwards through chunks 0 to n - 2, for the states,

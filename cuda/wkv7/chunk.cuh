@@ -32,6 +32,7 @@ __device__ inline float sigmoid(float w) { return fast_reciprocal(1.f + fast_exp
 // The tiles of a chunk: r, k, a, b are scaled to R, K, A, B; w and v stay as they are.
 struct Tiles {
   bf16 *R, *W, *K, *V, *A, *B, *DY;
+  bool with_R = true;
 };
 
 // The sum over all rows up to each row, in place; always added in the same order.
@@ -84,34 +85,40 @@ __device__ inline void scale(const Tiles& tile, const Decays<N>& decays, float* 
   scale<N>(tile.A, before, at);
   scale<N>(tile.K, inverse, at);
   scale<N>(tile.B, inverse, at);
-  if (tile.R) scale<N>(tile.R, P, at);
+  if (tile.with_R) scale<N>(tile.R, P, at);
   if (at.g == 7)
     for (int i = 0; i < 4; ++i) P_end[16 * at.warp + 8 * (i / 2) + 2 * at.q + i % 2] = decays.P(1, i / 2, i % 2);
 }
 
 enum { M, AK, RB, RK, M_REST, MATRICES };  // the matrices of a chunk; M + M_REST is M to 16 bits
 
-// M = (1 - L)^{-1} for a strictly lower triangular L, by forward substitution: lane j finds column j.
-__device__ inline void invert(bf16 (*matrix)[C * C], const volatile float* L, const Thread& at) {
+// M = (1 - L)^{-1} for a strictly lower triangular L, by forward substitution: lanes j and j + 16 find column j, one of
+// them writes what bf16 holds of it, the other the rest.
+__device__ inline void invert(bf16 (*matrix)[C * C], const float* L, const Thread& at) {
   const int j = at.lane % C;
+  const bool rest = at.lane >= C;
+  bf16* to = matrix[rest ? M_REST : M];
   float x[C];
 #pragma unroll
   for (int i = 0; i < C; ++i) {
     x[i] = i == j ? 1.f : 0.f;
 #pragma unroll
-    for (int s = 0; s < i; ++s) x[i] += L[i * C + s] * x[s];
-    if (at.lane < C) {
-      const bf16 first = to_bf16(x[i]);
-      matrix[M][offset<C>(i, j)] = first;
-      matrix[M_REST][offset<C>(i, j)] = to_bf16(x[i] - to_float(first));
+    for (int s = 0; s < i; s += 4) {
+      const float4 l = *reinterpret_cast<const float4*>(L + i * C + s);
+      x[i] += l.x * x[s];
+      if (s + 1 < i) x[i] += l.y * x[s + 1];
+      if (s + 2 < i) x[i] += l.z * x[s + 2];
+      if (s + 3 < i) x[i] += l.w * x[s + 3];
     }
+    const bf16 first = to_bf16(x[i]);
+    to[offset<C>(i, j)] = rest ? to_bf16(x[i] - to_float(first)) : first;
   }
 }
 
 // M, AK, RB, RK into `matrix`, one by each of the first four warps (without R: two). `room`: C x C floats.
 template <int N>
 __device__ inline void pair_matrices(bf16 (*matrix)[C * C], float* room, const Tiles& tile, const Thread& at) {
-  if (at.warp >= (tile.R ? 4 : 2)) return;
+  if (at.warp >= (tile.with_R ? 4 : 2)) return;
   const bf16 *later = at.warp < RB ? tile.A : tile.R, *earlier = at.warp % 2 ? tile.K : tile.B;
   Sum c = {};
 #pragma unroll 4

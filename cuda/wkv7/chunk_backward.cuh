@@ -100,33 +100,29 @@ __device__ inline void keys(Sum& dR, Sum& dK, Sum& dA, Sum& dB, Elements& d_log,
   {
     const Thread at;
     Block x, y;
-    if (at.warp < 4) {  // the matrices' gradients
-      Sum c = {};
+    Sum c = {};  // of one of the matrices' gradients, for the first four warps
 #pragma unroll 2
-      for (int j = 0; j < N; j += 16) {
-        at.warp < RB ? load_transpose<C>(x, shared.dZ, j, 0, at) : load<N>(x, tile.DY, 0, j, at);
-        at.warp % 2 ? load<N>(y, tile.V, 0, j, at) : load_transpose<C>(y, shared.U, j, 0, at);
-        add_product(c, x, y);
-      }
+    for (int j = 0; j < N; j += 16) {
+      Block s, g, dz, dy, v, u;
+      load_transpose<N>(s, state, j, 16 * at.warp, at);
+      load_transpose<N>(g, shared.G, j, 16 * at.warp, at);
+      load_transpose<C>(dz, shared.dZ, j, 0, at);
+      add_product(dA, dz, s);
+      load<N>(dy, tile.DY, 0, j, at);
+      add_product(dR, dy, s);
+      load<N>(v, tile.V, 0, j, at);
+      add_product(dK, v, g);
+      load_transpose<C>(u, shared.U, j, 0, at);
+      add_product(dB, u, g);
+      for (int i = 0; i < 4; ++i) x[i] = at.warp < RB ? dz[i] : dy[i], y[i] = at.warp % 2 ? v[i] : u[i];
+      if (N == 64 || at.warp < 4) add_product(c, x, y);
+      for (int i = 0; i < 4; ++i)
+        passed[i % 2] += low_bf16(s[i]) * low_bf16(g[i]) + high_bf16(s[i]) * high_bf16(g[i]);
+    }
+    if (at.warp < 4) {
       keep_lower(c, at.warp >= RB, at);
       to_block(x, c);
       store<C>(shared.matrix[at.warp], 0, 0, x, at);
-    }
-#pragma unroll 2
-    for (int j = 0; j < N; j += 16) {
-      Block s, g;
-      load_transpose<N>(s, state, j, 16 * at.warp, at);
-      load_transpose<N>(g, shared.G, j, 16 * at.warp, at);
-      load_transpose<C>(x, shared.dZ, j, 0, at);
-      add_product(dA, x, s);
-      load<N>(x, tile.DY, 0, j, at);
-      add_product(dR, x, s);
-      load<N>(x, tile.V, 0, j, at);
-      add_product(dK, x, g);
-      load_transpose<C>(x, shared.U, j, 0, at);
-      add_product(dB, x, g);
-      for (int i = 0; i < 4; ++i)
-        passed[i % 2] += low_bf16(s[i]) * low_bf16(g[i]) + high_bf16(s[i]) * high_bf16(g[i]);
     }
     for (int i = 0; i < 2; ++i)
       for (int by = 1; by < 4; by *= 2) passed[i] += shuffle_xor(passed[i], by);

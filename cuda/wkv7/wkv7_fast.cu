@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? BACKWARD_BLOCKS : 1)
       sync_block();
       fetch(group, step + 1, stage ^ 1);
       auto& x = shared.tile[stage];
-      const Tiles tile = {nullptr, x[1], x[2], x[3], x[4], x[5]};
+      const Tiles tile = {nullptr, x[1], x[2], x[3], x[4], x[5], nullptr, false};
       if (step == 0) load_state<N>(S, shared.state[slot(group, 0)], at);
       scale<N>(tile, Decays<N>(tile.W, at), shared.P_end, at);
       sync_block();

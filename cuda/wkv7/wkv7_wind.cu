@@ -89,14 +89,14 @@ __device__ inline void hand_in_sums(Shares& shares, bf16 (*raw)[C * N], const Pa
 }
 
 __device__ inline float kappa_scale(const Shares& sums, int row, const Thread& at) {
-  return 1.f / fmaxf(sqrtf(total(sums, 0, row, at)), KAPPA_EPS);
+  return fminf(rsqrtf(total(sums, 0, row, at)), 1.f / KAPPA_EPS);
 }
 
 // The scaled tiles of WKV-7 from those that came; they may be the same, B's that of w.
 __device__ inline void scale(const Tiles& tile, bf16 (*raw)[C * N], const Parameters& p, const Shares& sums,
                              const Decays<N>& decays, float* P_end, const Thread& at) {
   Block r, k, a, x;
-  if (tile.R) load<N>(r, raw[R], 0, 16 * at.warp, at);
+  if (tile.with_R) load<N>(r, raw[R], 0, 16 * at.warp, at);
   load<N>(k, raw[K], 0, 16 * at.warp, at);
   load<N>(a, raw[A], 0, 16 * at.warp, at);
   sync_warp();  // all have read, w by `decays`
@@ -113,7 +113,7 @@ __device__ inline void scale(const Tiles& tile, bf16 (*raw)[C * N], const Parame
     return own.kappa * own.alpha * decays.inverse(row, half, e);
   });
   put(tile.K, [&](const Element& own, int row, int half, int e) { return own.key * decays.inverse(row, half, e); });
-  if (tile.R)
+  if (tile.with_R)
     put(tile.R, [&](const Element&, int row, int half, int e) { return element(r, row, half, e) * decays.P(row, half, e); });
   if (at.g == 7)
     for (int i = 0; i < 4; ++i) P_end[16 * at.warp + 8 * (i / 2) + 2 * at.q + i % 2] = decays.P(1, i / 2, i % 2);
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(2 * N, 2)
       sync_block();
       fetch(group, step + 1, stage ^ 1);
       auto& raw = shared.tile[stage];
-      const Tiles tile = {nullptr, nullptr, shared.scaled[0], raw[V], shared.scaled[1], shared.scaled[2]};
+      const Tiles tile = {nullptr, nullptr, shared.scaled[0], raw[V], shared.scaled[1], shared.scaled[2], nullptr, false};
       if (step == 0) load_state<N>(S, shared.state[slot(group, 0)], at);
       hand_in_sums<false>(shared.sums, raw, p, at);
       sync_block();
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(2 * N, 2)
       Block x;
       auto put = [&](bf16* tensor, const auto& values) {
         to_block(x, values);
-        write(tensor + start + int64_t{(group * (GROUP / C) + i) * C} * stride, stride, x, at);
+        write(tensor + start + int64_t{(group * (GROUP / C) + i) * C} * stride, stride, x, Thread());
       };
       hand_in_sums<true>(shared.sums, raw, p, at);
       sync_block();
