@@ -64,6 +64,7 @@ __device__ inline int thread_index() {
 #ifdef __CUDACC__
   int i;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i));
+  __builtin_assume(i >= 0 && i < 1024);  // divisions become shifts
   return i;
 #else
   return static_cast<int>(threadIdx.x);

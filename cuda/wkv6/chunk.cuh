@@ -211,17 +211,25 @@ __device__ inline void pair_gradients(PairGradients& to, const Tiles& tile, cons
   store<C>(to.dA, 0, 0, v, at);
 }
 
-// Gradient of log d from what passes tokens: x of token (half, e) passed all tokens of its block before it (`before`: it
-// is r's) or after it (k's). A token's share comes from the other one of its pair at once, from the other pair of its
-// four, the other four of its eight and the other eight in `finish`.
+// Gradient of log d from what passes tokens: of x of the lane's two tokens of a half, e = 0 and 1, each has passed all
+// tokens of its block before it (`before`: x is r's) or after it (k's). A token's share comes from the other one of its
+// pair at once, from the other pair of its four, the other four of its eight and the other eight in `finish`.
 struct Passed {
   Elements d_log;
   float pair[2][2], four[2][2], eight[2][2];  // what the own pair, four, eight sends
-  __device__ void add(float x, bool before, int block, int row, int half, int e, const Thread& at) {
-    if (block > 1) d_log[row][half][!e] += before == (e == 1) ? x : 0.f;
-    if (block > 2) pair[row][half] += before == (at.q & 1) ? x : 0.f;
-    if (block > 4) four[row][half] += before == (at.q >> 1) ? x : 0.f;
-    if (block > 8) eight[row][half] += before == half ? x : 0.f;
+  __device__ void add(const float (&x)[2], bool before, int block, int row, int half, const Thread& at) {
+    d_log[row][half][0] += before ? x[1] : 0.f;
+    d_log[row][half][1] += before ? 0.f : x[0];
+    if (block > 2) pair[row][half] += before == (at.q & 1) ? x[0] + x[1] : 0.f;
+    if (block > 4) four[row][half] += before == (at.q >> 1) ? x[0] + x[1] : 0.f;
+  }
+  __device__ void add_chunk(const float (&r)[2], const float (&k)[2], int row, int half, const Thread& at) {
+    const float from_r = r[0] + r[1], from_k = k[0] + k[1];
+    d_log[row][half][0] += r[1];
+    d_log[row][half][1] += k[0];
+    pair[row][half] += at.q & 1 ? from_r : from_k;
+    four[row][half] += at.q >> 1 ? from_r : from_k;
+    eight[row][half] = half ? from_r : from_k;
   }
   __device__ void finish(const float (&all)[2]) {  // all: what passes the whole chunk
     for (int row = 0; row < 2; ++row) {
@@ -263,20 +271,25 @@ __device__ inline void keys(Sum& dr, Sum& dk, Passed& passed, float (&du)[2], co
         }
       }
     }
+#pragma unroll
     for (int level = 0; level < LEVELS; ++level) {
       Sum c = {};
       load<C>(x, scaled.level[level], 16 * at.warp, 0, at);
       load<C>(pairs, d_pairs.dA, 0, 0, at);
       for (int i = 0; i < 4; ++i) pairs[i] = parted(level, i, at) ? pairs[i] : 0;
       add_product(c, x, pairs);
-      FOR_ELEMENTS {
-        const bool right = is_right(level, half, at);
-        const float to = c[half][2 * row + e] * (right ? by[row].before[half][e] : by[row].after[half][e]);
-        const float own = right ? element(r, row, half, e) : element(k, row, half, e);
-        dr[half][2 * row + e] += right ? to : 0.f;
-        dk[half][2 * row + e] += right ? 0.f : to;
-        passed.add(own * to, right, 2 << level, row, half, e, at);
-      }
+      for (int row = 0; row < 2; ++row)
+        for (int half = 0; half < 2; ++half) {
+          const bool right = is_right(level, half, at);
+          float through[2];
+          for (int e = 0; e < 2; ++e) {
+            const float d = c[half][2 * row + e];
+            through[e] = element(x, row, half, e) * d;
+            dr[half][2 * row + e] += d * (right ? by[row].before[half][e] : 0.f);
+            dk[half][2 * row + e] += d * (right ? 0.f : by[row].after[half][e]);
+          }
+          passed.add(through, right, 2 << level, row, half, at);
+        }
       for (int row = 0; row < 2; ++row) by[row].next(level, at);
     }
   }
@@ -297,14 +310,19 @@ __device__ inline void keys(Sum& dr, Sum& dk, Passed& passed, float (&du)[2], co
   Block r, k;
   load_transpose<N>(r, tile.R, 0, 16 * at.warp, at);
   load_transpose<N>(k, tile.K, 0, 16 * at.warp, at);
-  FOR_ELEMENTS {
-    const float to_r = dR[half][2 * row + e] * by[row].before[half][e];
-    const float to_k = dK[half][2 * row + e] * by[row].after[half][e];
-    dr[half][2 * row + e] += to_r;
-    dk[half][2 * row + e] += to_k;
-    passed.add(element(r, row, half, e) * to_r, true, C, row, half, e, at);
-    passed.add(element(k, row, half, e) * to_k, false, C, row, half, e, at);
-  }
+  for (int row = 0; row < 2; ++row)
+    for (int half = 0; half < 2; ++half) {
+      float from_r[2], from_k[2];
+      for (int e = 0; e < 2; ++e) {
+        const float to_r = dR[half][2 * row + e] * by[row].before[half][e];
+        const float to_k = dK[half][2 * row + e] * by[row].after[half][e];
+        dr[half][2 * row + e] += to_r;
+        dk[half][2 * row + e] += to_k;
+        from_r[e] = element(r, row, half, e) * to_r;
+        from_k[e] = element(k, row, half, e) * to_k;
+      }
+      passed.add_chunk(from_r, from_k, row, half, at);
+    }
   for (int row = 0; row < 2; ++row) {
     for (int lane = 1; lane < 4; lane *= 2) all[row] += shuffle_xor(all[row], lane);
     all[row] *= by[row].block[0];
