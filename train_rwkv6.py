@@ -665,8 +665,9 @@ def wkv6(r, k, v, w, u, kernel="torch", state=None, final=False):
     if N not in about.head_sizes:
         raise ValueError(f"wkv6: head size {N} is not one of {', '.join(map(str, about.head_sizes))} ({about.flag})")
     if r.dtype == torch.float64 != dtype or about.device not in (None, r.device.type):
-        raise ValueError(f"wkv6: {about.flag} computes in {' or '.join(map(str, about.dtypes))} on {about.device}; got "
-                         f"{r.dtype} on {r.device}")
+        takes = " or ".join(str(x)[6:] for x in about.dtypes)
+        raise ValueError(f"wkv6: {about.flag} computes in {takes} on {about.device}; "
+                         f"got {str(r.dtype)[6:]} on {r.device}")
     if (final or state is not None) and not about.states:
         raise ValueError(f"wkv6: {about.flag} starts from the zero state and gives no final one; use --kernel torch")
     if state is not None and (state.shape, state.device) != ((B, H, N, N), r.device):

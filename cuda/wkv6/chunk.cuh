@@ -1,20 +1,20 @@
 // The chunked form of WKV-6. Per sequence and head, state S (row = value, column = key), d = exp(-exp(w)):
 //     y_t = S_{t-1} r_t + (sum_n r_n u_n k_n) v_t     S_t = S_{t-1} diag(d_t) + v_t k_t^T
-// In a chunk of C = 16 tokens, with S the state at its start, G the gradient of the state at its end, P the product of its
-// decays and between(s, t) the product of those after s and before t (chunks: Yang et al., arXiv 2312.06635):
-//     R_t = r_t between(start, t)    K_s = k_s between(s, end)    A_ts = sum_n r_t k_s between(s, t), s < t; A_tt: bonus
+// In a chunk of C = 16 tokens, with S the state at its start, G the gradient of the state at its end, P the product of
+// its decays and between(s, t) the product of those after s and before t (chunks: Yang et al., arXiv 2312.06635):
+//     R_t = r_t between(start, t)    K_s = k_s between(s, end)    A_ts = sum_n r_t k_s between(s, t), s < t; A_tt bonus
 //     Y  = R S^T + A V               S <- S diag(P) + V^T K
 //     dV = K G^T + A^T dY            G <- G diag(P) + dY^T R      dA = tril(dY V^T)      dR = dY S      dK = V G
 // w has no bounds, so no product of decays may be divided by another, and differences of sums of their logarithms lose
 // digits. But two tokens s < t lie in the two halves of exactly one aligned block of 2, 4, 8 or 16 tokens, and there
-// between(s, t) is the product after s in the left half times the product before t in the right one. Both are at most 1
-// and products of at most 7 decays. From r of the right and k of the left halves times these, one matrix X for each size
-// of block ("level"), X X^T has A's pairs that the level's blocks part, and dX = (dA + dA^T of these pairs) X. In blocks
-// of 2 nothing lies between: these pairs, and the bonus, are fp32 sums without tensor cores.
-// The gradient of log d_t collects x dx of all that passes token t: R of later tokens, K of earlier ones, X of those beyond
-// it in its half of a block, and the column sums of S * G times P. It is a sum in which nothing cancels.
-// Threads  tiles.cuh. Scaled tiles are N x C, row = channel. So of a warp's 16 channels a lane has channels g and g + 8 of
-//          4 tokens, 2q, 2q+1, 2q+8, 2q+9: of the 4 steps of a product along the tokens, 2 are within a lane and 2 shuffles.
+// between(s, t) is the product after s in the left half times the product before t in the right one. Both are at most
+// 1 and products of at most 7 decays. From r of the right and k of the left halves times these, one matrix X for each
+// size of block ("level"), X X^T has A's pairs that the level's blocks part, and dX = (dA + dA^T of these pairs) X. In
+// blocks of 2 nothing lies between: these pairs, and the bonus, are fp32 sums without tensor cores.
+// The gradient of log d_t collects x dx of all that passes token t: R of later tokens, K of earlier ones, X of those
+// beyond it in its half of a block, and the column sums of S * G times P. No sum is taken from another.
+// Threads  tiles.cuh. Scaled tiles are N x C, row = channel. So of a warp's 16 channels a lane has channels g and g + 8
+//          of 4 tokens, 2q, 2q+1, 2q+8, 2q+9: of the 4 steps of a product along the tokens 2 are shuffles.
 #pragma once
 
 #include "../tiles.cuh"
@@ -50,8 +50,8 @@ __device__ inline bool is_right(int level, int half, const Thread& at) {
   return level == 2 ? half : at.q >> level & 1;
 }
 
-// Of one of the lane's channels the products of the decays before and after each of its tokens, [half][e], in the token's
-// aligned block of 2 tokens, then 4, 8, 16.
+// Of one of the lane's channels the products of the decays before and after each of its tokens, [half][e], in the
+// token's aligned block of 2 tokens, then 4, 8, 16.
 struct Products {
   float before[2][2], after[2][2], block[2];
   __device__ void begin(const Block& w, int row) {
@@ -67,13 +67,17 @@ struct Products {
     for (int half = 0; half < 2; ++half) other[half] = level == 2 ? block[!half] : shuffle_xor(block[half], 1 << level);
     for (int half = 0; half < 2; ++half) {
       const bool right = is_right(level, half, at);
-      for (int e = 0; e < 2; ++e) before[half][e] *= right ? other[half] : 1.f, after[half][e] *= right ? 1.f : other[half];
+      for (int e = 0; e < 2; ++e) {
+        before[half][e] *= right ? other[half] : 1.f;
+        after[half][e] *= right ? 1.f : other[half];
+      }
       block[half] *= other[half];
     }
   }
 };
 // x of one row of the lane's channels, scaled.
-__device__ inline void put_scaled(bf16* to, uint32_t low, uint32_t high, int row, const float (&by)[2][2], const Thread& at) {
+__device__ inline void put_scaled(bf16* to, uint32_t low, uint32_t high, int row, const float (&by)[2][2],
+                                  const Thread& at) {
   to += (16 * at.warp + 8 * row) * C;
   const int own = offset<C>(at.g, 2 * at.q);
   pair_at(to + own) = pack_bf16(low_bf16(low) * by[0][0], high_bf16(low) * by[0][1]);
@@ -239,14 +243,16 @@ struct Passed {
         eight[row][half] += shuffle_xor(eight[row][half], 2);
       }
       for (int half = 0; half < 2; ++half) {
-        const float x = all[row] + eight[row][!half] + shuffle_xor(four[row][half], 2) + shuffle_xor(pair[row][half], 1);
+        float x = all[row] + eight[row][!half];
+        x += shuffle_xor(four[row][half], 2) + shuffle_xor(pair[row][half], 1);
         for (int e = 0; e < 2; ++e) d_log[row][half][e] += x;
       }
     }
   }
 };
 
-// With dA and G in shared memory: the gradients of r, k and log d in the warp's channels, channel times token; adds to du.
+// With dA and G in shared memory: the gradients of r, k and log d in the warp's channels, channel times token; adds to
+// du.
 template <int N>
 __device__ inline void keys(Sum& dr, Sum& dk, Passed& passed, float (&du)[2], const Scaled<N>& scaled,
                             const PairGradients& d_pairs, const bf16* G, const bf16* state, const Tiles& tile) {
