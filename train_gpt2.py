@@ -925,7 +925,7 @@ def set_up(args, rank):
     else:
         keep_memory()
     if not alone:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=device) if args.device == "cuda" else dist.init_process_group("gloo")
     data = None if args.print_params else open_data(args, rank)
     torch.manual_seed(args.random_seed)
     model = build_model(args)

@@ -225,6 +225,14 @@ class Kernel:
     dtypes: tuple = (torch.float32,)  # what it computes on as it is; other inputs are converted to the last of these
     states: bool = True  # an initial state in and the final state out
     multiple: int = 1  # of which T must be a multiple inside
+    wide: tuple = ()  # head sizes that need more shared memory than a GPU before Hopper has
+
+    def head_sizes_here(self):
+        """The head sizes that the present GPU has the shared memory for: 227 KB a block for the wide ones."""
+        if not self.wide or self.device != "cuda" or not torch.cuda.is_available():
+            return self.head_sizes
+        room = torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
+        return tuple(N for N in self.head_sizes if N not in self.wide or room >= 227 * 1024)
 
 
 class KernelError(RuntimeError):
@@ -417,7 +425,12 @@ def build_kernel(kernel, library):
                               ) from error
         torch.ops.load_library(made)
         register_kernel(kernel)
-        errors = self_test(kernel)
+        try:
+            errors = self_test(kernel)
+        except RuntimeError as error:  # a launch or CUDA error
+            LOADED_KERNELS.discard(kernel)
+            raise KernelError(f"{OPERATOR} {kernel} self-test failed: {str(error).splitlines()[0]}\n"
+                              f"Please report this line with what python cuda/doctor.py prints.\n{AROUND}") from error
         bad = [name for name, (error, limit) in errors.items() if not error <= limit]
         said = ", ".join(f"{name} {error:.1e}" for name, (error, _) in errors.items())
         limits = [limit for _, limit in errors.values()]
@@ -481,9 +494,9 @@ KERNELS = dict(
     torch=Kernel((), None, "--kernel torch", HEAD_SIZES, (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
     cpu=Kernel(("wkv6/wkv6_cpu.cpp", "cpu.h"), "cpu", "--kernel cpu", HEAD_SIZES, states=False),
     cuda=Kernel((*ON_GPU, "exact.cuh", "wkv6/wkv6_cuda.cu"), "cuda", "--kernel cuda", (32, 64, 96, 128, 192),
-                (torch.bfloat16, torch.float32), multiple=16),
+                (torch.bfloat16, torch.float32), multiple=16, wide=(192,)),
     fast=Kernel((*ON_GPU, "tiles.cuh", "wkv6/chunk.cuh", "wkv6/wkv6_fast.cu"), "cuda", "--fast_cuda", (64, 128),
-                (torch.bfloat16,), multiple=16))
+                (torch.bfloat16,), multiple=16, wide=(128,)))
 LIMITS = dict(  # of the relative errors of y dr dk dv dw du after a build
     cpu=[2e-6] * 6, cuda=[2.5e-3] * 5 + [1e-5], fast=[5e-3] * 5 + [1e-5])
 CHUNK = 16  # tokens
@@ -665,8 +678,9 @@ def wkv6(r, k, v, w, u, kernel="torch", state=None, final=False):
     if N not in about.head_sizes:
         raise ValueError(f"wkv6: head size {N} is not one of {', '.join(map(str, about.head_sizes))} ({about.flag})")
     if r.dtype == torch.float64 != dtype or about.device not in (None, r.device.type):
-        raise ValueError(f"wkv6: {about.flag} computes in {' or '.join(map(str, about.dtypes))} on {about.device}; got "
-                         f"{r.dtype} on {r.device}")
+        takes = " or ".join(str(x)[6:] for x in about.dtypes)
+        raise ValueError(f"wkv6: {about.flag} computes in {takes} on {about.device}; "
+                         f"got {str(r.dtype)[6:]} on {r.device}")
     if (final or state is not None) and not about.states:
         raise ValueError(f"wkv6: {about.flag} starts from the zero state and gives no final one; use --kernel torch")
     if state is not None and (state.shape, state.device) != ((B, H, N, N), r.device):
@@ -691,7 +705,7 @@ def wkv6(r, k, v, w, u, kernel="torch", state=None, final=False):
 def self_test(kernel):
     """{tensor: (relative error, limit)} against the recurrence in float64, on random inputs in the kernel's dtype."""
     about, wrong, size = KERNELS[kernel], torch.zeros(6), torch.zeros(6)
-    for N in {64, 128}.intersection(about.head_sizes):
+    for N in {64, 128}.intersection(about.head_sizes_here()):
         generator = torch.Generator().manual_seed(0)
         inputs = [torch.randn(1, 88, 2, N, generator=generator).to(about.dtypes[0]) for _ in range(5)]
         inputs.insert(4, torch.randn(2, N, generator=generator))  # r k v w u dy
@@ -860,7 +874,7 @@ def build_model(args):
     if about.device not in (None, args.device):
         raise ValueError(f"{about.flag} runs on a {'GPU' if about.device == 'cuda' else 'CPU'} only. "
                          f"Use --kernel torch, or --device {about.device}.")
-    fits = [n for n in about.head_sizes if args.width % n == 0]
+    fits = [n for n in about.head_sizes_here() if args.width % n == 0]
     if args.headsz not in fits:
         divides = args.headsz > 0 and args.width % args.headsz == 0
         why = f"{about.flag} has no kernel for it" if divides else f"{args.width} is not a multiple of {args.headsz}"
@@ -1463,7 +1477,7 @@ def set_up(args, rank):
     else:
         keep_memory()
     if not alone:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=device) if args.device == "cuda" else dist.init_process_group("gloo")
     data = None if args.print_params else open_data(args, rank)
     torch.manual_seed(args.random_seed)
     model = build_model(args)

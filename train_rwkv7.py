@@ -239,6 +239,14 @@ class Kernel:
     dtypes: tuple = (torch.float32,)  # what it computes on as it is; other inputs are converted to the last of these
     states: bool = True  # an initial state in and the final state out
     multiple: int = 1  # of which T must be a multiple inside
+    wide: tuple = ()  # head sizes that need more shared memory than a GPU before Hopper has
+
+    def head_sizes_here(self):
+        """The head sizes that the present GPU has the shared memory for: 227 KB a block for the wide ones."""
+        if not self.wide or self.device != "cuda" or not torch.cuda.is_available():
+            return self.head_sizes
+        room = torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
+        return tuple(N for N in self.head_sizes if N not in self.wide or room >= 227 * 1024)
 
 
 class KernelError(RuntimeError):
@@ -431,7 +439,12 @@ def build_kernel(kernel, library):
                               ) from error
         torch.ops.load_library(made)
         register_kernel(kernel)
-        errors = self_test(kernel)
+        try:
+            errors = self_test(kernel)
+        except RuntimeError as error:  # a launch or CUDA error
+            LOADED_KERNELS.discard(kernel)
+            raise KernelError(f"{OPERATOR} {kernel} self-test failed: {str(error).splitlines()[0]}\n"
+                              f"Please report this line with what python cuda/doctor.py prints.\n{AROUND}") from error
         bad = [name for name, (error, limit) in errors.items() if not error <= limit]
         said = ", ".join(f"{name} {error:.1e}" for name, (error, _) in errors.items())
         limits = [limit for _, limit in errors.values()]
@@ -496,9 +509,9 @@ KERNELS = dict(
     torch=Kernel((), None, "--kernel torch", HEAD_SIZES, (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
     cpu=Kernel(("wkv7/wkv7_cpu.cpp", "cpu.h"), "cpu", "--kernel cpu", HEAD_SIZES, states=False),
     cuda=Kernel((*ON_GPU, "exact.cuh", "wkv7/wkv7_cuda.cu"), "cuda", "--kernel cuda", (32, 64, 96, 128, 192),
-                (torch.bfloat16, torch.float32), multiple=16),
+                (torch.bfloat16, torch.float32), multiple=16, wide=(192,)),
     fast=Kernel((*ON_GPU, *CHUNKED, "wkv7/wkv7_fast.cu"), "cuda", "--fast_cuda", (64, 128), (torch.bfloat16,),
-                multiple=16),
+                multiple=16, wide=(128,)),
     wind=Kernel((*ON_GPU[:-1], "wkv7/wkv7_wind_binding.cpp", *CHUNKED, "wkv7/wkv7_wind.cu"), "cuda", "--wind_cuda",
                 (64,), (torch.bfloat16,), states=False, multiple=16))  # time_mix in one operator
 LIMITS = dict(  # of the relative errors of y dr dw dk dv da db after a build
@@ -742,7 +755,7 @@ def time_mix(r, w, k, v, a, g, parameters, kernel="torch"):
 def self_test(kernel):
     """{tensor: (relative error, limit)} against the recurrence in float64, on random inputs in the kernel's dtype."""
     about, wrong, size, wind = KERNELS[kernel], torch.zeros(7), torch.zeros(7), kernel == "wind"
-    for N in {64, 128}.intersection(about.head_sizes):
+    for N in {64, 128}.intersection(about.head_sizes_here()):
         generator = torch.Generator().manual_seed(0)
         normal = lambda *shape: torch.randn(*shape, generator=generator)
         r, w, k, v, kappa, alpha, dy = (normal(1, 88, 2, N) for _ in range(7))
@@ -950,7 +963,7 @@ def build_model(args):
     if about.device not in (None, args.device):
         raise ValueError(f"{about.flag} runs on a {'GPU' if about.device == 'cuda' else 'CPU'} only. "
                          f"Use --kernel torch, or --device {about.device}.")
-    fits = [n for n in about.head_sizes if args.width % n == 0]
+    fits = [n for n in about.head_sizes_here() if args.width % n == 0]
     if args.headsz not in fits:
         divides = args.headsz > 0 and args.width % args.headsz == 0
         why = f"{about.flag} has no kernel for it" if divides else f"{args.width} is not a multiple of {args.headsz}"
@@ -1560,7 +1573,7 @@ def set_up(args, rank):
     else:
         keep_memory()
     if not alone:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=device) if args.device == "cuda" else dist.init_process_group("gloo")
     data = None if args.print_params else open_data(args, rank)
     torch.manual_seed(args.random_seed)
     model = build_model(args)

@@ -1,6 +1,6 @@
-// What the exact kernels share: token by token in fp32, a state (N, N) in the registers of a block. Eight lanes share ROWS
-// rows of it; lane c of them holds columns 32 m + 4 c .. + 3. So a number read from shared memory serves ROWS or 4 FMA:
-// with a thread a row it would serve one, and reading would set the pace.
+// What the exact kernels share: token by token in fp32, a state (N, N) in the registers of a block. Eight lanes share
+// ROWS rows of it; lane c of them holds columns 32 m + 4 c .. + 3. So a number read from shared memory serves ROWS or 4
+// FMA: with a thread a row it would serve one, and reading would set the pace.
 #pragma once
 
 #include "primitives.cuh"

@@ -12,6 +12,10 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
                    const Arguments&... given) {
   const cudaLaunchConfig_t config = {dim3(static_cast<unsigned>(blocks)), dim3(threads), size_t(shared), stream, nullptr, 0};
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error == cudaErrorInvalidValue) {
+    cudaGetLastError();
+    return "this GPU has too little shared memory a block for this head size";
+  }
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, given...);
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // else the next launch of anybody would report it again

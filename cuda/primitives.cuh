@@ -128,8 +128,8 @@ __device__ inline float shuffle(float x, int lane) {
 #endif
 }
 
-// Sums each x[i] over the lanes that differ in bits FIRST .. LAST. A lane keeps one i: its bits from FIRST on, as many as
-// needed.
+// Sums each x[i] over the lanes that differ in bits FIRST .. LAST. A lane keeps one i: its bits from FIRST on, as many
+// as needed.
 template <int FIRST, int LAST, int COUNT>
 __device__ inline float sum(float (&x)[COUNT]) {
 #pragma unroll

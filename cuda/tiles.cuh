@@ -1,10 +1,10 @@
-// What the chunked kernels are made of: 16 x 16 blocks in registers, products of them on tensor cores, matrices and states
-// in shared and in global memory, the order of the chunks. A block works on one head of one sequence, with a warp for
-// every 16 of the N channels, through chunks of C = 16 tokens.
+// What the chunked kernels are made of: 16 x 16 blocks in registers, products of them on tensor cores, matrices and
+// states in shared and in global memory, the order of the chunks. A block works on one head of one sequence, with a
+// warp for every 16 of the N channels, through chunks of C = 16 tokens.
 // Threads  Lane (g, q) = (lane / 4, lane % 4) of warp i holds, of a 16 x 16 result, rows g and g + 8, columns 2q, 2q+1,
 //          2q+8, 2q+9. Of a state (row = value, column = key) and its gradient a warp has the 16 rows 16i...
-// Products are all C += X Y^T of 16 x 16 blocks, X and Y in the registers of the A operand (`Block`). A result, rounded,
-//          is such an operand again.
+// Products are all C += X Y^T of 16 x 16 blocks, X and Y in the registers of the A operand (`Block`). A result,
+//          rounded, is such an operand again.
 #pragma once
 
 #include <algorithm>
@@ -29,8 +29,8 @@ struct Thread {
 };
 
 // Where row, column of a matrix in shared memory lies, in bf16. Segments of 8 are permuted in each row, so that the 8
-// rows of a tile lie in different banks. `block`, a multiple of 16, is the part of the column that is known when compiled
-// or the same in all lanes: the rest is computed once for all blocks of a row.
+// rows of a tile lie in different banks. `block`, a multiple of 16, is the part of the column that is known when
+// compiled or the same in all lanes: the rest is computed once for all blocks of a row.
 template <int COLUMNS>
 __device__ inline int offset(int row, int column, int block = 0) {
   return (row * COLUMNS + (column ^ ((COLUMNS == 16 ? row / 4 % 2 : row % 8) * 8))) ^ block;
@@ -199,20 +199,23 @@ __device__ inline int slot(int group, int i) { return group % 2 ? GROUP / C - 1 
 
 // Starts copying what a step of a group needs; the states are found without the tensors in `skip`.
 template <int N, int TENSORS>
-__device__ inline void fetch_step(bf16 (*tile)[C * N], bf16 (*state)[N * N], const bf16* const (&x)[TENSORS], unsigned skip,
-                                  const bf16* kept, const Order& order, int group, int step, int64_t start, int stride) {
+__device__ inline void fetch_step(bf16 (*tile)[C * N], bf16 (*state)[N * N], const bf16* const (&x)[TENSORS],
+                                  unsigned skip, const bf16* kept, const Order& order, int group, int step,
+                                  int64_t start, int stride) {
   int n = order.size(group);
   if (step > 2 * n - 2) step = 0, n = GROUP / C, --group;
   if (group >= 0) {
     fetch<N>(tile, x, TENSORS, group * (GROUP / C) + order.chunk(n, step), start, stride, step < n - 1 ? skip : 0);
-    if (step == 0) copy_state<N>(state[slot(group, 0)], kept, int64_t{blockIdx.x} * order.groups + group, thread_index());
+    if (step == 0)
+      copy_state<N>(state[slot(group, 0)], kept, int64_t{blockIdx.x} * order.groups + group, thread_index());
   }
   copy_commit();
 }
 
 // For the launchers: null, or why these sizes cannot be.
 inline const char* refuse(int64_t B, int64_t T, int64_t H, int64_t N, std::initializer_list<int64_t> head_sizes) {
-  if (std::find(head_sizes.begin(), head_sizes.end(), N) == head_sizes.end()) return "not one of this kernel's head sizes";
+  if (std::find(head_sizes.begin(), head_sizes.end(), N) == head_sizes.end())
+    return "not one of this kernel's head sizes";
   if (T < C || T % C || T > INT32_MAX - GROUP) return "T must be a multiple of 16, above 0 and below 2^31";
   if (B < 1 || H < 1 || B > INT32_MAX / H || H * N > INT32_MAX) return "B H and H N must be above 0 and below 2^31";
   return nullptr;

@@ -1,5 +1,5 @@
 """The tests that every operator's CUDA kernels must pass, the .cu files themselves running on the CPU of
-tests/cuda_on_cpu. tests/test_<operator>_cuda.py says what is the operator's own, in a fixture `op`, and imports these."""
+tests/cuda_on_cpu. tests/test_<operator>_cuda.py says what is an operator's own, in a fixture `op`, and imports them."""
 
 import subprocess
 import sys
@@ -215,7 +215,8 @@ def test_self_test(op, kernel, monkeypatch):
 def test_opcheck(op, kernel, states):
     inputs, dy = op.bf16("random", B=1, T=16, H=1, N=64)
     s0, dsT = (torch.randn(1, 1, 64, 64).requires_grad_(), torch.randn(1, 1, 64, 64)) if states else (None, None)
-    forward, backward = (getattr(getattr(torch.ops, op.name), f"{kernel}_{way}").default for way in ("forward", "backward"))
+    library = getattr(torch.ops, op.name)
+    forward, backward = (getattr(library, f"{kernel}_{way}").default for way in ("forward", "backward"))
     torch.library.opcheck(forward, (*(x.requires_grad_() for x in inputs), s0))
     inputs, s0 = [x.detach() for x in inputs], s0 if s0 is None else s0.detach()
     torch.library.opcheck(backward, (*inputs, s0, forward(*inputs, s0)[1], dy, dsT))
@@ -258,7 +259,8 @@ for B, T, H, N, kept_bytes in shapes:
     for order, seed, copies in orders:
         library.cuda_on_cpu_schedule(order, ctypes.c_uint64(seed), copies)
         y = np.full(size, 0xffff, np.uint16)
-        grads = [np.full(size, 0xffff, np.uint16) if x.shape == size else np.full((B, H, N), np.nan, np.float32) for x in inputs]
+        grads = [np.full(size, 0xffff, np.uint16) if x.shape == size else np.full((B, H, N), np.nan, np.float32)
+                 for x in inputs]
         sT, ds0 = (np.full(s0.shape, np.nan, np.float32) for _ in range(2))
         kept = np.full(kept_bytes, 0xff, np.uint8)
         assert not any(x.ctypes.data % 16 for x in (*inputs, y, kept, dy, s0, dsT))

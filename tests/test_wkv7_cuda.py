@@ -64,7 +64,8 @@ def op():
         families=dict(fp32=("random", "bound", "slow", "identical"), states=("random", "slow", "correlated"),
                       long=("slow", "correlated"), sizes=("random", "identical")),
         direct_inputs="kappa = normal(); kappa /= np.linalg.norm(kappa, axis=-1, keepdims=True)\n"
-                      "inputs = [bf16(normal()) for _ in range(4)] + [bf16(-kappa), bf16(kappa * generator.random(size))]")
+                      "inputs = [*(bf16(normal()) for _ in range(4)), bf16(-kappa), "
+                      "bf16(kappa * generator.random(size))]")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

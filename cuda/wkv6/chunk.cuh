@@ -1,20 +1,20 @@
 // The chunked form of WKV-6. Per sequence and head, state S (row = value, column = key), d = exp(-exp(w)):
 //     y_t = S_{t-1} r_t + (sum_n r_n u_n k_n) v_t     S_t = S_{t-1} diag(d_t) + v_t k_t^T
-// In a chunk of C = 16 tokens, with S the state at its start, G the gradient of the state at its end, P the product of its
-// decays and between(s, t) the product of those after s and before t (chunks: Yang et al., arXiv 2312.06635):
-//     R_t = r_t between(start, t)    K_s = k_s between(s, end)    A_ts = sum_n r_t k_s between(s, t), s < t; A_tt: bonus
+// In a chunk of C = 16 tokens, with S the state at its start, G the gradient of the state at its end, P the product of
+// its decays and between(s, t) the product of those after s and before t (chunks: Yang et al., arXiv 2312.06635):
+//     R_t = r_t between(start, t)    K_s = k_s between(s, end)    A_ts = sum_n r_t k_s between(s, t), s < t; A_tt bonus
 //     Y  = R S^T + A V               S <- S diag(P) + V^T K
 //     dV = K G^T + A^T dY            G <- G diag(P) + dY^T R      dA = tril(dY V^T)      dR = dY S      dK = V G
 // w has no bounds, so no product of decays may be divided by another, and differences of sums of their logarithms lose
 // digits. But two tokens s < t lie in the two halves of exactly one aligned block of 2, 4, 8 or 16 tokens, and there
-// between(s, t) is the product after s in the left half times the product before t in the right one. Both are at most 1
-// and products of at most 7 decays. From r of the right and k of the left halves times these, one matrix X for each size
-// of block ("level"), X X^T has A's pairs that the level's blocks part, and dX = (dA + dA^T of these pairs) X. In blocks
-// of 2 nothing lies between: these pairs, and the bonus, are fp32 sums without tensor cores.
-// The gradient of log d_t collects x dx of all that passes token t: R of later tokens, K of earlier ones, X of those beyond
-// it in its half of a block, and the column sums of S * G times P. It is a sum in which nothing cancels.
-// Threads  tiles.cuh. Scaled tiles are N x C, row = channel. So of a warp's 16 channels a lane has channels g and g + 8 of
-//          4 tokens, 2q, 2q+1, 2q+8, 2q+9: of the 4 steps of a product along the tokens, 2 are within a lane and 2 shuffles.
+// between(s, t) is the product after s in the left half times the product before t in the right one. Both are at most
+// 1 and products of at most 7 decays. From r of the right and k of the left halves times these, one matrix X for each
+// size of block ("level"), X X^T has A's pairs that the level's blocks part, and dX = (dA + dA^T of these pairs) X. In
+// blocks of 2 nothing lies between: these pairs, and the bonus, are fp32 sums without tensor cores.
+// The gradient of log d_t collects x dx of all that passes token t: R of later tokens, K of earlier ones, X of those
+// beyond it in its half of a block, and the column sums of S * G times P. No sum is taken from another.
+// Threads  tiles.cuh. Scaled tiles are N x C, row = channel. So of a warp's 16 channels a lane has channels g and g + 8
+//          of 4 tokens, 2q, 2q+1, 2q+8, 2q+9: of the 4 steps of a product along the tokens 2 are shuffles.
 #pragma once
 
 #include "../tiles.cuh"
@@ -50,8 +50,8 @@ __device__ inline bool is_right(int level, int half, const Thread& at) {
   return level == 2 ? half : at.q >> level & 1;
 }
 
-// Of one of the lane's channels the products of the decays before and after each of its tokens, [half][e], in the token's
-// aligned block of 2 tokens, then 4, 8, 16.
+// Of one of the lane's channels the products of the decays before and after each of its tokens, [half][e], in the
+// token's aligned block of 2 tokens, then 4, 8, 16.
 struct Products {
   float before[2][2], after[2][2], block[2];
   __device__ void begin(const Block& w, int row) {
@@ -67,13 +67,17 @@ struct Products {
     for (int half = 0; half < 2; ++half) other[half] = level == 2 ? block[!half] : shuffle_xor(block[half], 1 << level);
     for (int half = 0; half < 2; ++half) {
       const bool right = is_right(level, half, at);
-      for (int e = 0; e < 2; ++e) before[half][e] *= right ? other[half] : 1.f, after[half][e] *= right ? 1.f : other[half];
+      for (int e = 0; e < 2; ++e) {
+        before[half][e] *= right ? other[half] : 1.f;
+        after[half][e] *= right ? 1.f : other[half];
+      }
       block[half] *= other[half];
     }
   }
 };
 // x of one row of the lane's channels, scaled.
-__device__ inline void put_scaled(bf16* to, uint32_t low, uint32_t high, int row, const float (&by)[2][2], const Thread& at) {
+__device__ inline void put_scaled(bf16* to, uint32_t low, uint32_t high, int row, const float (&by)[2][2],
+                                  const Thread& at) {
   to += (16 * at.warp + 8 * row) * C;
   const int own = offset<C>(at.g, 2 * at.q);
   pair_at(to + own) = pack_bf16(low_bf16(low) * by[0][0], high_bf16(low) * by[0][1]);
@@ -211,17 +215,25 @@ __device__ inline void pair_gradients(PairGradients& to, const Tiles& tile, cons
   store<C>(to.dA, 0, 0, v, at);
 }
 
-// Gradient of log d from what passes tokens: x of token (half, e) passed all tokens of its block before it (`before`: it
-// is r's) or after it (k's). A token's share comes from the other one of its pair at once, from the other pair of its
-// four, the other four of its eight and the other eight in `finish`.
+// Gradient of log d from what passes tokens: of x of the lane's two tokens of a half, e = 0 and 1, each has passed all
+// tokens of its block before it (`before`: x is r's) or after it (k's). A token's share comes from the other one of its
+// pair at once, from the other pair of its four, the other four of its eight and the other eight in `finish`.
 struct Passed {
   Elements d_log;
   float pair[2][2], four[2][2], eight[2][2];  // what the own pair, four, eight sends
-  __device__ void add(float x, bool before, int block, int row, int half, int e, const Thread& at) {
-    if (block > 1) d_log[row][half][!e] += before == (e == 1) ? x : 0.f;
-    if (block > 2) pair[row][half] += before == (at.q & 1) ? x : 0.f;
-    if (block > 4) four[row][half] += before == (at.q >> 1) ? x : 0.f;
-    if (block > 8) eight[row][half] += before == half ? x : 0.f;
+  __device__ void add(const float (&x)[2], bool before, int block, int row, int half, const Thread& at) {
+    d_log[row][half][0] += before ? x[1] : 0.f;
+    d_log[row][half][1] += before ? 0.f : x[0];
+    if (block > 2) pair[row][half] += before == (at.q & 1) ? x[0] + x[1] : 0.f;
+    if (block > 4) four[row][half] += before == (at.q >> 1) ? x[0] + x[1] : 0.f;
+  }
+  __device__ void add_chunk(const float (&r)[2], const float (&k)[2], int row, int half, const Thread& at) {
+    const float from_r = r[0] + r[1], from_k = k[0] + k[1];
+    d_log[row][half][0] += r[1];
+    d_log[row][half][1] += k[0];
+    pair[row][half] += at.q & 1 ? from_r : from_k;
+    four[row][half] += at.q >> 1 ? from_r : from_k;
+    eight[row][half] = half ? from_r : from_k;
   }
   __device__ void finish(const float (&all)[2]) {  // all: what passes the whole chunk
     for (int row = 0; row < 2; ++row) {
@@ -231,14 +243,16 @@ struct Passed {
         eight[row][half] += shuffle_xor(eight[row][half], 2);
       }
       for (int half = 0; half < 2; ++half) {
-        const float x = all[row] + eight[row][!half] + shuffle_xor(four[row][half], 2) + shuffle_xor(pair[row][half], 1);
+        float x = all[row] + eight[row][!half];
+        x += shuffle_xor(four[row][half], 2) + shuffle_xor(pair[row][half], 1);
         for (int e = 0; e < 2; ++e) d_log[row][half][e] += x;
       }
     }
   }
 };
 
-// With dA and G in shared memory: the gradients of r, k and log d in the warp's channels, channel times token; adds to du.
+// With dA and G in shared memory: the gradients of r, k and log d in the warp's channels, channel times token; adds to
+// du.
 template <int N>
 __device__ inline void keys(Sum& dr, Sum& dk, Passed& passed, float (&du)[2], const Scaled<N>& scaled,
                             const PairGradients& d_pairs, const bf16* G, const bf16* state, const Tiles& tile) {
@@ -263,20 +277,25 @@ __device__ inline void keys(Sum& dr, Sum& dk, Passed& passed, float (&du)[2], co
         }
       }
     }
+#pragma unroll
     for (int level = 0; level < LEVELS; ++level) {
       Sum c = {};
       load<C>(x, scaled.level[level], 16 * at.warp, 0, at);
       load<C>(pairs, d_pairs.dA, 0, 0, at);
       for (int i = 0; i < 4; ++i) pairs[i] = parted(level, i, at) ? pairs[i] : 0;
       add_product(c, x, pairs);
-      FOR_ELEMENTS {
-        const bool right = is_right(level, half, at);
-        const float to = c[half][2 * row + e] * (right ? by[row].before[half][e] : by[row].after[half][e]);
-        const float own = right ? element(r, row, half, e) : element(k, row, half, e);
-        dr[half][2 * row + e] += right ? to : 0.f;
-        dk[half][2 * row + e] += right ? 0.f : to;
-        passed.add(own * to, right, 2 << level, row, half, e, at);
-      }
+      for (int row = 0; row < 2; ++row)
+        for (int half = 0; half < 2; ++half) {
+          const bool right = is_right(level, half, at);
+          float through[2];
+          for (int e = 0; e < 2; ++e) {
+            const float d = c[half][2 * row + e];
+            through[e] = element(x, row, half, e) * d;
+            dr[half][2 * row + e] += d * (right ? by[row].before[half][e] : 0.f);
+            dk[half][2 * row + e] += d * (right ? 0.f : by[row].after[half][e]);
+          }
+          passed.add(through, right, 2 << level, row, half, at);
+        }
       for (int row = 0; row < 2; ++row) by[row].next(level, at);
     }
   }
@@ -297,14 +316,19 @@ __device__ inline void keys(Sum& dr, Sum& dk, Passed& passed, float (&du)[2], co
   Block r, k;
   load_transpose<N>(r, tile.R, 0, 16 * at.warp, at);
   load_transpose<N>(k, tile.K, 0, 16 * at.warp, at);
-  FOR_ELEMENTS {
-    const float to_r = dR[half][2 * row + e] * by[row].before[half][e];
-    const float to_k = dK[half][2 * row + e] * by[row].after[half][e];
-    dr[half][2 * row + e] += to_r;
-    dk[half][2 * row + e] += to_k;
-    passed.add(element(r, row, half, e) * to_r, true, C, row, half, e, at);
-    passed.add(element(k, row, half, e) * to_k, false, C, row, half, e, at);
-  }
+  for (int row = 0; row < 2; ++row)
+    for (int half = 0; half < 2; ++half) {
+      float from_r[2], from_k[2];
+      for (int e = 0; e < 2; ++e) {
+        const float to_r = dR[half][2 * row + e] * by[row].before[half][e];
+        const float to_k = dK[half][2 * row + e] * by[row].after[half][e];
+        dr[half][2 * row + e] += to_r;
+        dk[half][2 * row + e] += to_k;
+        from_r[e] = element(r, row, half, e) * to_r;
+        from_k[e] = element(k, row, half, e) * to_k;
+      }
+      passed.add_chunk(from_r, from_k, row, half, at);
+    }
   for (int row = 0; row < 2; ++row) {
     for (int lane = 1; lane < 4; lane *= 2) all[row] += shuffle_xor(all[row], lane);
     all[row] *= by[row].block[0];

@@ -19,7 +19,8 @@ struct Kernel {
 };
 
 [[maybe_unused]] constexpr Kernel of_cuda() {
-  return {32, ScalarType::Float, wkv6_cuda_forward, wkv6_cuda_backward, wkv6_cuda_fp32_forward, wkv6_cuda_fp32_backward};
+  return {32, ScalarType::Float, wkv6_cuda_forward, wkv6_cuda_backward, wkv6_cuda_fp32_forward,
+          wkv6_cuda_fp32_backward};
 }
 [[maybe_unused]] constexpr Kernel of_fast() {
   return {64, ScalarType::BFloat16, wkv6_fast_forward, wkv6_fast_backward, nullptr, nullptr};
@@ -68,9 +69,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor r, Te
   Tensor ds0 = s0 ? empty(r, c.states(), ScalarType::Float) : empty(r, {0}, ScalarType::Float);
   for (Tensor& x : g) x = torch::stable::empty_like(r);
   must_be_null((c.fp32 ? IN_USE.backward_fp32 : IN_USE.backward)(
-                   c.B, c.T, c.H, c.N, r.data_ptr(), k.data_ptr(), v.data_ptr(), w.data_ptr(), c.u, start, kept.data_ptr(),
-                   dy.data_ptr(), end, g[0].data_ptr(), g[1].data_ptr(), g[2].data_ptr(), g[3].data_ptr(),
-                   static_cast<float*>(du.data_ptr()), s0 ? static_cast<float*>(ds0.data_ptr()) : nullptr, place.stream()),
+                   c.B, c.T, c.H, c.N, r.data_ptr(), k.data_ptr(), v.data_ptr(), w.data_ptr(), c.u, start,
+                   kept.data_ptr(), dy.data_ptr(), end, g[0].data_ptr(), g[1].data_ptr(), g[2].data_ptr(),
+                   g[3].data_ptr(), static_cast<float*>(du.data_ptr()),
+                   s0 ? static_cast<float*>(ds0.data_ptr()) : nullptr, place.stream()),
                "backward");
   const int64_t over[] = {0};
   return {g[0], g[1], g[2], g[3], torch::stable::sum(du, over), ds0};

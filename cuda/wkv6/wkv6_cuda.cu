@@ -2,18 +2,19 @@
 //     y_t = S_{t-1} r_t + (sum_n r_n u_n k_n) v_t     S_t = S_{t-1} diag(d_t) + v_t k_t^T     d = exp(-exp(w))
 // and with G_t = dL/dS_t, which comes from later tokens only, and q_t = dy_t v_t:
 //     dv_t = G_t k_t + (sum_n r_n u_n k_n) dy_t       G_{t-1} = G_t diag(d_t) + dy_t r_t^T
-//     dr = S_{t-1}^T dy + u k q   dk = G^T v + u r q   dw = -exp(w) d (sum over values of G_t * S_{t-1})   du = sum of r k q
+//     dr = S_{t-1}^T dy + u k q     dk = G^T v + u r q     dd = sum over values of G_t * S_{t-1}     du = sum of r k q
 // Tensors  see wkv6.h; bf16 or fp32. kept: S before every 32 tokens.
-// Threads  y and dv are one scan, `scan`, forwards over r, k, v or backwards over k, r, dy: a block a (sequence, head), layout
-//          of exact.cuh, no barrier from token to token. The rest, `gradients`, is apart in its columns: a block takes PANEL
-//          of them, LANES lanes share 4 rows, a thread has 4 columns. So the backward goes through the sequence twice.
-// Numerics fp32 throughout. w has no bounds: S is never stepped back. Of 32 tokens `gradients` first finds S before every 8,
-//          then, from the last 8 to the first, S before each of the 8, in registers, with G, token by token: dw is the sum
-//          over values itself, not a difference of prefix sums. Every sum has a fixed order; no atomics.
+// Threads  y and dv are one scan, `scan`, forwards over r, k, v or backwards over k, r, dy: a block a (sequence, head),
+//          layout of exact.cuh, no barrier from token to token. The rest, `gradients`, is apart in its columns: a block
+//          takes a Panel of them, LANES lanes share 4 rows, a thread has 4 columns, one barrier in 4 tokens. So the
+//          backward goes through the sequence twice.
+// Numerics fp32 throughout. w has no bounds: S is never stepped back. Of 32 tokens `gradients` first finds S before
+//          every 8, then, from the last 8 to the first, S before each of the 8, in registers, with G, token by token:
+//          dd is the sum over values itself, not a difference of prefix sums. Every sum has a fixed order; no atomics.
 // Limits   N in {32, 64, 96, 128, 192}.
-// Cost     per token and head 3 N^2 FMA forward, 3 N^2 + 8.3 N^2 backward; 5 + N / 16 bf16 tensors forward, and backward
-//          5 + 3 + 3 + 2 N / 32 + N / 16. B 64, T 1024, H 12, N 64 on an H200, computed: FMA 0.33 and 1.2 ms, traffic 0.21 and
-//          0.44; with sums over lanes and warps and shared memory at most 2.5 ms together.
+// Cost     per token and head 3 N^2 FMA forward, 3 N^2 + 8.3 N^2 backward; memory traffic of 5 + N / 16 bf16 tensors
+//          forward, 11 + N / 8 backward. B 64, T 1024, H 12, N 64 on an H200, computed: FMA 0.33 and 1.2 ms, traffic
+//          0.21 and 0.4; all instructions, counted in PTX, 0.5 and 2.1 ms at one a cycle and scheduler: the bound.
 #include "../exact.cuh"
 #include "../launch.cuh"
 #include "wkv6.h"
@@ -39,7 +40,8 @@ template <int N, class E>
 __device__ inline void dot(float* to, const E* x, const E* y, const float* z, int tokens) {
   for (int t = threadIdx.x / 32; t < tokens; t += blockDim.x / 32) {
     float total = 0;
-    for (int i = threadIdx.x % 32; i < N; i += 32) total += number(x[t * N + i]) * number(y[t * N + i]) * (z ? z[i] : 1);
+    for (int i = t * N + threadIdx.x % 32; i < (t + 1) * N; i += 32)
+      total += number(x[i]) * number(y[i]) * (z ? z[i - t * N] : 1);
     for (int lane = 16; lane > 0; lane /= 2) total += shuffle_xor(total, lane);
     if (threadIdx.x % 32 == 0) to[t] = total;
   }
@@ -129,14 +131,15 @@ gradients(int64_t T, int64_t H, Inputs<E> in, const E* dy, const float* u, const
   using P = Panel<N>;
   constexpr int COLUMNS = P::COLUMNS, ROWS = P::ROWS;
   auto& shared = *reinterpret_cast<GradientMemory<N, E>*>(shared_memory());
-  const int64_t head = blockIdx.x / P::BLOCKS, left = blockIdx.x % P::BLOCKS * COLUMNS, groups = (T + GROUP - 1) / GROUP;
+  const int64_t head = blockIdx.x / P::BLOCKS, left = blockIdx.x % P::BLOCKS * COLUMNS;
+  const int64_t groups = (T + GROUP - 1) / GROUP;
   const int64_t stride = H * N, token = head / H * T * stride + head % H * N;
   const int lane = threadIdx.x % 32, column = threadIdx.x % P::LANES * 4, first = threadIdx.x / P::LANES * ROWS;
   const int64_t at = first * N + left + column;  // in a state
   const int own = threadIdx.x % COLUMNS;         // column of whose sums over rows this thread takes care
   const float u_own = u[head % H * N + left + own];
   float du_own = 0;
-  const auto tokens = [&](int64_t group) { return static_cast<int>(T - group * GROUP < GROUP ? T - group * GROUP : GROUP); };
+  const auto tokens = [&](int64_t group) { return int(T - group * GROUP < GROUP ? T - group * GROUP : GROUP); };
   const auto fetch = [&](int64_t group) {
     if (group >= 0) {
       const int64_t from = token + group * GROUP * stride;
@@ -166,7 +169,8 @@ gradients(int64_t T, int64_t H, Inputs<E> in, const E* dy, const float* u, const
 
     float S[PART][ROWS][4], r[4], k[4], d[4], v[ROWS], y[ROWS];
     const auto step = [&](float (&to)[ROWS][4], const float (&from)[ROWS][4], int t) {
-      load4(k, &shared.column[1][t * COLUMNS + column]), load4(d, &shared.column[2][t * COLUMNS + column]), load4(v, &shared.row[0][t * N + first]);
+      load4(k, &shared.column[1][t * COLUMNS + column]), load4(d, &shared.column[2][t * COLUMNS + column]);
+      load4(v, &shared.row[0][t * N + first]);
       for (int p = 0; p < ROWS; p++)
         for (int q = 0; q < 4; q++) to[p][q] = from[p][q] * d[q] + v[p] * k[q];
     };
@@ -178,12 +182,14 @@ gradients(int64_t T, int64_t H, Inputs<E> in, const E* dy, const float* u, const
 #pragma unroll 1
       for (int t = 0; t < PART; t++) step(S[0], S[0], part * PART + t);
       for (int p = 0; part < parts - 2 && p < ROWS; p++)
-        *reinterpret_cast<float4*>(shared.state[part][p][threadIdx.x]) = make_float4(S[0][p][0], S[0][p][1], S[0][p][2], S[0][p][3]);
+        *reinterpret_cast<float4*>(shared.state[part][p][threadIdx.x]) =
+            make_float4(S[0][p][0], S[0][p][1], S[0][p][2], S[0][p][3]);
     }
 #pragma unroll 1
     for (int part = parts - 1; part >= 0; part--) {
       if (part == 0) kept_state();
-      for (int p = 0; part > 0 && part < parts - 1 && p < ROWS; p++) load4(S[0][p], shared.state[part - 1][p][threadIdx.x]);
+      for (int p = 0; part > 0 && part < parts - 1 && p < ROWS; p++)
+        load4(S[0][p], shared.state[part - 1][p][threadIdx.x]);
 #pragma unroll
       for (int t = 1; t < PART; t++) step(S[t], S[t - 1], part * PART + t - 1);
 #pragma unroll
@@ -205,14 +211,15 @@ gradients(int64_t T, int64_t H, Inputs<E> in, const E* dy, const float* u, const
       sync_block();
       for (int t = threadIdx.x / COLUMNS; t < PART; t += P::THREADS / COLUMNS) {
         const int now = part * PART + t;
-        const float own_r = shared.column[0][now * COLUMNS + own], own_k = shared.column[1][now * COLUMNS + own], q = shared.q[now];
+        const int at = now * COLUMNS + own;
+        const float own_r = shared.column[0][at], own_k = shared.column[1][at], q = shared.q[now];
         float total[3] = {};
         for (int x = 0; x < 3; x++)
           for (int warp = 0; warp < P::WARPS; warp++) total[x] += shared.partial[t][x][warp][own];
         const int64_t to = token + (group * GROUP + now) * stride + left + own;
         store(dr + to, total[0] + u_own * own_k * q);
         store(dk + to, total[1] + u_own * own_r * q);
-        store(dw + to, total[2] * shared.column[3][now * COLUMNS + own]);
+        store(dw + to, total[2] * shared.column[3][at]);
         du_own += own_r * own_k * q;
       }
       sync_block();
@@ -235,7 +242,8 @@ const char* start_scan(int64_t B, int64_t T, int64_t H, const void* r, const voi
                        const float* u, const float* s0, void* y, void* kept, float* sT, cudaStream_t stream) {
   constexpr int SHARED = TILE * (4 * N + 1) * sizeof(float) + 4 * TILE * N * sizeof(E);
   const Inputs<E> in = {{(const E*)r, (const E*)k, (const E*)v, (const E*)w}};
-  return launch(scan<N, BACKWARDS, E>, B * H, 8 * N / SCAN_ROWS<N>, SHARED, stream, T, H, in, u, s0, (E*)y, (float*)kept, sT);
+  return launch(scan<N, BACKWARDS, E>, B * H, 8 * N / SCAN_ROWS<N>, SHARED, stream, T, H, in, u, s0, (E*)y,
+                (float*)kept, sT);
 }
 
 template <class E>
@@ -252,8 +260,9 @@ const char* start_backward(WKV6_BACKWARD) {
   return for_head_size<HEAD_SIZES>(N, [&](auto n) {
     const char* error = start_scan<n, true, E>(B, T, H, k, r, dy, w, u, dsT, dv, nullptr, ds0, stream);
     const Inputs<E> in = {{(const E*)r, (const E*)k, (const E*)v, (const E*)w}};
-    return error ? error : launch(gradients<n, E>, B * H * Panel<n>::BLOCKS, Panel<n>::THREADS, sizeof(GradientMemory<n, E>),
-                                  stream, T, H, in, (const E*)dy, u, (const float*)kept, dsT, (E*)dr, (E*)dk, (E*)dw, du);
+    if (error) return error;
+    return launch(gradients<n, E>, B * H * Panel<n>::BLOCKS, Panel<n>::THREADS, sizeof(GradientMemory<n, E>), stream, T,
+                  H, in, (const E*)dy, u, (const float*)kept, dsT, (E*)dr, (E*)dk, (E*)dw, du);
   });
 }
 
