@@ -72,8 +72,9 @@ def test_the_tests_stage(tmp_path, monkeypatch):
         return 1, "....\nFAILED tests/test_gpu.py::test_families[fast-64-random] - y 1e-1\n1 failed, 4 passed in 2s\n"
     monkeypatch.setattr(gpu, "call", call)
     facts, _ = gpu.tests(SimpleNamespace(device="cpu", out=tmp_path), 60)
-    assert arguments[0][0][-1] == "tests/test_gpu.py" and arguments[0][1] == dict(TEST_DEVICE="cpu")
-    assert not facts["ok"] and facts["summary"] == "1 failed, 4 passed in 2s"
+    assert [env for _, env in arguments] == [dict(TEST_DEVICE="cpu", TEST_KERNELS=name) for name in ("torch", "cpu")]
+    assert all(command[-1] == "tests/test_gpu.py" for command, _ in arguments)
+    assert not facts["ok"] and facts["summary"] == "torch: 1 failed, 4 passed in 2s; cpu: 1 failed, 4 passed in 2s"
     monkeypatch.setattr(gpu, "call", lambda *command, **env: (0, "ssss\n219 skipped in 3.85s\n"))
     assert not gpu.tests(SimpleNamespace(device="cuda", out=tmp_path), 60)[0]["ok"], "nothing was tested"
     monkeypatch.setattr(gpu, "call", lambda *command, **env: (0, "..ss\n2 passed, 2 skipped in 3.85s\n"))
