@@ -12,7 +12,9 @@ What it proves: the record is whole and unedited since its end, its figures foll
 that model. The digests find an edit, not a forger: who edits can hash anew, so compare log_sha256 with what others saw
 (a commit, a post). Only --replay shows that the sources make these losses; no program can show who waited how long.
 
-Replayed losses must be equal bit for bit where machine, versions and settings are the same, else within BAND.
+Replayed losses must be equal bit for bit where machine, versions and settings are the same; elsewhere within BAND over
+the first BAND_STEPS. Measured on track tiny: other threads, kernels, dtypes and micro-batches stay within 0.0032 there,
+Muon's rate 10 % higher is 0.03 off. Later steps drift apart by rounding alone: they are shown, not judged.
 """
 import argparse
 import base64
@@ -34,7 +36,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 2  # of the records that this reads
 RULE = "=" * 100
-BAND = 0.02  # nats that a replayed loss may be off on another machine; README.md says what was measured
+BAND, BAND_STEPS = 0.01, 20  # nats by which a replayed loss may be off on another machine, in its first steps
 ACTIVE_LIMIT, TARGET, FINEWEB_VAL = 124_000_000, 3.28, 10_485_760  # the rules of track fineweb
 NUMBER = r"(\d+\.\d{4}|nan|inf)"
 STEP = re.compile(rf"step:(\d+)/(\d+) (train|val)_loss:{NUMBER} train_time:(\d+)ms step_avg:(\d+\.\d\d)ms")
@@ -54,7 +56,7 @@ import torch
 answers = []
 for command, config in json.load(sys.stdin):
     try:
-        parsed = vars(module.Hyperparameters.parse(command)).copy()
+        parsed = vars(module.Hyperparameters.parse(command[1:])).copy()
         args = module.Hyperparameters(**config)
         files = module.kernel_sources(args.kernel) if hasattr(module, "kernel_sources") else ()
         args.__dict__.update({name: value for name, value in dict(kernel="torch", fast_cuda=False, wind_cuda=False,
@@ -282,6 +284,8 @@ def agreement(record):
 
 
 def due(config):
+    """The steps after which a run validates."""
+    need(0 < config["steps"] <= 10**7, f"{config['steps']} steps")
     return [step for step in range(config["steps"] + 1) if step % config["val_every"] == 0 or step == config["steps"]]
 
 
@@ -385,7 +389,8 @@ def sources(record):
     need(len(set(names)) == len(names), f"a source is there twice: {names}")
     missing = set(record.answer.get("files", ())) - set(names) if record.answer else ()
     need(not missing, f"missing, though this run's kernel is built from it: {', '.join(sorted(missing))}")
-    return f"{len(names)}, with their hashes{'' if record.answer else '; not checked whether all are there (--no-code)'}"
+    unknown = "" if record.answer else "; not checked whether all are there (--no-code)"
+    return f"{len(names)}, with their hashes{unknown}"
 
 
 def commit(record):
@@ -480,12 +485,13 @@ def tokens(record):
     digests = [shard["sha256"] for split in ("train", "val") for shard in about[split]]
     need(len(set(digests)) == len(digests), "a shard is there twice, or in train and in val")
     there, read = sum(shard["tokens"] for shard in about["train"]), config["steps"] * config["bsz"] * config["seq_len"]
+    need(0 < there < 10**13, f"{there} training tokens")
+    epochs, target = config["epochs"], 1  # the last target is no input
     if config["order"] == "cubic":
-        there = prime_below((there - 1) // config["seq_len"]) * config["seq_len"] + 1
-    epochs = config["epochs"]
-    need(read + 1 <= there * epochs,
+        there, target = prime_below((there - 1) // config["seq_len"]) * config["seq_len"], 0
+    need(read + target <= there * epochs,
          f"{read:,} tokens were read of {there:,}: more often than declared (--epochs {epochs})")
-    times = "each at most once" if read + 1 <= there else f"{read / there:.2f} times, as --epochs {epochs} declares"
+    times = f"{read / there:.2f} times; --epochs {epochs} declares it" if read + target > there else "each at most once"
     return f"{read:,} of {there:,} read, {times}"
 
 
@@ -521,8 +527,8 @@ def judge(check, record):
 def same_sources(records):
     """{record: complaint} of those whose sources differ from another's, of the same commit without changes to it."""
     seen, found = {}, {}
-    for record in records:
-        about = record.result.get("environment", {}) if not record.trouble else {}
+    for record in (record for record in records if not record.trouble):
+        about = record.log.facts["environment"]
         if re.fullmatch("[0-9a-f]{40}", str(about.get("git_commit"))) and not about.get("git_dirty"):
             for header, text in record.log.sources:
                 key, digest = (about["git_commit"], header.get("name")), hashlib.sha256(text.encode()).hexdigest()
@@ -556,7 +562,7 @@ def ask(group):
     with tempfile.TemporaryDirectory() as folder:
         group[0].extract(folder)
         out, script = Path(folder) / "answer.json", group[0].log.sources[0][0]["name"]
-        jobs = [[record.result["command"][1:], record.result["config"]] for record in group]
+        jobs = [[record.result.get("command"), record.result.get("config")] for record in group]
         done = subprocess.run([sys.executable, "-I", "-X", "utf8", "-c", PROBE, folder, script, str(out)], cwd=folder,
                               env=dict(PATH=os.environ.get("PATH", ""), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
                               input=json.dumps(jobs), capture_output=True, text=True, timeout=300)
@@ -592,7 +598,7 @@ def replay(record, count, data_folder, devices):
 def compare(record, again, count):
     """The verdict on a replayed log."""
     again.fact("losses")
-    here, there = again.losses(), record.log.losses()[:count]
+    here, there = again.losses()[:count], record.log.losses()[:count]
     for split in ("train", "val"):
         shards = [[(s["name"], s["sha256"]) for s in facts["data"][split]] for facts in (again.facts, record.result)]
         need(shards[0] == shards[1][:len(shards[0])], f"the {split} shards here are other ones: no losses to compare")
@@ -605,24 +611,26 @@ def compare(record, again, count):
         **{f"hardware.{key}": all["hardware"][key] for key in ("name", "count")})
     other = [key for key, value in facts(record.result).items() if facts(again.facts).get(key, None) != value]
     where = f"another machine or other versions ({', '.join(other)})" if other else "the same machine and versions"
-    validations = [(int(match[1]), match[4]) for _, match in again.steps if match[3] == "val"]
-    pairs = [(f"step {i}", a, b) for i, (a, b) in enumerate(zip(there, here), 1)]
-    recorded = {point["step"]: point["val_loss"] for point in record.result["curve"]}
-    pairs += [(f"the validation of step {step}", float(f"{recorded[step]:.4f}"), float(text))
-              for step, text in validations if step in recorded]
-    off = lambda a, b: 0.0 if a == b or math.isnan(a) and math.isnan(b) else abs(a - b)
-    apart = [pair for pair in pairs if off(*pair[1:]) != 0]
+    recorded = {point["step"]: point["val_loss"] for point in record.result["curve"] if point["step"] <= count}
+    recorded = {point["step"]: point["val_loss"] for point in record.result["curve"] if point["step"] <= count}
+    rows = [(i, f"step {i}", a, b) for i, (a, b) in enumerate(zip(there, here), 1)]
+    rows += [(step, f"the validation of step {step}", float(f"{recorded[step]:.4f}"), float(match[4]))  # as in the log
+             for _, match in again.steps if match[3] == "val" and (step := int(match[1])) in recorded]
+    off = lambda row: 0.0 if row[2] == row[3] or math.isnan(row[2]) and math.isnan(row[3]) else abs(row[2] - row[3])
+    say = lambda row: f"{row[1]}: recorded {row[2]!r}, here {row[3]!r}"
+    apart = [row for row in rows if off(row) != 0]
     if not apart:
-        return "ok", f"the losses of {count} steps and {len(validations)} validations are equal bit for bit, on {where}"
-    say = "{}: recorded {!r}, here {!r}".format
-    first = f"the first that differs is {say(*apart[0])}"
+        return "ok", f"{count} steps and {len(rows) - count} validations are equal bit for bit, on {where}"
+    first = f"the first that differs is {say(apart[0])}"
     if not other:
         return "FAILED", f"on {where} the losses must be equal bit for bit; {first}"
-    beyond = [pair for pair in apart if not off(*pair[1:]) <= BAND]
+    beyond = [row for row in apart if row[0] <= BAND_STEPS and not off(row) <= BAND]
     if beyond:
-        return "FAILED", f"on {where} losses may be {BAND} apart, but {say(*beyond[0])}; {first}"
-    widest = max(off(*pair[1:]) for pair in apart)
-    return "ok", f"on {where} all losses are within {BAND}, at most {widest:.2g} apart; {first}"
+        return "FAILED", f"on {where} the first {BAND_STEPS} steps may be {BAND} off, but {say(beyond[0])}; {first}"
+    judged = min(count, BAND_STEPS)
+    later = f", all {count} within {max(map(off, rows)):.2g}, of which those after are not judged" * (count > judged)
+    most = max(off(row) for row in rows if row[0] <= judged)
+    return "ok", f"on {where} the first {judged} steps are within {most:.2g}, {BAND} is allowed{later}; {first}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
