@@ -304,7 +304,7 @@ def test_forging_nothing_leaves_a_good_record(record, capsys):
     assert {name for name, (verdict, _) in verdicts(record, capsys).items() if verdict != "ok"} <= {"commit"}
     source = "MIT licence"
     other_source('"""Train RWKV-7', f'"""{source}. Train RWKV-7')(record)
-    found = verdicts(record, capsys)
+    found = verdicts(record, capsys, "--no-code")
     assert {name for name, (verdict, _) in found.items() if verdict == "FAILED"} <= {"commit"}, found
 
 
@@ -318,12 +318,18 @@ def test_tampering_is_found(what, record, capsys):
         assert ("chain" in failed) == (what == "a training loss"), "the digests were made anew"
 
 
-@pytest.mark.parametrize("what", WITH_CODE)
-def test_tampering_is_found_with_the_records_code(what, record, capsys):
-    tamper, names = WITH_CODE[what]
-    tamper(record)
-    failed = check_failures(verdicts(record, capsys), names)
-    assert "chain" not in failed and "agreement" not in failed
+def test_tampering_is_found_with_the_records_code(original, tmp_path, capsys):
+    """All at once: one process for each set of sources."""
+    for what, (tamper, _) in WITH_CODE.items():
+        tamper(shutil.copytree(original, tmp_path / what / original.name))
+    assert verify.main([str(tmp_path)]) == 1
+    pages = re.split(rf"^{re.escape(str(tmp_path))}/(.+)/{original.name}$", capsys.readouterr().out, flags=re.M)
+    assert pages[-1].endswith(f"; {len(WITH_CODE)} FAILED\n"), pages[-1]
+    found = {what: set(re.findall(r"^  FAILED +(\S+)", page, re.M)) for what, page in zip(pages[1::2], pages[2::2])}
+    assert found.keys() == WITH_CODE.keys()
+    for what, (_, names) in WITH_CODE.items():
+        assert found[what] >= set(names.split()), (what, found[what])
+        assert not found[what] & {"log", "chain", "agreement"}, (what, found[what])
 
 
 def test_no_value_ends_the_program(record, capsys):
@@ -365,6 +371,27 @@ def test_every_line_is_in_the_chain_and_named(original, record):
                 first, last = int(re.search(r"after line (\d+)", message)[1]) + 1, len(lines)
             assert first - 2 <= i < last, (i, how, message)
             assert first >= max(bound for bound in bounds if bound <= i), (i, how, message)
+
+
+def test_the_limit_of_track_fineweb_without_a_gpu():
+    """The full-size models of a GPU's record are built without memory; one that is too wide is refused."""
+    import train_rwkv7
+    records = []
+    for flags in (["--fast_cuda"], ["--fast_cuda", "--width", "832"]):
+        config = dict(vars(train_rwkv7.Hyperparameters.parse(flags)), device="cuda", dtype="bf16", kernel="fast")
+        record = verify.Record.__new__(verify.Record)
+        record.log = types.SimpleNamespace(
+            sources=[(dict(name="train_rwkv7.py"), (ROOT / "train_rwkv7.py").read_text(encoding="utf-8"))])
+        record.result, record.trouble = dict(command=["train_rwkv7.py", *flags], config=config), None
+        records.append(record)
+    verify.probe(records)
+    for record in records:
+        record.result.update(model=record.answer["model"], script="train_rwkv7.py", seed=1337)
+        assert "makes the recorded configuration" in verify.command(record)
+        assert "cuda/wkv7/wkv7_fast.cu" in record.answer["files"]
+    assert re.fullmatch(r"1[12]\d,\d{3},\d{3} active parameters", verify.model(records[0]))
+    with pytest.raises(verify.Failed, match="parameters are active; track fineweb allows 124,000,000"):
+        verify.model(records[1])
 
 
 @pytest.mark.parametrize("steps, epochs, order, expected", (
@@ -447,7 +474,7 @@ def test_replay(original, record, tmp_path):
 
 def test_only_a_replay_finds_a_forged_loss(record, capsys):
     wrong_loss(record)
-    assert {name for name, (verdict, _) in verdicts(record, capsys).items() if verdict != "ok"} <= {"commit"}
+    assert not [name for name, (verdict, _) in verdicts(record, capsys, "--no-code").items() if verdict == "FAILED"]
 
 
 def test_replay_elsewhere_has_a_band(original, record):
@@ -472,13 +499,17 @@ def test_replay_elsewhere_has_a_band(original, record):
         verify.compare(verify.Record(record), again(), 6)
 
 
-@pytest.mark.parametrize("flags, message", (
-    (["--replay", 7], "--replay 7: the run has 6 steps"), (["--replay", 0], "at least one step"),
-    (["--replay", 2, "--no-code"], "runs the record's code"),
-    (["--replay", 2, "--data", "nowhere"], "ended with status 1")))
-def test_bad_replays(flags, message, original):
-    done = run_verify(original, *flags)
-    assert done.returncode in (1, 2) and message in done.stdout + done.stderr and "Traceback" not in done.stderr, done
+def test_bad_replays(original, tmp_path, monkeypatch):
+    for flags, message in ((["--replay", 0], "at least one step"),
+                           (["--replay", 2, "--no-code"], "runs the record's code")):
+        done = run_verify(original, *flags)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done
+    record = verify.Record(original)
+    with pytest.raises(verify.Failed, match="--replay 7: the run has 6 steps"):
+        verify.replay(record, 7, None, None)
+    monkeypatch.setattr(verify.tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(verify.Failed, match="the script ended with status 1, see above"):
+        verify.replay(record, 2, tmp_path / "nowhere", None)
 
 
 def test_no_record(tmp_path):
