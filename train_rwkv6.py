@@ -12,6 +12,7 @@ README.md, from the runs in records/. The file stands alone: besides itself it r
 """
 
 import argparse
+import base64
 import collections
 import contextlib
 import copy
@@ -137,6 +138,8 @@ def resolve(args, world):
     counts = ("steps", "bsz", "device_bsz", "seq_len", "epochs", "val_every", "val_tokens", "layers", "width")
     for low in (f.name for f in fields(args) if f.type in (int, float) and getattr(args, f.name) < (f.name in counts)):
         raise ValueError(f"--{low} {getattr(args, low)} is too small: at least {int(low in counts)}.")
+    if args.stop_after > args.steps:
+        raise ValueError(f"--stop_after {args.stop_after} is more than --steps {args.steps}.")
     if args.random_seed >= 2**63:
         raise ValueError(f"--random_seed {args.random_seed} is too large: below 2^63.")
     share, unit = args.bsz // world, world * min(args.device_bsz, max(1, args.bsz // world))
@@ -165,6 +168,7 @@ class Hyperparameters(Flags):
     records: str = flag("folder that receives the record", "records")
     # length and batch
     steps: int = flag("optimiser steps", fineweb=5100, tiny=4400)
+    stop_after: int = flag("end after so many steps, without a result: to compare beginnings; 0: never", 0)
     warmdown_steps: int = flag("last steps, over which every learning rate falls linearly to 0",
                                fineweb=1450, tiny=4400)
     warmup_steps: int = flag("first steps, over which every learning rate rises linearly", fineweb=0, tiny=0)
@@ -1134,7 +1138,7 @@ class DataLoader:
 # ----------------------------------------------------------------------------------------------------------------------
 # Record [shared]
 
-SCHEMA = 1  # of result.json
+SCHEMA = 2  # of result.json
 IMAGE = Path("/etc/rwkv-speedrun-image")  # written by the Dockerfile
 
 
@@ -1159,10 +1163,13 @@ def hardware(device):
 
 
 def environment():
-    """Versions and git state: what is needed to repeat a run."""
+    """Versions, what steers the numerics and git state: what is needed to repeat a run."""
     first_line = lambda text: text.splitlines()[0] if text else "none"
     packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    steering = ("OMP_", "MKL_", "CUBLAS_", "NCCL_", "PYTORCH_", "NVIDIA_TF32_")
     return dict(
+        threads=torch.get_num_threads(), isa=torch.backends.cpu.get_cpu_capability(),
+        variables={name: value for name, value in sorted(os.environ.items()) if name.startswith(steering)},
         image=IMAGE.read_text(encoding="utf-8").strip() if IMAGE.exists() else "none",
         python=platform.python_version(), platform=platform.platform(), torch=torch.__version__,
         cuda=torch.version.cuda or "none", nvcc=(shell("nvcc", "--version").splitlines() or ["none"])[-1],
@@ -1176,18 +1183,23 @@ class Record:
     """The run's folder: log.txt, line by line as things happen, and result.json, written last. Only rank 0 writes.
 
     A folder without result.json belongs to a run that did not finish. Raises OSError.
+
+    chain: sha256 over the lines so far. result.json, the log's last line but one and each point of the curve hold its
+    value there, so that records/verify.py finds an edited, lost, added or moved line and about where. It proves no
+    honesty: who edits can hash anew. It holds a record to the digests that others saw, in a commit for instance.
     """
 
     def __init__(self, args, rank):
-        self.path = self.file = None
+        self.path, self.file, self.chain = None, None, hashlib.sha256()
         if rank == 0:
             stamp = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
             self.path = Path(args.records) / f"{stamp}_{Path(__file__).stem}_{args.name or os.urandom(3).hex()}"
             self.path.mkdir(parents=True)  # never an old folder: nothing is overwritten
-            self.file = open(self.path / "log.txt", "x", encoding="utf-8", buffering=1)
+            self.file = open(self.path / "log.txt", "x", encoding="utf-8", buffering=1, newline="\n")
 
     def line(self, text):
         if self.file:
+            self.chain.update(f"{text}\n".encode())
             self.file.write(text + "\n")
 
     def header(self, facts, sources):
@@ -1197,18 +1209,20 @@ class Record:
         for path in sources:
             text = path.read_text(encoding="utf-8")
             digest = hashlib.sha256(text.encode()).hexdigest()
-            facts["sources"].append(dict(name=path.name, lines=text.count("\n"), sha256=digest))
+            name = Path(os.path.relpath(path, Path(__file__).parent)).as_posix()
+            facts["sources"].append(dict(name=name, lines=text.count("\n"), sha256=digest))
             self.line(f"{'=' * 100}\nsource: {json.dumps(facts['sources'][-1])}\n{text.rstrip(chr(10))}")
         self.line("=" * 100)
         page = facts["hardware"].pop("text")
+        self.line(f"record: {json.dumps({key: facts[key] for key in ('schema', 'run', 'script', 'seed')})}")
         for key in ("environment", "hardware", "data", "model"):
             self.line(f"{key}: {json.dumps(facts[key])}")
         self.line(f"{page}\n{'=' * 100}")
 
     def close(self, reason):
-        """The reason of the end, as the log's last line. Returns the log's path. A full disk is not an error here."""
+        """The chain and the reason of the end, the log's last lines. Returns its path. A full disk is no error here."""
         with contextlib.suppress(OSError):
-            self.line(f"end: {reason}")
+            self.line(f"sha256: {self.chain.hexdigest()}\nend: {reason}")
         with contextlib.suppress(OSError):
             self.file and self.file.close()
         self.file = None
@@ -1217,7 +1231,8 @@ class Record:
     def finish(self, result):
         """Close the log and write result.json atomically: the last act of a finished run."""
         temporary = self.path / "result.json.part"
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(dict(result, log_sha256=self.chain.hexdigest()), indent=1)
+        temporary.write_text(text + "\n", encoding="utf-8")
         self.close("finished")
         os.replace(temporary, self.path / "result.json")
 
@@ -1227,6 +1242,7 @@ class Clock:
 
     def __init__(self):
         self.device, self.phase, self.since = torch.device("cpu"), "rest", time.perf_counter()
+        self.began = time.time()  # by the system's clock, which can be set: for comparison only
         self.seconds = {phase: 0.0 for phase in ("warm-up", "train", "validation", "saving", "rest")}
 
     def switch(self, phase):
@@ -1247,6 +1263,7 @@ class StepLines:
 
     def __init__(self, record, steps):
         self.record, self.steps, self.pending, self.last = record, steps, collections.deque(), math.nan
+        self.losses = []  # as they are, for the line of all of them that ends the log: bitwise comparison of two runs
 
     def add(self, step, loss, train_ms):
         event = torch.cuda.Event() if loss.is_cuda else None
@@ -1263,6 +1280,7 @@ class StepLines:
             if event:
                 event.synchronize()
             self.last = loss.item()
+            self.losses.append(self.last)
             self.record.line(f"step:{step}/{self.steps} train_loss:{self.last:.4f} {timing(train_ms, step)}")
 
 
@@ -1432,8 +1450,8 @@ def print_parameters(model, optimizers):
 
 def open_data(args, rank):
     """(train stream, val stream, their facts for the record), every token checked by rank 0. Raises ValueError."""
-    need, cubic = args.steps * args.bsz * args.seq_len + 1, args.seq_len if args.order == "cubic" else 0
-    train = TokenStream(args.data, "train", need, f"{args.steps} steps", args.epochs, cubic)
+    steps, cubic = args.stop_after or args.steps, args.seq_len if args.order == "cubic" else 0
+    train = TokenStream(args.data, "train", steps * args.bsz * args.seq_len + 1, f"{steps} steps", args.epochs, cubic)
     exactly = 1 if args.track == "fineweb" else 0
     val = TokenStream(args.data, "val", args.val_tokens + 1, f"{args.val_tokens} validation tokens", exactly)
     if min(args.val_tokens, len(val) - 1) < args.seq_len:
@@ -1526,13 +1544,14 @@ def run(args, rank, record, clock, data, model, optimizers, counts):
             clock.switch("validation")
             lines.flush(wait=True)
             loss = validate(compiled, val_batches, args)
-            curve.append(dict(step=step, val_loss=loss, train_ms=clock.train_ms(), tokens=step * tokens_a_step))
             record.line(f"step:{step}/{args.steps} val_loss:{loss:.4f} {timing(clock.train_ms(), step)}")
+            curve.append(dict(step=step, val_loss=loss, train_ms=clock.train_ms(), tokens=step * tokens_a_step,
+                              log_sha256=record.chain.hexdigest()))
             say(f"step {step}/{args.steps}  validation loss {loss:.4f}  {clock.train_ms() / 1e3:.1f} s of training")
         if args.save_every and step and (step % args.save_every == 0 or step == args.steps):
             clock.switch("saving")
             save(model, args, record, step, described)
-        if step == args.steps:
+        if step == (args.stop_after or args.steps):
             break
         if clock.phase != "train":
             clock.switch("train")
@@ -1542,10 +1561,17 @@ def run(args, rank, record, clock, data, model, optimizers, counts):
         bar.update()
     bar.close()
     clock.switch("rest")
+    lines.flush(wait=True)
+    losses = base64.b64encode(np.array(lines.losses, "<f4").tobytes()).decode()
+    record.line(f"losses: {json.dumps(dict(float32=losses))}")
 
-    if rank == 0:
+    if step < args.steps:
+        log = record.close(f"stopped after step {step} of {args.steps}")
+        say(f"stopped after step {step} of {args.steps}: a beginning to compare with, not a result; the log: {log}")
+    elif rank == 0:
         result = report(facts, clock, curve, val, len(train), args)
-        record.line(f"clock: {json.dumps(result['clock'])}")
+        record.line(f"curve: {json.dumps(dict(points=curve))}")
+        record.line(f"clock: {json.dumps(result['clock'])}\nwall: {json.dumps(result['wall'])}")
         record.line(f"result: {json.dumps(result['final'])}")
         record.finish(result)
         farewell(result, record)
@@ -1553,6 +1579,7 @@ def run(args, rank, record, clock, data, model, optimizers, counts):
 
 def report(facts, clock, curve, val, train_tokens, args):
     """result.json: the facts of the run and its final figures. Times in s, memory in bytes, rates per second."""
+    wall = dict(began=clock.began, ended=time.time())
     seconds, tokens = clock.seconds["train"], args.steps * args.bsz * args.seq_len
     loss = curve[-1]["val_loss"]
     flops = facts["model"]["flops_per_token"] * tokens / seconds
@@ -1566,12 +1593,13 @@ def report(facts, clock, curve, val, train_tokens, args):
     text_bytes = int((targets < 256).sum()) if args.vocab_size == 257 else 0  # the document mark stands for no byte
     final = dict(
         val_loss=loss, bits_per_byte=loss * len(targets) / text_bytes / math.log(2) if text_bytes else None,
-        val_tokens=len(targets), steps=args.steps, tokens=tokens, epochs=tokens / train_tokens, train_seconds=seconds,
+        val_tokens=len(targets), text_bytes=text_bytes or None, steps=args.steps, tokens=tokens,
+        epochs=tokens / train_tokens, train_seconds=seconds,
         step_avg_ms=1e3 * seconds / args.steps, tokens_per_second=tokens / seconds, flops_per_second=flops,
         mfu=flops / (world_size() * max(peak)) if peak else None, peak_memory=memory,
         usd=seconds / 3600 * args.usd_per_hour if args.usd_per_hour else None,
         target=TARGET.get(args.track), reached=loss <= TARGET[args.track] if args.track in TARGET else None)
-    return dict(facts, clock=dict(clock.seconds), curve=curve, final=final, end="finished")
+    return dict(facts, clock=dict(clock.seconds), wall=wall, curve=curve, final=final, end="finished")
 
 
 def farewell(result, record):

@@ -238,7 +238,8 @@ def test_full_disk_at_a_checkpoint(script, data, tmp_path):
                       limit=disk_of(size))
     folder, log, result = only_record(tmp_path / "records")
     check_message(script, done.returncode, done.stderr, [f"checkpoints/{folder.name}"])
-    assert result is None and re.search(r"\nstep:3/6 train_loss.*\nend: failed: .*checkpoints.*\n\Z", log), log[-300:]
+    assert result is None
+    assert re.search(r"\nstep:3/6 train_loss.*\nsha256: .*\nend: failed: .*checkpoints.*\n\Z", log), log[-300:]
     assert not list((tmp_path / "checkpoints").glob("*/*.pt")), "half a checkpoint under a whole one's name"
 
 

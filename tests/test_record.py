@@ -1,5 +1,6 @@
 """What a run leaves behind: log.txt and result.json of a finished run, of a killed one and of an interrupted one."""
 
+import base64
 import hashlib
 import importlib
 import json
@@ -67,7 +68,7 @@ def finished(request, tmp_path_factory):
     operator = script.replace("train_r", "")  # wkv6, wkv7
     kernel_files = [ROOT / "cuda" / operator / f"{operator}_cpu.cpp", ROOT / "cuda" / "cpu.h"]
     files = [ROOT / f"{script}.py"] + (kernel_files if kernel else [])
-    files = {path.name: path.read_bytes() for path in files}
+    files = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in files}
     begin, commits = time.time(), [git_head()]
     done = run_script(script, *flags, cwd=folder)
     seconds = time.time() - begin
@@ -113,6 +114,7 @@ def test_environment(finished):
     assert isinstance(environment["git_dirty"], bool)
     assert (environment["python"], environment["torch"]) == (platform.python_version(), torch.__version__)
     assert environment["cuda"] == (torch.version.cuda or "none")
+    assert environment["threads"] == 1 and environment["variables"]["OMP_NUM_THREADS"] == "1" and environment["isa"]
     for key in ("platform", "driver", "compiler", "nvcc"):
         assert isinstance(environment[key], str) and environment[key], key
     packages = environment["packages"]
@@ -167,6 +169,7 @@ def test_val_lines_agree_with_the_result(finished):
     assert [point["step"] for point in curve] == [0, 2, 4, 6]
     assert lines == [(str(point["step"]), "6", f"{point['val_loss']:.4f}", f"{point['train_ms']:.0f}",
                       f"{point['train_ms'] / max(1, point['step']):.2f}") for point in curve]
+    assert finished.facts["curve"]["points"] == curve
     assert [point["tokens"] for point in curve] == [128 * point["step"] for point in curve]
     order = [re.match(r"step:(\d+)/6 (\w+)_loss", line).groups() for line in finished.rest if "_loss:" in line]
     assert order == [(str(step), split) for step in range(7) for split in ("train", "val")
@@ -188,11 +191,28 @@ def test_final_figures(finished):
     assert final["peak_memory"]["resident"] > 50 * 2**20 and final["mfu"] is None
     tokens = torch.frombuffer(bytearray((finished.data / "toy_val_000000.bin").read_bytes()[1024:]), dtype=torch.uint16)
     in_text = int((tokens[1:353].int() < 256).sum())
+    assert final["text_bytes"] == in_text
     assert math.isclose(final["bits_per_byte"], final["val_loss"] * 352 / in_text / math.log(2))
     assert (final["target"], final["reached"]) == (None, None), "track tiny has no target"
-    assert finished.result["schema"] == 1 and finished.result["end"] == "finished"
+    assert finished.result["schema"] == 2 and finished.result["end"] == "finished"
     assert finished.result["script"] == f"{finished.script}.py"
     assert finished.log.endswith("\nend: finished\n")
+
+
+def test_the_chain_is_the_hash_of_the_lines_so_far(finished):
+    sha256 = lambda text: hashlib.sha256(text.encode()).hexdigest()
+    head, end = finished.log.rsplit("\nsha256: ", 1)
+    assert end == f"{sha256(head + chr(10))}\nend: finished\n"
+    assert finished.result["log_sha256"] == sha256(head + "\n")
+    for point in finished.result["curve"]:
+        line, = re.findall(rf"^step:{point['step']}/6 val_loss:.*\n", finished.log, re.M)
+        assert point["log_sha256"] == sha256(finished.log[:finished.log.index(line) + len(line)])
+
+
+def test_losses_bit_for_bit(finished):
+    losses = numpy.frombuffer(base64.b64decode(finished.facts["losses"]["float32"]), "<f4")
+    steps = [STEP.fullmatch(line) for line in finished.rest if "train_loss" in line]
+    assert [f"{loss:.4f}" for loss in losses] == [step[3] for step in steps] and len(set(losses.tolist())) == 6
 
 
 def test_clock_counts_every_second_once(finished):
@@ -200,6 +220,8 @@ def test_clock_counts_every_second_once(finished):
     assert clock.keys() == {"warm-up", "train", "validation", "saving", "rest"}
     assert all(seconds > 0 for seconds in clock.values()), clock
     assert sum(clock.values()) < finished.seconds
+    wall = finished.result["wall"]
+    assert finished.facts["wall"] == wall and 0 < wall["ended"] - wall["began"] < finished.seconds
 
 
 def test_warm_up_line(finished):
@@ -301,17 +323,36 @@ def test_nothing_is_overwritten(script, tmp_path, monkeypatch, capsys):
     assert tree(tmp_path / "records") == before
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_stop_after_is_the_beginning_of_the_whole_run(script, tmp_path):
+    """The same losses as in the whole run, the schedule being that of all steps; no result. Fewer tokens will do."""
+    logs = []
+    for name, more in (("whole", ()), ("part", ("--stop_after", 4))):
+        data = make_corpus(tmp_path / name / "data", train=(520,) if more else (520, 400))  # 4 of 6 steps read 513
+        run_here(script, *tiny(script, data, tmp_path / name / "records", "--random_seed", 5, *more))
+        logs.append(only_record(tmp_path / name / "records"))
+    (_, whole, _), (_, part, result) = logs
+    losses = [numpy.frombuffer(base64.b64decode(parse(log)[0]["losses"]["float32"]), "<f4").tolist()
+              for log in (whole, part)]
+    assert losses[0][:4] == losses[1] and len(losses[0]) == 6
+    assert result is None and part.endswith("\nend: stopped after step 4 of 6\n") and "step:4/6 val_loss" in part
+    with pytest.raises(SystemExit):
+        run_here(script, *tiny(script, data, tmp_path / "records", "--stop_after", 7))
+    assert not (tmp_path / "records").exists()
+
+
 def test_short_ids_tell_runs_apart(tmp_path):
     script = importlib.import_module("train_gpt2")
     args = script.Hyperparameters(records=str(tmp_path))
     records = [script.Record(args, 0) for _ in range(3)]
     assert len({record.path for record in records}) == 3
     assert all(NAME.fullmatch(record.path.name) for record in records)
+    digest = hashlib.sha256(b"as it happens\n").hexdigest()
     for record in records:
         record.line("as it happens")
         assert (record.path / "log.txt").read_text() == "as it happens\n", "a line must be on the disk at once"
         assert record.close("tested") == record.path / "log.txt"
-        assert (record.path / "log.txt").read_text() == "as it happens\nend: tested\n"
+        assert (record.path / "log.txt").read_text() == f"as it happens\nsha256: {digest}\nend: tested\n"
     silent = script.Record(args, 1)
     silent.line("nothing")
     assert silent.close("nothing") is None and len(list(tmp_path.iterdir())) == 3, "only rank 0 writes"
@@ -324,7 +365,8 @@ def test_result_is_whole_or_not_there(tmp_path, monkeypatch):
     moved = []
 
     def watched(source, target):
-        assert json.loads(open(source).read()) == {"final": 1.5} and not os.path.exists(target)
+        assert json.loads(open(source).read()) == {"final": 1.5, "log_sha256": hashlib.sha256(b"").hexdigest()}
+        assert not os.path.exists(target)
         moved.append(str(target))
         replace(source, target)
 

@@ -14,7 +14,7 @@ from helpers import ROOT, environment
 
 SHARED = ("Command line", "Muon optimizer", "Data loader", "Record", "Learning rate", "Main")
 SHARED_BY_SOME = {"Kernel build": ("train_rwkv6.py", "train_rwkv7.py")}  # sections shared by these only
-SCRIPT_LINES = 1750  # a training script; raising it is a change with a reason (dev/LOG.md)
+SCRIPT_LINES = 1800  # a training script; raising it is a change with a reason (dev/LOG.md)
 KERNEL_LINES = 400  # a file under cuda/
 COLUMNS = {".py": 120, ".sh": 120, ".cpp": 140, ".cu": 140, ".cuh": 140, ".h": 140}  # C++ spells out its types
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
@@ -85,10 +85,10 @@ def test_titles_are_unique_and_in_one_order():
 
 def test_a_changed_line_is_found_and_repaired(tmp_path, copies):
     before = {path.name: path.read_bytes() for path in copies}
-    replace(copies[-1], "SCHEMA = 1  # of result.json", "SCHEMA = 2  # of result.json")
+    replace(copies[-1], "SCHEMA = 2  # of result.json", "SCHEMA = 3  # of result.json")
     done = tool(tmp_path, "check")
     assert done.returncode == 1 and "'Record [shared]'" in done.stdout, done
-    assert "-SCHEMA = 1" in done.stdout and "+SCHEMA = 2" in done.stdout and copies[-1].name in done.stdout, done.stdout
+    assert "-SCHEMA = 2" in done.stdout and "+SCHEMA = 3" in done.stdout and copies[-1].name in done.stdout, done.stdout
     assert done.stdout.count("section ") == 1, f"only one section differs:\n{done.stdout}"
     assert unshared(copies) == ["Record differs"]
 
@@ -100,9 +100,9 @@ def test_a_changed_line_is_found_and_repaired(tmp_path, copies):
 
 
 def test_copy_spreads_the_named_script(tmp_path, copies):
-    replace(copies[0], "SCHEMA = 1  # of result.json", "SCHEMA = 2  # of result.json")
+    replace(copies[0], "SCHEMA = 2  # of result.json", "SCHEMA = 3  # of result.json")
     assert tool(tmp_path, "copy", copies[0].name).returncode == 0
-    assert all("SCHEMA = 2" in path.read_text() for path in copies)
+    assert all("SCHEMA = 3" in path.read_text() for path in copies)
     done = tool(tmp_path, "copy", "train_nothing.py")
     assert done.returncode == 1 and "train_nothing.py" in done.stderr and "Traceback" not in done.stderr
 

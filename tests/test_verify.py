@@ -1,0 +1,531 @@
+"""records/verify.py: what it finds in records that were tampered with, a replay, and the committed records."""
+
+import base64
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import types
+
+import pytest
+
+from helpers import ROOT, environment, make_corpus, run_script, tiny
+
+spec = importlib.util.spec_from_file_location("verify", ROOT / "records" / "verify.py")
+verify = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(verify)
+
+RULE = "=" * 100
+BUDGET = 10**6  # bytes of a committed record
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A finished run of six steps of RWKV-7 with its C++ kernel, on data with a manifest."""
+    folder = tmp_path_factory.mktemp("original")
+    data = make_corpus(folder / "data", train=(300, 400, 200))
+    shards = [dict(name=path.name, tokens=(path.stat().st_size - 1024) // 2, bytes=path.stat().st_size,
+                   sha256=hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(data.glob("*.bin"))]
+    (data / "manifest.json").write_text(json.dumps(dict(dataset="toy", vocab_size=257, shards=shards)))
+    done = run_script("train_rwkv7", *tiny("train_rwkv7", data, folder / "records", "--kernel", "cpu", "--epochs", 1))
+    assert done.returncode == 0, done.stderr
+    return next((folder / "records").iterdir())
+
+
+@pytest.fixture
+def record(original, tmp_path):
+    """A copy of it, to be tampered with."""
+    return shutil.copytree(original, tmp_path / original.name)
+
+
+def log_of(record):
+    return (record / "log.txt").read_text(encoding="utf-8")
+
+
+def write_log(record, text):
+    (record / "log.txt").write_text(text, encoding="utf-8", newline="")
+
+
+def edit_log(pattern, new, all=False):
+    """Change the first place in the log that the pattern finds (all: every place)."""
+    def tamper(record):
+        text = log_of(record)
+        changed = re.sub(pattern, new, text, count=0 if all else 1, flags=re.M)
+        assert changed != text, f"{pattern} is not in the log"
+        write_log(record, changed)
+    return tamper
+
+
+def edit_lines(change):
+    """change(lines, i of the line of step 3) in place."""
+    def tamper(record):
+        lines = log_of(record).split("\n")
+        change(lines, next(i for i, line in enumerate(lines) if line.startswith("step:3/6 train")))
+        write_log(record, "\n".join(lines))
+    return tamper
+
+
+def edit_result(change):
+    """change(result) in place, in result.json only."""
+    def tamper(record):
+        path = record / "result.json"
+        result = json.loads(path.read_text())
+        change(result)
+        path.write_text(json.dumps(result))
+    return tamper
+
+
+def forge(change, seal=True):
+    """change(result) in result.json and in the log's JSON lines; seal: with all digests made anew, by the rules."""
+    def tamper(record):
+        edit_result(change)(record)
+        result, lines, seen = json.loads((record / "result.json").read_text()), [], hashlib.sha256()
+        facts = dict(result, record={k: result[k] for k in ("schema", "run", "script", "seed")}, result=result["final"],
+                     curve=dict(points=result["curve"]))
+        points = {point["step"]: point for point in result["curve"]}
+        for line in log_of(record).split("\n")[:-1]:
+            key = line.partition(": ")[0]
+            if key in facts and line.startswith(f"{key}: {{"):
+                line = f"{key}: {json.dumps(facts[key])}"
+            if key == "sha256" and seal:
+                result["log_sha256"] = seen.hexdigest()
+                line = f"sha256: {seen.hexdigest()}"
+            seen.update(f"{line}\n".encode())
+            lines.append(line + "\n")
+            if (match := re.match(r"step:(\d+)/6 val", line)) and seal and int(match[1]) in points:
+                points[int(match[1])]["log_sha256"] = seen.hexdigest()
+        write_log(record, "".join(lines))
+        (record / "result.json").write_text(json.dumps(result))
+    return tamper
+
+
+def put(value, *path):
+    """A change that sets result[path[0]][path[1]]... to a value, or to value(old) of a function."""
+    def change(result):
+        for key in path[:-1]:
+            result = result[key]
+        result[path[-1]] = value(result[path[-1]]) if callable(value) else value
+    return change
+
+
+def put_log_and_forge(pattern, new, *changes, all=False):
+    """Lines and values changed consistently, the digests made anew."""
+    def tamper(record):
+        if pattern:
+            edit_log(pattern, new, all)(record)
+        forge(lambda result: [change(result) for change in changes])(record)
+    return tamper
+
+
+def other_source(old, new):
+    """The training script in the log changed, its hash made right, the digests made anew."""
+    def tamper(record):
+        text = log_of(record)
+        changed = text.replace(old, new, 1)
+        assert changed != text
+        begin = changed.index("\n", changed.index("source: ")) + 1
+        source = changed[begin:changed.index(f"\n{RULE}\nsource: ", begin) + 1]
+        digest = hashlib.sha256(source.encode()).hexdigest()
+        was = json.loads((record / "result.json").read_text())["sources"][0]["sha256"]
+        write_log(record, changed.replace(was, digest))
+        forge(put(digest, "sources", 0, "sha256"))(record)
+    return tamper
+
+
+def without_source(record):
+    """cuda/cpu.h taken out, the digests made anew."""
+    text = log_of(record)
+    begin = text.index(f'{RULE}\nsource: {{"name": "cuda/cpu.h"')
+    write_log(record, text[:begin] + text[text.index(RULE, begin + 100):])
+    forge(lambda result: result["sources"].pop())(record)
+
+
+def without_any_source(record):
+    text = log_of(record)
+    write_log(record, text[:text.index(RULE)] + text[text.index(f"{RULE}\nrecord: "):])
+
+
+def twice_as_fast(record):
+    """Every training time halved, everywhere, the digests made anew."""
+    def halve(match):
+        step, ms = int(match[1]), int(match[3]) // 2
+        return f"step:{step}/6 {match[2]} train_time:{ms}ms step_avg:{ms / max(1, step):.2f}ms"
+    text = re.sub(r"^step:(\d+)/6 (train_loss:\S+) train_time:(\d+)ms .*$", halve, log_of(record), flags=re.M)
+    result = json.loads((record / "result.json").read_text())
+    for point in result["curve"]:
+        ms, step = point["train_ms"] / 2, point["step"]
+        text = re.sub(rf"^(step:{step}/6 val_loss:\S+) .*$",
+                      rf"\1 train_time:{ms:.0f}ms step_avg:{ms / max(1, step):.2f}ms", text, flags=re.M)
+    write_log(record, text)
+
+    def change(result):
+        for point in result["curve"]:
+            point["train_ms"] /= 2
+        result["clock"]["train"] /= 2
+        result["clock"]["rest"] += 100  # more than rounding, whatever the machine
+        for key in ("train_seconds", "step_avg_ms"):
+            result["final"][key] /= 2
+        for key in ("tokens_per_second", "flops_per_second"):
+            result["final"][key] *= 2
+    forge(change)(record)
+
+
+def wrong_loss(record):
+    """The exact loss of step 3 made 0.001 smaller, in its line and in the line of all, the digests made anew."""
+    def change(match):
+        losses = list(struct.unpack("<6f", base64.b64decode(match[1])))
+        losses[2] -= 1e-3
+        return f'losses: {{"float32": "{base64.b64encode(struct.pack("<6f", *losses)).decode()}"}}'
+    edit_log(r'^losses: {"float32": "(.*)"}$', change)(record)
+    edit_log(r"^(step:3/6 train_loss:)(\S+)", lambda match: f"{match[1]}{float(match[2]) - 1e-3:.4f}")(record)
+    forge(lambda result: None)(record)
+
+
+def swap(lines, i):
+    lines[i], lines[i + 1] = lines[i + 1], lines[i]
+
+
+digit = lambda match: match[1] + str((int(match[2]) + 1) % 10)
+val_loss = lambda result: (put(1.25, "final", "val_loss")(result), put(1.25, "curve", -1, "val_loss")(result))
+TAMPERED = {  # what was done: (how, checks that must say FAILED)
+    "a digit in a step's loss": (edit_log(r"^(step:3/6 train_loss:\d\.\d\d\d)(\d)", digit), "chain steps"),
+    "a digit in a step's time": (edit_log(r"^(step:3/6 train.*step_avg:\d+\.\d)(\d)", digit), "chain"),
+    "a digit in a validation loss": (edit_log(r"^(step:4/6 val_loss:\d\.\d\d\d)(\d)", digit), "chain steps"),
+    "a step's line removed": (edit_lines(lambda lines, i: lines.pop(i)), "chain steps"),
+    "a validation removed": (edit_log(r"^step:4/6 val.*\n", ""), "chain steps"),
+    "two steps swapped": (edit_lines(swap), "chain steps"),
+    "a step's line twice": (edit_lines(lambda lines, i: lines.insert(i, lines[i])), "chain steps"),
+    "a line added": (edit_lines(lambda lines, i: lines.insert(i, "all is well")), "chain log"),
+    "a line after the end": (edit_log(r"\Z", "and on\n"), "chain log"),
+    "a line of the source edited": (edit_log(r"^TARGET = .*$", 'TARGET = {"tiny": 9.0}'), "chain sources"),
+    "a line of the source removed": (edit_log(r"^TARGET = .*\n", ""), "chain log"),
+    "the seed in the log only": (edit_log(r'"random_seed": 1337', '"random_seed": 1'), "chain agreement"),
+    "the machine's page edited": (edit_log(r"GiB of memory", "GB of memory"), "chain"),
+    "cut off in a line": (lambda record: write_log(record, log_of(record)[:-30]), "chain log"),
+    "cut off after step 3": (edit_log(r"^step:4/6 train(.*\n)*", ""), "chain log"),
+    "no end": (edit_log(r"^end: finished\n", ""), "chain log"),
+    "line ends of Windows": (lambda record: write_log(record, log_of(record).replace("\n", "\r\n")), "chain log"),
+    "another program's log": (lambda record: write_log(record, "import torch\nstep:1/3 val_loss:3.2\n"), "files"),
+    "an empty log": (lambda record: write_log(record, ""), "files"),
+    "no log": (lambda record: (record / "log.txt").unlink(), "files"),
+    "no result.json": (lambda record: (record / "result.json").unlink(), "files"),
+    "half a result.json": (lambda record: (record / "result.json").write_text("{\n"), "files"),
+    "result.json of another schema": (edit_result(put(1, "schema")), "files"),
+    "the loss in result.json": (edit_result(put(1.25, "final", "val_loss")), "agreement figures"),
+    "the seed in result.json": (edit_result(put(7, "seed")), "agreement command"),
+    "the last digit of a loss in result.json": (
+        edit_result(put(lambda loss: math.nextafter(loss, 0), "curve", 1, "val_loss")), "agreement"),
+    "a value taken from result.json": (edit_result(lambda result: result["final"].pop("tokens")), "agreement figures"),
+    "a value of another kind": (edit_result(put("many", "final", "tokens")), "agreement figures"),
+    "a value added to result.json": (edit_result(lambda result: result.update(official=True)), "agreement"),
+    "another folder's name": (lambda record: record.rename(record.parent / "2026_best"), "agreement"),
+    "the final loss in both files, digests as they were": (forge(val_loss, seal=False), "chain steps"),
+    "the seed in both files, digests as they were": (
+        forge(lambda r: (put(7, "seed")(r), put(7, "config", "random_seed")(r)), seal=False), "chain"),
+    # below, the digests were made anew
+    "the final loss": (forge(val_loss), "steps"),
+    "a training loss": (edit_log(r"^(step:3/6 train_loss:\d\.\d\d\d)(\d)", digit), "steps"),
+    "falling times": (
+        put_log_and_forge(r"^(step:3/6 train.*train_time:)\d+ms step_avg:.*$", r"\g<1>0ms step_avg:0.00ms"), "steps"),
+    "fewer validations": (put_log_and_forge(r"^step:4/6 val.*\n", "", lambda result: result["curve"].pop(2)),
+                          "steps schedule"),
+    "more tokens": (forge(put(10**6, "final", "tokens")), "schedule figures"),
+    "tokens of a validation": (forge(put(1, "curve", 1, "tokens")), "schedule"),
+    "fewer validation tokens": (forge(put(320, "final", "val_tokens")), "schedule"),
+    "more steps": (forge(put(7, "config", "steps")), "steps schedule"),
+    "bits per byte": (forge(put(1.0, "final", "bits_per_byte")), "figures"),
+    "tokens a second": (forge(put(1e9, "final", "tokens_per_second")), "figures"),
+    "the time of training": (forge(put(lambda s: s / 2, "final", "train_seconds")), "figures clock"),
+    "a phase of the clock": (forge(put(lambda s: s + 5, "clock", "validation")), "clock"),
+    "all training times, for half of them": (twice_as_fast, "clock"),
+    "the day": (forge(put(0.0, "wall", "began")), "clock"),
+    "a shard's hash": (forge(put("0" * 64, "data", "train", 1, "sha256")), "data"),
+    "a shard's hash, also in its manifest": (
+        forge(lambda r: [put("0" * 64, "data", *path)(r) for path in (("train", 1, "sha256"),
+                                                                      ("manifest", "shards", 1, "sha256"))]), "data"),
+    "a shard's tokens": (forge(put(40, "data", "train", 1, "tokens")), "data tokens figures"),
+    "a shard read twice": (forge(lambda r: r["data"]["train"].append(r["data"]["train"][0])), "tokens"),
+    "train on val": (forge(lambda r: r["data"]["train"].append(r["data"]["val"][0])), "tokens"),
+    "track fineweb": (forge(put("fineweb", "config", "track")), "rules"),
+    "a source of any path": (put_log_and_forge("cuda/cpu.h", "../../cpu.h", put("../../cpu.h", "sources", 2, "name"),
+                                               all=True), "sources"),
+    "no source": (without_any_source, "chain log"),
+}
+WITH_CODE = {  # the same, found with the record's own code
+    "the seed": (forge(lambda r: (put(7, "seed")(r), put(7, "config", "random_seed")(r))), "command"),
+    "a learning rate": (forge(put(0.5, "config", "muon_lr")), "command"),
+    "the number of parameters": (forge(put(lambda n: n - 1000, "model", "active")), "model"),
+    "a kernel's file left out": (without_source, "sources"),
+    "a source with another default": (other_source('mixing / C", 3.5)', 'mixing / C", 4.5)'), "command"),
+    "a source with another model": (other_source("self.head = Linear(C, V,", "self.head = Linear(C, 2 * V,"), "model"),
+    "a source that does not run": (other_source("import argparse\n", "import argparze\n"), "command model"),
+}
+
+
+def verdicts(folder, capsys, *flags):
+    """{check: (verdict, text)} of one record; exit status and verdicts must agree, and nothing may be a traceback."""
+    capsys.readouterr()
+    status = verify.main([str(folder), *flags])
+    out, _ = capsys.readouterr()
+    found = {}
+    for verdict, name, text in re.findall(r"^  (ok|FAILED|not checked) +(\S+) +(\S.*)$", out, re.M):
+        if found.get(name, ("ok",))[0] != "FAILED":
+            found[name] = verdict, text
+    assert "Traceback" not in out and status == any(verdict == "FAILED" for verdict, _ in found.values()), out
+    assert found and ("1 FAILED" in out) == bool(status), out
+    return found
+
+
+def check_failures(found, names):
+    failed = {name for name, (verdict, _) in found.items() if verdict == "FAILED"}
+    assert failed >= set(names.split()), f"not found by {set(names.split()) - failed}, but by {failed}: {found}"
+    return failed
+
+
+def test_a_record_as_it_was_written(original, capsys):
+    found = verdicts(original, capsys)
+    others = {name: answer for name, answer in found.items() if answer[0] != "ok"}
+    assert set(others) <= {"commit"}, others  # a checkout with changes, or none
+    assert list(found) == ["files"] + [check.__name__ for check in verify.CHECKS]
+    found = verdicts(original, capsys, "--no-code")
+    unchecked = {name for name, (verdict, _) in found.items() if verdict == "not checked"}
+    assert unchecked - {"commit"} == {"command", "model"}
+
+
+def test_forging_nothing_leaves_a_good_record(record, capsys):
+    """The tools of this file make no trouble of their own: what the tables below find is what was changed."""
+    forge(lambda result: None)(record)
+    assert {name for name, (verdict, _) in verdicts(record, capsys).items() if verdict != "ok"} <= {"commit"}
+    source = "MIT licence"
+    other_source('"""Train RWKV-7', f'"""{source}. Train RWKV-7')(record)
+    found = verdicts(record, capsys, "--no-code")
+    assert {name for name, (verdict, _) in found.items() if verdict == "FAILED"} <= {"commit"}, found
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_tampering_is_found(what, record, capsys):
+    tamper, names = TAMPERED[what]
+    tamper(record)
+    folder, = record.parent.iterdir()
+    failed = check_failures(verdicts(folder, capsys, "--no-code"), names)
+    if list(TAMPERED).index(what) >= list(TAMPERED).index("the final loss") and "log" not in names:
+        assert ("chain" in failed) == (what == "a training loss"), "the digests were made anew"
+
+
+def test_tampering_is_found_with_the_records_code(original, tmp_path, capsys):
+    """All at once: one process for each set of sources."""
+    for what, (tamper, _) in WITH_CODE.items():
+        tamper(shutil.copytree(original, tmp_path / what / original.name))
+    assert verify.main([str(tmp_path)]) == 1
+    pages = re.split(rf"^{re.escape(str(tmp_path))}/(.+)/{original.name}$", capsys.readouterr().out, flags=re.M)
+    assert pages[-1].endswith(f"; {len(WITH_CODE)} FAILED\n"), pages[-1]
+    found = {what: set(re.findall(r"^  FAILED +(\S+)", page, re.M)) for what, page in zip(pages[1::2], pages[2::2])}
+    assert found.keys() == WITH_CODE.keys()
+    for what, (_, names) in WITH_CODE.items():
+        assert found[what] >= set(names.split()), (what, found[what])
+        assert not found[what] & {"log", "chain", "agreement"}, (what, found[what])
+
+
+def test_no_value_ends_the_program(record, capsys):
+    """Each value of the record replaced by one of another kind, digests and all: verdicts, never a traceback."""
+    result = json.loads((record / "result.json").read_text())
+    inner = [(key, k) for key in result if isinstance(result[key], dict) for k in result[key]]
+    others, before = itertools.cycle((None, "x", -1, 10**15, [], {}, 0.5)), log_of(record)
+    for path in [(key,) for key in result] * 3 + inner:
+        value = next(others)
+        try:
+            forge(put(value, *path))(record)
+        except (TypeError, AttributeError):  # the curve's digests have no place any more
+            edit_result(put(value, *path))(record)
+        verdicts(record, capsys, "--no-code")
+        write_log(record, before)
+        (record / "result.json").write_text(json.dumps(result))
+
+
+def test_every_line_is_in_the_chain_and_named(original, record):
+    """Each line edited, removed, doubled or moved: found, within the lines named; no others are suspected."""
+    lines = log_of(original).split("\n")
+    bounds = [0] + [i + 1 for i, line in enumerate(lines) if re.match(r"step:\d+/6 val", line)] + [len(lines)]
+    steps = next(i for i, line in enumerate(lines) if line.startswith("warm-up: "))
+    chosen = [*range(0, steps, 101), *range(steps, len(lines) - 1)]
+    result = verify.Record(original)
+    assert len(verify.chain(result)) > 64
+    for i in chosen:
+        changes = dict(edited=[*lines[:i], lines[i] + " ", *lines[i + 1:]], removed=lines[:i] + lines[i + 1:],
+                       doubled=lines[:i + 1] + lines[i:], moved=[*lines[:i], lines[i + 1], lines[i], *lines[i + 2:]])
+        for how, changed in changes.items():
+            if changed == lines:
+                continue
+            result.data = "\n".join(changed).encode()
+            with pytest.raises(verify.Failed) as error:
+                verify.chain(result)
+            message = str(error.value)
+            first, last = map(int, (where := re.search(r"lines (\d+) to (\d+)", message)) and where.groups() or (1, 0))
+            if not last:
+                first, last = int(re.search(r"after line (\d+)", message)[1]) + 1, len(lines)
+            assert first - 2 <= i < last, (i, how, message)
+            assert first >= max(bound for bound in bounds if bound <= i), (i, how, message)
+
+
+def test_the_limit_of_track_fineweb_without_a_gpu():
+    """The full-size models of a GPU's record are built without memory; one that is too wide is refused."""
+    import train_rwkv7
+    records = []
+    for flags in (["--fast_cuda"], ["--fast_cuda", "--width", "832"]):
+        config = dict(vars(train_rwkv7.Hyperparameters.parse(flags)), device="cuda", dtype="bf16", kernel="fast")
+        record = verify.Record.__new__(verify.Record)
+        record.log = types.SimpleNamespace(
+            sources=[(dict(name="train_rwkv7.py"), (ROOT / "train_rwkv7.py").read_text(encoding="utf-8"))])
+        record.result, record.trouble = dict(command=["train_rwkv7.py", *flags], config=config), None
+        records.append(record)
+    verify.probe(records)
+    for record in records:
+        record.result.update(model=record.answer["model"], script="train_rwkv7.py", seed=1337)
+        assert "makes the recorded configuration" in verify.command(record)
+        assert "cuda/wkv7/wkv7_fast.cu" in record.answer["files"]
+    assert re.fullmatch(r"1[12]\d,\d{3},\d{3} active parameters", verify.model(records[0]))
+    with pytest.raises(verify.Failed, match="parameters are active; track fineweb allows 124,000,000"):
+        verify.model(records[1])
+
+
+@pytest.mark.parametrize("steps, epochs, order, expected", (
+    (9, 1, "sequential", "90 of 91 read, each at most once"), (18, 2, "sequential", "1.98 times; --epochs 2 declares"),
+    (10, 1, "sequential", None), (19, 2, "sequential", None), (5, 1, "cubic", "50 of 50 read, each at most once"),
+    (10, 2, "cubic", "100 of 50 read, 2.00 times; --epochs 2"), (11, 2, "cubic", None)))
+def test_how_often_tokens_are_read(steps, epochs, order, expected):
+    """91 tokens, ten a step; in the cubic order five chunks of ten: 5 is the largest prime below 9 that is 2 mod 3."""
+    config = dict(steps=steps, epochs=epochs, order=order, bsz=1, seq_len=10)
+    data = dict(train=[dict(tokens=40, sha256="1"), dict(tokens=51, sha256="2")], val=[dict(tokens=9, sha256="3")])
+    record = types.SimpleNamespace(result=dict(config=config, data=data))
+    if expected:
+        assert expected in verify.tokens(record)
+    else:
+        with pytest.raises(verify.Failed, match="more often than declared"):
+            verify.tokens(record)
+
+
+def test_runs_of_one_commit_have_the_same_sources(record, capsys):
+    """Two runs without uncommitted changes; the other's script has a line more to its title."""
+    clean = lambda result: result["environment"].update(git_commit="0" * 40, git_dirty=False)
+    forge(clean)(record)
+    other = shutil.copytree(record, record.parent / "other" / record.name)
+    status = verify.main([str(record.parent), "--no-code"])
+    assert status == 0, capsys.readouterr().out
+    other_source('"""Train RWKV-7', '"""Train, train RWKV-7')(other)
+    capsys.readouterr()
+    assert verify.main([str(record.parent), "--no-code"]) == 1
+    out = capsys.readouterr().out
+    assert f"train_rwkv7.py is not the one of {record.name}, of the same commit" in out and "1 of 2 records" in out
+
+
+def test_sources_are_those_of_the_commit(record, capsys):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    if not head:
+        pytest.skip("no git checkout")
+    forge(lambda result: result["environment"].update(git_commit=head, git_dirty=False))(record)
+    other_source('"""Train RWKV-7', '"""Train, train RWKV-7')(record)
+    found = verdicts(record, capsys, "--no-code")
+    assert found["commit"] == ("FAILED", f"train_rwkv7.py is not that of commit {head[:12]}")
+    forge(lambda result: result["environment"].update(git_dirty=True))(record)
+    assert verdicts(record, capsys, "--no-code")["commit"][0] == "not checked"
+
+
+def test_other_data_here_is_said(original, record, capsys):
+    """The manifest of the data set here, of another Python: not checked, and why. Of this one, and other: FAILED."""
+    folder = record.parent / "data"
+    manifest = json.loads((original.parent.parent / "data" / "manifest.json").read_text())
+    forge(lambda r: (put(str(folder), "data", "folder")(r), r["data"]["manifest"].update(python="3.1.4")))(record)
+    assert "there is no" in verdicts(record, capsys, "--no-code")["data"][1]
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps(dict(manifest, python="3.9.9")))
+    verdict, why = verdicts(record, capsys, "--no-code")["data"]
+    assert verdict == "not checked" and "another python (3.9.9, not 3.1.4)" in why
+    manifest["shards"][0]["sha256"] = "f" * 64
+    (folder / "manifest.json").write_text(json.dumps(dict(manifest, python="3.1.4")))
+    verdict, why = verdicts(record, capsys, "--no-code")["data"]
+    assert verdict == "FAILED" and manifest["shards"][0]["name"] in why
+
+
+def run_verify(*arguments, **env):
+    return subprocess.run([sys.executable, ROOT / "records" / "verify.py", *map(str, arguments)],
+                          env=environment(**env), capture_output=True, text=True, timeout=200)
+
+
+def test_replay(original, record, tmp_path):
+    """Four of six steps, the kernel built from the log: bit for bit. A forged loss of step 3 is named."""
+    done = run_verify("--replay", 4, original, TMPDIR=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 steps and 3 validations are equal bit for bit, on the same machine and versions" in done.stdout
+    replayed, = tmp_path.glob("replay-*")
+    for source in ("train_rwkv7.py", "cuda/cpu.h", "cuda/wkv7/wkv7_cpu.cpp"):
+        assert (replayed / source).read_bytes() == (ROOT / source).read_bytes()
+    assert list((replayed / "cuda" / "build").glob("*.so")), "another kernel ran"
+    log, = replayed.glob("records/*/log.txt")
+    wrong_loss(record)
+    verdict, text = verify.compare(verify.Record(record), verify.Log(log.read_text()), 4)
+    assert verdict == "FAILED" and "must be equal bit for bit; the first that differs is step 3: recorded" in text, text
+
+
+def test_only_a_replay_finds_a_forged_loss(record, capsys):
+    wrong_loss(record)
+    assert not [name for name, (verdict, _) in verdicts(record, capsys, "--no-code").items() if verdict == "FAILED"]
+
+
+def test_replay_elsewhere_has_a_band(original, record):
+    """Compared with itself as if it came from another torch: equal, within the band, beyond it."""
+    again = lambda: verify.Log(log_of(original))
+    there = verify.Record(record)
+    assert verify.compare(there, again(), 6)[1].endswith("on the same machine and versions")
+    wrong_loss(record)
+    there = verify.Record(record)
+    assert verify.compare(there, again(), 2)[0] == "ok", "of two steps neither was changed"
+    assert verify.compare(there, again(), 6)[0] == "FAILED"
+    forge(put("1.0", "environment", "torch"))(record)
+    verdict, text = verify.compare(verify.Record(record), again(), 6)
+    assert verdict == "ok" and "(environment.torch)" in text and "within 0.001, 0.01 is allowed" in text, text
+    assert "the first that differs is step 3" in text
+    for _ in range(10):
+        wrong_loss(record)
+    verdict, text = verify.compare(verify.Record(record), again(), 6)
+    assert verdict == "FAILED" and "the first 20 steps may be 0.01 off, but step 3" in text, text
+    forge(put("0" * 64, "data", "train", 0, "sha256"))(record)
+    with pytest.raises(verify.Failed, match="the train shards here are other ones"):
+        verify.compare(verify.Record(record), again(), 6)
+
+
+def test_bad_replays(original, tmp_path, monkeypatch):
+    for flags, message in ((["--replay", 0], "at least one step"),
+                           (["--replay", 2, "--no-code"], "runs the record's code")):
+        done = run_verify(original, *flags)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done
+    record = verify.Record(original)
+    with pytest.raises(verify.Failed, match="--replay 7: the run has 6 steps"):
+        verify.replay(record, 7, None, None)
+    monkeypatch.setattr(verify.tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(verify.Failed, match="the script ended with status 1, see above"):
+        verify.replay(record, 2, tmp_path / "nowhere", None)
+
+
+def test_no_record(tmp_path):
+    done = run_verify(tmp_path / "nothing")
+    assert done.returncode == 1 and "there is no log.txt" in done.stdout and done.stderr == "", done
+
+
+def test_committed_records():
+    """Every committed run keeps to its budget and is verified; one without result.json says why it ended."""
+    listed = subprocess.run(["git", "ls-files", "records"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    runs = sorted({(ROOT / path).parent for path in listed if path.endswith(("/log.txt", "/result.json"))})
+    assert runs, "no record is committed"
+    sizes = {run.name: sum(path.stat().st_size for path in run.iterdir()) for run in runs}
+    assert max(sizes.values()) <= BUDGET, sizes
+    unfinished = [run for run in runs if not (run / "result.json").exists()]
+    for run in unfinished:
+        assert re.search(r"\nend: (?!finished).+\n\Z", log_of(run)), f"{run} does not say why it has no result"
+    done = run_verify(*(run for run in runs if run not in unfinished))
+    assert done.returncode == 0, done.stdout
