@@ -21,7 +21,6 @@ import os
 import re
 import statistics
 import sys
-import time
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -124,7 +123,7 @@ def read_record(folder):
 def group(results):
     """{key: [runs with distinct seeds]}; a key is track, script and a hash of settings, sources, data and machine."""
     groups = {}
-    for result in results:
+    for result in (r for r in results if math.isfinite(r["final"]["val_loss"])):
         config = {name: value for name, value in result["config"].items() if name not in OWN}
         shards = [shard["sha256"] for split in ("train", "val") for shard in result["data"][split]]
         sources = [(source["name"], source["sha256"]) for source in result["sources"]]
@@ -137,7 +136,7 @@ def group(results):
 
 
 def flags(result):
-    """The flags that make this run what it is, as they were given: the command without track, seed, name and folders."""
+    """The flags that make this run what it is, as given: the command without track, seed, name and folders."""
     words, kept, skip = result.get("command", [])[1:], [], False
     for i, word in enumerate(words):
         if word.startswith("--"):
@@ -186,7 +185,7 @@ def boards(results, prefix=""):
     """The leaderboard in Markdown: one table a class. prefix: from the page to the folder of the records."""
     parts = []
     for (track, where, target, tokens, _), rows in classes(results).items():
-        rule = f"target {target}, ranked by training time" if target else f"{tokens / 1e6:.2f}M tokens, ranked by loss"
+        rule = f"target {target}, ranked by time" if target else f"{tokens / 1e6:.2f}M tokens, ranked by loss"
         head = ["rank", "run", "nats/token", "n", *(["p"] if target else []), "bits/byte", "training s", "steps",
                 "tokens", "tokens/s", "active parameters", "hardware", "date", "seeds' folders"]
         lines = [head, ["---"] * len(head)]
@@ -197,7 +196,7 @@ def boards(results, prefix=""):
                 stats.spread(final(runs, "val_loss"), 4), str(len(runs)),
                 *([f"{reaches(runs, target)[0]:.2g}"] if target else []),
                 stats.spread(bits, 4) if None not in bits else "–", stats.spread(final(runs, "train_seconds"), 1),
-                f"{first['final'].get('steps', first['config'].get('steps')):,}", f"{first['final']['tokens'] / 1e6:.2f}M",
+                f"{first['config']['steps']:,}", f"{first['final']['tokens'] / 1e6:.2f}M",
                 f"{statistics.fmean(final(runs, 'tokens_per_second')):,.0f}", f"{first['model']['active']:,}",
                 f"{where}, {first['config']['dtype']}", max(run["run"] for run in runs)[:10],
                 " ".join(f"[{run['seed']}]({prefix}{run['folder']})" for run in runs)])
@@ -296,17 +295,19 @@ def for_page(record):
 
 def markdown(records):
     """The page of some runs in Markdown: a table of the runs, and of their validations."""
+    head = "run", "seed", "nats/token", "bits/byte", "training s", "steps", "tokens", "tokens/s", "end"
     lines = [f"# {records[0]['folder'].name if len(records) == 1 else f'{len(records)} runs'}", "",
-             "| run | seed | nats/token | bits/byte | training s | steps | tokens | tokens/s | end |", "| --- " * 9 + "|"]
+             f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for run in map(for_page, records):
-        cell = lambda key, digits: "–" if run[key] is None else f"{run[key]:,.{digits}f}"
-        lines.append(f"| `{run['script']}` | {run['seed']} | {cell('loss', 4)} | {cell('bits', 4)} | {cell('seconds', 1)} "
-                     f"| {cell('steps', 0)} | {cell('tokens', 0)} | {cell('rate', 0)} | {run['status']} |")
+        digits = dict(loss=4, bits=4, seconds=1, steps=0, tokens=0, rate=0)
+        cells = ["–" if run[key] is None else f"{run[key]:,.{n}f}" for key, n in digits.items()]
+        lines.append(f"| `{run['script']}` | {run['seed']} | {' | '.join(cells)} | {run['status']} |")
     for record in records:
         run = for_page(record)
         lines += ["", f"## {run['id']}", "", f"{run['machine']}. Validation:", "",
                   "| step | tokens | training s | nats/token |", "| --- " * 4 + "|"]
-        lines += [f"| {step:,} | {tokens:,} | {seconds:.1f} | {loss:.4f} |" for step, tokens, seconds, loss in record["val"]]
+        lines += [f"| {step:,} | {tokens:,} | {seconds:.1f} | {loss:.4f} |"
+                  for step, tokens, seconds, loss in record["val"]]
     return "\n".join(lines) + "\n"
 
 
@@ -338,12 +339,13 @@ def overview(parent, results):
     """records/README.md."""
     counted = {run["folder"] for runs in group(results).values() for run in runs}
     runs = [(r["folder"], r["script"], r["seed"], f"{r['final']['val_loss']:.4f}", f"{r['final']['train_seconds']:.1f}",
-             "counted" if r["folder"] in counted else "this seed has an earlier run") for r in results]
+             "counted" if r["folder"] in counted else "this seed has an earlier run" if
+             math.isfinite(r["final"]["val_loss"]) else "diverged") for r in results]
     runs += [(folder, "", "", "", "", end) for folder, end in unfinished(parent)]
     tracks = sorted({r["config"]["track"] for r in results if r.get("curve")})
-    parts = ["# Records", "One folder a run, or a race with its runs inside. Made by `python records/report.py --write`; "
-             "figures are mean ± sd over seeds.\nOnly runs on one track, kind of machine and validation set are ranked "
-             "together.", boards(results)]
+    parts = ["# Records", "One folder a run, or a race with its runs inside. Made by `python records/report.py "
+             "--write`; figures are mean ± sd\nover seeds. Only runs on one track, kind of machine and validation set "
+             "are ranked together.", boards(results)]
     parts += [f"![validation loss, track {track}](curves_{track}.png)" for track in tracks]
     if table := differences(results):
         parts += ["## Differences", "Welch's t-test, not corrected for the number of rows, and its "
@@ -357,8 +359,8 @@ def overview(parent, results):
 def write_all(parent, results):
     text = overview(parent, results)
     for track in sorted({r["config"]["track"] for r in results if r.get("curve")}):
-        curves = [(" ".join([run["script"], flags(run)]).strip(), points(run)) for (where, _, _), runs
-                  in sorted(group(results).items()) if where == track for run in runs]
+        curves = [(" ".join([run["script"], flags(run)]).strip(), points(run))
+                  for (where, _, _), runs in sorted(group(results).items()) if where == track for run in runs]
         png(curves, parent / f"curves_{track}.png", f"track {track}: validation loss of every run")
     replace(parent / "README.md", text)
     write(boards(results, "records/"), ROOT / "README.md")
@@ -382,7 +384,7 @@ def update_reference(parent, results):
         curve = [dict(step=step, mean=round(statistics.fmean(losses), 6), band=round(stats.band(losses), 6))
                  for step, losses in sorted(at.items()) if len(losses) == len(runs)]
         reference = dict(
-            track=track, script=script, runs=[run["run"] for run in runs], made=time.strftime("%Y-%m-%d", time.gmtime()),
+            track=track, script=script, runs=[run["run"] for run in runs],
             free=[*OWN, *MACHINE],  # flags that should not move the curve out of its band
             config={key: value for key, value in runs[0]["config"].items() if key not in (*OWN, *MACHINE)},
             shards=[shard["sha256"] for split in ("train", "val") for shard in runs[0]["data"][split]], curve=curve)
