@@ -13,6 +13,7 @@ script that dies is reported and the race goes on. Needs requirements.txt and re
 import argparse
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -210,6 +211,8 @@ def one_run(race, folder, c, seed, todo, held, place):
     """One run to its end. Returns {label, seed, end, folder, seconds}; end is "finished" or why not."""
     before, start, shown = run_folders(folder, c["label"], seed), time.monotonic(), 0.0
     tty, interrupted = sys.stdout.isatty(), False
+    if before:  # a repetition: folders are named by the second
+        time.sleep(1.1)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as console:
         words = launch(c, race, "--random_seed", seed, "--name", f"{c['label']}_seed{seed}", "--records", short(folder))
         process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT,
@@ -339,7 +342,7 @@ def verdict(field, target=None):
     """(sentence, {(ahead, behind): corrected p}): the best against each rival by Welch's t-test.
 
     Decided by the training time to a target that was set beforehand, if every run reached it, else by final loss. p is
-    multiplied by the number of pairs: where all contestants are equal, at most 1 race of 100 is a false alarm.
+    corrected for the number of pairs: where all contestants are equal, at most 1 race of 100 is a false alarm.
     """
     runs = {name: runs for name, runs in field.items() if runs}
     if len(runs) < 2:
@@ -353,32 +356,34 @@ def verdict(field, target=None):
     by_time = given and all(at for some in reached.values() for at in some)
     if by_time:
         values = {name: [seconds for _, seconds in some] for name, some in reached.items()}
-        what, digits = f"training time to {goal}", 1
+        what, digits, unit = f"training time to {goal}", 1, " s"
     else:
-        values, what, digits = {n: report.final(some, "val_loss") for n, some in runs.items()}, "final loss", 4
+        values = {name: report.final(some, "val_loss") for name, some in runs.items()}
+        what, digits, unit = "final loss", 4, ""
     best = min(values, key=lambda name: statistics.fmean(values[name]))
-    pairs, ps, ahead, level = len(runs) * (len(runs) - 1) // 2, {}, [], []
-    for name in runs:
-        if name != best:
-            difference, p, low, high = stats.welch(values[name], values[best])
-            ps[best, name] = p = min(1.0, p * pairs) if not math.isnan(p) else p
-            interval = f", {stats.CONFIDENCE:.0%} interval {low:+.{digits}f} to {high:+.{digits}f}"
-            interval = interval if math.isfinite(low) else ""
-            text = f"`{name}` ({what} {difference:+.{digits}f}{interval}, {stats.p_text(p)}"
-            if not by_time:
-                seconds = {n: report.final(runs[n], "train_seconds") for n in (name, best)}
-                _, q, _, _ = stats.welch(seconds[name], seconds[best])
-                share = statistics.fmean(seconds[name]) / statistics.fmean(seconds[best]) - 1
-                text += f"; training time {share:+.1%}, {stats.p_text(min(1.0, q * pairs) if not math.isnan(q) else q)}"
-            (ahead if p < stats.ALPHA else level).append(text + ")")
+    seconds = {name: report.final(some, "train_seconds") for name, some in runs.items()}
+    pairs = list(itertools.combinations(runs, 2))
+    ps, qs = ({frozenset(pair): p for pair, p in stats.holm(raw).items()} for raw in (
+        {pair: stats.welch(figures[pair[0]], figures[pair[1]])[1] for pair in pairs} for figures in (values, seconds)))
+    ahead, level, found = [], [], {}
+    for name in (name for name in runs if name != best):
+        difference, _, low, high = stats.welch(values[name], values[best])
+        found[best, name] = p = ps[frozenset((best, name))]
+        interval = f", {stats.CONFIDENCE:.0%} interval {low:+.{digits}f} to {high:+.{digits}f}"
+        interval = interval if math.isfinite(low) else ""
+        text = f"`{name}` (its {what}: {difference:+.{digits}f}{unit}{interval}, {stats.p_text(p)}"
+        if not by_time:
+            share = statistics.fmean(seconds[name]) / statistics.fmean(seconds[best]) - 1
+            text += f"; its training time: {share:+.1%}, {stats.p_text(qs[frozenset((best, name))])}"
+        (ahead if p < stats.ALPHA else level).append(text + ")")
     said = [f"`{best}` is ahead of {' and of '.join(ahead)}"] if ahead else []
-    said += [f"{'no difference is shown' if ahead else f'No difference is shown: `{best}`'} "
-             f"{'from' if ahead else 'against'} {' and '.join(level)}"] if level else []
+    said += [f"{'no difference is shown from' if ahead else f'No difference is shown between `{best}` and'} "
+             f"{' and '.join(level)}"] if level else []
     counts = " and ".join(str(len(some)) for some in runs.values())
-    correction = f", p times {pairs} for {pairs} pairs" if pairs > 1 else ""
+    correction = f", p corrected for {len(pairs)} pairs (Holm)" if len(pairs) > 1 else ""
     tokens = len({result["final"]["tokens"] for result in results}) > 1 and not by_time
     return (f"{'; '.join(said)}; Welch's t-test on {counts} runs{correction}, a difference is p < {stats.ALPHA}"
-            f"{'; the contestants read different numbers of tokens' if tokens else ''}."), ps
+            f"{'; the contestants read different numbers of tokens' if tokens else ''}."), found
 
 
 def named(race):

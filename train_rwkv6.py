@@ -1546,7 +1546,8 @@ def run(args, rank, record, clock, data, model, optimizers, counts):
             mean, band = reference.get(step, (math.nan, math.nan))
             inside = "inside" if abs(loss - mean) <= band + 5e-5 else "OUTSIDE"  # 5e-5: half of the last digit shown
             known = f", reference {mean:.4f} ± {band:.4f}: {inside}" if step in reference else ""
-            say(f"step {step}/{args.steps}  validation loss {loss:.4f}{known}  {clock.train_ms() / 1e3:.1f} s of training")
+            spent = f"{clock.train_ms() / 1e3:.1f} s of training"
+            say(f"step {step}/{args.steps}  validation loss {loss:.4f}{known}  {spent}")
         if args.save_every and step and (step % args.save_every == 0 or step == args.steps):
             clock.switch("saving")
             save(model, args, record, step, described)

@@ -5,6 +5,7 @@
     fixed_sigma(losses, 3.28)             the rule of the optimisation track: (target - mean) sqrt(n) >= 0.004
     more_runs(losses, 3.28)               runs still missing, if mean and sd stay
     welch(a, b)                           difference of two means with its p and its confidence interval
+    holm({"A B": 0.004, "A C": 0.03})     p values of several tests, corrected for their number
 
 A rule asks for p < ALPHA, with seeds that were fixed beforehand. Needs scipy (records/requirements.txt).
 """
@@ -90,6 +91,15 @@ def welch(a, b, confidence=CONFIDENCE):
     t, df = distributions().t, (va + vb) ** 2 / (va ** 2 / (m - 1) + vb ** 2 / (n - 1))
     half = t.isf((1 - confidence) / 2, df) * math.sqrt(va + vb)
     return difference, float(2 * t.sf(abs(difference) / math.sqrt(va + vb), df)), difference - half, difference + half
+
+
+def holm(ps):
+    """{key: p corrected for the number of tests} by Holm's method; a nan stays and counts as a test."""
+    corrected, floor = dict(ps), 0.0
+    for i, key in enumerate(sorted((key for key in ps if not math.isnan(ps[key])), key=ps.get)):
+        floor = max(floor, min(1.0, ps[key] * (len(ps) - i)))
+        corrected[key] = floor
+    return corrected
 
 
 def band(values, confidence=CONFIDENCE):
