@@ -21,7 +21,7 @@ def main():
     parser = argparse.ArgumentParser()
     for name, kind, default in (
             ("random_seed", int, 0), ("name", str, ""), ("records", str, ""), ("track", str, "tiny"), ("hang", str, ""),
-            ("level", float, 1.5), ("noise", float, 0.01), ("speed", float, 10.0), ("die", int, None), ("val", str, "v")):
+            ("level", float, 1.5), ("noise", float, 0.01), ("speed", float, 10.0), ("die", int, -1), ("val", str, "v")):
         parser.add_argument(f"--{name}", type=kind, default=default)
     parser.add_argument("--nan", action="store_true")
     parser.add_argument("--check", action="store_true")

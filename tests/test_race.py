@@ -238,7 +238,7 @@ def test_a_target_set_beforehand_is_decided_by_time():
     field = {"slow": [made(rng, level=1.3, seconds=100) for _ in range(4)],
              "fast": [made(rng, level=1.4, seconds=50) for _ in range(4)]}
     assert race.verdict(field)[0].startswith("`slow` is ahead of `fast` (its final loss")
-    assert race.verdict(field, 1.5)[0].startswith("`fast` is ahead of `slow` (its training time to 1.5: +34.8 s, 99% in")
+    assert race.verdict(field, 1.5)[0].startswith("`fast` is ahead of `slow` (its training time to 1.5: +34.8 s, 99%")
     assert "final loss" in race.verdict(field, 1.35)[0], "who does not reach the target has no time"
 
 
