@@ -209,7 +209,7 @@ def remaining(race, label, elapsed, fraction, todo):
 
 def one_run(race, folder, c, seed, todo, held, place):
     """One run to its end. Returns {label, seed, end, folder, seconds}; end is "finished" or why not."""
-    before, start, shown = run_folders(folder, c["label"], seed), time.monotonic(), 0.0
+    before, start, shown, at = run_folders(folder, c["label"], seed), time.monotonic(), 0.0, None
     tty, interrupted = sys.stdout.isatty(), False
     if before:  # a repetition: folders are named by the second
         time.sleep(1.1)
@@ -226,7 +226,7 @@ def one_run(race, folder, c, seed, todo, held, place):
                 elapsed = time.monotonic() - start
                 if process.returncode is None and elapsed - shown >= (1 if tty else 30):
                     shown, new = elapsed, run_folders(folder, c["label"], seed) - before
-                    at = progress(max(new)) if new else None
+                    at = progress(max(new)) or at if new else None
                     left = remaining(race, c["label"], elapsed, at and at[0] / at[1], todo)
                     text = (f"{place} {c['command']}, seed {seed}: {f'step {at[0]}/{at[1]}' if at else 'setting up'}, "
                             f"{minutes(elapsed)}{f'; race ends in {minutes(left)}' if left is not None else ''}")
@@ -376,6 +376,8 @@ def verdict(field, target=None):
             share = statistics.fmean(seconds[name]) / statistics.fmean(seconds[best]) - 1
             text += f"; its training time: {share:+.1%}, {stats.p_text(qs[frozenset((best, name))])}"
         (ahead if p < stats.ALPHA else level).append(text + ")")
+    if all(math.isnan(p) for p in found.values()):
+        return "No verdict: a test takes two finished runs or more of each contestant (--seeds).", found
     said = [f"`{best}` is ahead of {' and of '.join(ahead)}"] if ahead else []
     said += [f"{'no difference is shown from' if ahead else f'No difference is shown between `{best}` and'} "
              f"{' and '.join(level)}"] if level else []

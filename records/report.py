@@ -219,6 +219,21 @@ def differences(results):
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
+def margins(results):
+    """Every row of a track with a target, in Markdown: how far below it, how surely, and how many runs are missing."""
+    lines = [f"| run | n | margin | p | margin · √n ≥ {stats.NEED} | runs missing for p < {stats.ALPHA} |",
+             "| --- " * 6 + "|"]
+    for (_, _, target, _, _), rows in classes(results).items():
+        for _, runs in rows if target else ():
+            losses = final(runs, "val_loss")
+            score, enough = stats.fixed_sigma(losses, target)
+            missing = stats.more_runs(losses, target)
+            lines.append(f"| `{' '.join([runs[0]['script'], flags(runs[0])]).strip()}` | {len(runs)} | "
+                         f"{target - statistics.fmean(losses):+.4f} | {reaches(runs, target)[0]:.2g} | {score:.4f}: "
+                         f"{'yes' if enough else 'no'} | {'–' if missing is None else missing} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing
 
@@ -347,6 +362,9 @@ def overview(parent, results):
              "--write`; figures are mean ± sd\nover seeds. Only runs on one track, kind of machine and validation set "
              "are ranked together.", boards(results)]
     parts += [f"![validation loss, track {track}](curves_{track}.png)" for track in tracks]
+    if table := margins(results):
+        parts += ["## Targets", "One-sided t-test that the mean is below the target; the fixed-sigma rule of the "
+                  "speedrun's optimisation\ntrack; runs to add if mean and sd stay as they are.", table]
     if table := differences(results):
         parts += ["## Differences", "Welch's t-test, not corrected for the number of rows, and its "
                   f"{stats.CONFIDENCE:.0%} interval.", table]

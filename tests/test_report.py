@@ -98,6 +98,16 @@ def test_a_target_ranks_by_time_and_only_who_shows_to_reach_it(tmp_path):
     assert float(got[0][2]) < 0.01 < float(got[3][2]) and got[2][2] == "nan"
 
 
+def test_margins(tmp_path):
+    losses = 3.2785, 3.2791, 3.2779, 3.2788, 3.2802
+    for seed, loss in enumerate(losses):
+        put(tmp_path, seed, seed, loss, target=3.28)
+    line = module.margins(module.finished(tmp_path)).splitlines()[2]
+    missing = module.stats.more_runs(losses, 3.28)
+    assert missing > 0 and "| 5 | +0.0011 | 0.022 | 0.0025: no |" in line and line.endswith(f"| {missing} |"), line
+    assert line in module.overview(tmp_path, module.finished(tmp_path))
+
+
 def test_runs_of_a_race_are_found_one_level_deeper(tmp_path):
     put(tmp_path, 1, 1, 1.5)
     put(tmp_path, 2, 2, 1.6, inside="x_race_y")
