@@ -18,10 +18,12 @@ RUN apt-get update \
 
 COPY requirements.txt constraints.txt /image/
 COPY data/requirements.txt /image/data/
+COPY records/requirements.txt /image/records/
 COPY tests/requirements.txt /image/tests/
 RUN python3.12 -m venv /opt/venv \
  && /opt/venv/bin/python -m pip install --no-cache-dir --disable-pip-version-check -c /image/constraints.txt \
-    -r /image/requirements.txt -r /image/data/requirements.txt -r /image/tests/requirements.txt
+    -r /image/requirements.txt -r /image/data/requirements.txt -r /image/records/requirements.txt \
+    -r /image/tests/requirements.txt
 
 # The image's id in every log: equal ids, equal packages. The list stays beside it.
 RUN { dpkg-query -W; /opt/venv/bin/python -m pip list --format=freeze; } >/etc/rwkv-speedrun-packages \

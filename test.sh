@@ -3,7 +3,7 @@
 set -eu
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null
 . ./setup.sh
-setup_python requirements.txt data/requirements.txt tests/requirements.txt
+setup_python requirements.txt data/requirements.txt records/requirements.txt tests/requirements.txt
 named=""
 for argument in "$@"; do
     [ -e "${argument%%::*}" ] && named=1

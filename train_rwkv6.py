@@ -1448,6 +1448,21 @@ def print_parameters(model, optimizers):
                       f"{group['lr']:8g} {t.mean():11.4e} {t.std(correction=0):11.4e}")
 
 
+def reference_curve(args, data):
+    """{step: (mean, band)} of the validation losses of committed runs with these flags and data, {} for none."""
+    path = Path(__file__).parent / "records" / "reference" / f"{args.track}_{Path(__file__).stem}.json"
+    try:  # whatever is wrong with the file: a run does without it
+        known = json.loads(path.read_text(encoding="utf-8"))
+        for f in (f for f in fields(args) if f.name not in known["free"]):
+            if getattr(args, f.name) != known["config"].get(f.name, f.metadata["defaults"][args.track]):
+                return {}
+        if known["shards"] != [shard["sha256"] for split in ("train", "val") for shard in data[split]]:
+            return {}
+        return {p["step"]: (float(p["mean"]), float(p["band"])) for p in known["curve"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
 def open_data(args, rank):
     """(train stream, val stream, their facts for the record), every token checked by rank 0. Raises ValueError."""
     steps, cubic = args.stop_after or args.steps, args.seq_len if args.order == "cubic" else 0
@@ -1536,7 +1551,7 @@ def run(args, rank, record, clock, data, model, optimizers, counts):
                 f"optimisers and random state restored; sha256 of the parameters before and after: {digest}")
     say(f"ready after {clock.seconds['rest'] + clock.seconds['warm-up']:.1f} s, none of them counted as training")
 
-    lines, curve = StepLines(record, args.steps), []
+    lines, curve, reference = StepLines(record, args.steps), [], reference_curve(args, described)
     bar = tqdm(total=args.steps, unit="step", file=sys.stdout, disable=rank != 0, dynamic_ncols=True,
                mininterval=0.2 if sys.stdout.isatty() else 10)
     for step in range(args.steps + 1):
@@ -1547,7 +1562,11 @@ def run(args, rank, record, clock, data, model, optimizers, counts):
             record.line(f"step:{step}/{args.steps} val_loss:{loss:.4f} {timing(clock.train_ms(), step)}")
             curve.append(dict(step=step, val_loss=loss, train_ms=clock.train_ms(), tokens=step * tokens_a_step,
                               log_sha256=record.chain.hexdigest()))
-            say(f"step {step}/{args.steps}  validation loss {loss:.4f}  {clock.train_ms() / 1e3:.1f} s of training")
+            mean, band = reference.get(step, (math.nan, math.nan))
+            inside = "inside" if abs(loss - mean) <= band + 5e-5 else "OUTSIDE"  # 5e-5: half of the last digit shown
+            known = f", reference {mean:.4f} ± {band:.4f}: {inside}" if step in reference else ""
+            spent = f"{clock.train_ms() / 1e3:.1f} s of training"
+            say(f"step {step}/{args.steps}  validation loss {loss:.4f}{known}  {spent}")
         if args.save_every and step and (step % args.save_every == 0 or step == args.steps):
             clock.switch("saving")
             save(model, args, record, step, described)

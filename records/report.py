@@ -1,42 +1,133 @@
-"""The results table: every finished run in records/, one row for each script and configuration, seeds taken together.
+"""What the records say: the leaderboard, the page of a run, and the curves that new runs are held against.
 
-    python records/report.py                 prints the table
-    python records/report.py --write         writes it into README.md, between its markers
+    python records/report.py                      prints the leaderboard: every finished run below records/
+    python records/report.py --write              writes it into README.md between its markers, with every run and
+                                                  the differences into records/README.md, and curves_<track>.png
+    python records/report.py RECORD               report.md and report.html (curves; no server, no network) in RECORD
+    python records/report.py RECORD RECORD --out DIR   the same of several runs, or of a race's folder, on one page
+    python records/report.py --update-reference   records/reference/: mean and band of the runs with default flags
 
-A run is finished when its folder holds result.json. Runs that differ in more than seed and name are different rows, and
-so are different machines; a seed counts once (its first run). Figures are mean ± sd over the seeds.
+A run is finished when its folder holds result.json; races keep their runs one level deeper. Runs that differ in more
+than seed and name are different rows, and so are different machines; a seed counts once (its first run). Rows are
+ranked together only on one track, machine and validation set: by training time where the track has a target, and the
+mean loss is at or below it with p < 0.01 (one-sided t-test); else by loss, at one number of tokens. Figures are
+mean ± sd over the seeds. PNG and p need records/requirements.txt.
 """
 import argparse
 import hashlib
 import json
+import math
 import os
+import re
 import statistics
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent))
+import stats  # noqa: E402  (beside this file, which may be imported from elsewhere)
+
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = "<!-- results: python records/report.py --write -->", "<!-- end of results -->"
 OWN = ("name", "random_seed", "records", "usd_per_hour", "data", "save_every", "val_every")  # do not make another row
+MACHINE = ("device", "dtype", "compile", "kernel", "fast_cuda", "wind_cuda", "device_bsz", "check", "print_params")
+POINTS = 200  # of a training curve on a page: averages over so many stretches
+STEP = re.compile(r"^step:(\d+)/\d+ train_loss:(\S+) train_time:(\d+)ms ", re.M)
+VALIDATION = re.compile(r"^step:(\d+)/\d+ val_loss:(\S+) train_time:(\d+)ms ", re.M)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a08000", "#56b4e9", "#e69f00", "#7f7f7f")  # as in page.html
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
 
 
-def finished(folder):
-    """The result.json of every finished run below folder, oldest first. Raises ValueError for a damaged one."""
+def folders(parent):
+    """Every run's folder below parent, oldest first: what holds a log.txt or a result.json, at depth one or two."""
+    found = {path.parent for name in ("log.txt", "result.json") for depth in ("*", "*/*")
+             for path in Path(parent).glob(f"{depth}/{name}")}
+    return sorted(found, key=lambda path: (path.name, str(path)))
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it with git, or delete the folder") from None
+
+
+def finished(parent):
+    """The result.json of every finished run below parent, oldest first, with its "folder". ValueError if damaged."""
     results = []
-    for path in sorted(Path(folder).glob("*/result.json")):
-        try:
-            results.append(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}): restore it with git, or delete the folder") from None
+    for folder in folders(parent):
+        if (folder / "result.json").exists():
+            result = read_json(folder / "result.json")
+            lacks = [key for key in ("run", "script", "seed", "config", "sources", "data", "hardware", "environment",
+                                     "model", "final") if not isinstance(result, dict) or key not in result]
+            if lacks:
+                raise ValueError(f"{folder / 'result.json'} is not a result of this project: it lacks {lacks[0]!r}")
+            results.append(dict(result, folder=folder.relative_to(parent).as_posix()))
     return results
+
+
+def unfinished(parent):
+    """[(folder, how it ended)] of the runs without result.json, and of a race's runs that left no folder."""
+    found = []
+    for folder in folders(parent):
+        if not (folder / "result.json").exists():
+            last = ((folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines() or [""])[-1]
+            end = last.removeprefix("end: ") if last.startswith("end: ") else "cut off"
+            found.append((folder.relative_to(parent).as_posix(), end))
+    for path in sorted(Path(parent).glob("*/race.json")):
+        found += [(path.parent.name, f"{run['label']}, seed {run['seed']}: {run['end']}")
+                  for run in read_json(path).get("runs", ()) if run["end"] != "finished" and not run["folder"]]
+    return found
+
+
+def read_record(folder):
+    """One run for a page: its result (None if it did not finish), configuration, curves and end. Raises ValueError."""
+    folder = Path(folder)
+    log, result = folder / "log.txt", folder / "result.json"
+    if not log.exists():
+        raise ValueError(f"{folder} is not a run's folder: it holds no log.txt"
+                         + ("" if folder.is_dir() else " (it is not even a folder)"))
+    text = log.read_text(encoding="utf-8", errors="replace")
+    try:
+        head = re.match(r"config: (\{.*\})\n", text)
+        config = json.loads(head[1]) if head else {}
+    except ValueError:
+        config = {}
+    if "track" not in config:
+        raise ValueError(f"{log} is not a log of this project: its first line is no \"config: {{...}}\"")
+    result = read_json(result) if result.exists() else None
+    lines = text.rstrip("\n").splitlines()
+    end = lines[-1].removeprefix("end: ") if lines[-1].startswith("end: ") else "cut off"
+    train = [(int(step), float(loss), int(ms)) for step, loss, ms in STEP.findall(text)]
+    if result and (end != "finished" or len(train) != result["final"]["steps"]):
+        raise ValueError(f"{log} is truncated: {len(train)} step lines and the end {end!r}, but result.json says "
+                         f"{result['final']['steps']} steps. Restore it with git.")
+    a_step = config["bsz"] * config["seq_len"]
+    if result:
+        val = [(p["step"], p["tokens"], p["train_ms"] / 1e3, p["val_loss"]) for p in result["curve"]]
+    else:
+        val = [(int(step), int(step) * a_step, int(ms) / 1e3, float(loss))
+               for step, loss, ms in VALIDATION.findall(text)]
+    stretch = max(1, math.ceil(len(train) / POINTS))
+    parts = [train[i:i + stretch] for i in range(0, len(train), stretch)]
+    averaged = [(part[-1][0], part[-1][0] * a_step, part[-1][2] / 1e3, statistics.fmean(loss for _, loss, _ in part))
+                for part in parts if all(math.isfinite(loss) for _, loss, _ in part)]
+    return dict(folder=folder, result=result, config=config, end=end, val=val, train=averaged)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows
 
 
 def group(results):
     """{key: [runs with distinct seeds]}; a key is track, script and a hash of settings, sources, data and machine."""
     groups = {}
-    for result in results:
+    for result in (r for r in results if math.isfinite(r["final"]["val_loss"])):
         config = {name: value for name, value in result["config"].items() if name not in OWN}
         shards = [shard["sha256"] for split in ("train", "val") for shard in result["data"][split]]
-        rest = config, result["sources"], shards, result["hardware"], result["environment"]["torch"]
+        sources = [(source["name"], source["sha256"]) for source in result["sources"]]
+        rest = config, sources, shards, machine(result), result["environment"]["torch"]
         digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
         runs = groups.setdefault((config["track"], result["script"], digest), [])
         if result["seed"] not in [run["seed"] for run in runs]:
@@ -44,27 +135,114 @@ def group(results):
     return groups
 
 
-def spread(values, digits):
-    """"mean ± sd", the sd only where there are several values."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+def flags(result):
+    """The flags that make this run what it is, as given: the command without track, seed, name and folders."""
+    words, kept, skip = result.get("command", [])[1:], [], False
+    for i, word in enumerate(words):
+        if word.startswith("--"):
+            skip = word[2:].split("=")[0] in ("track", *OWN)
+        if not skip:
+            kept.append(word)
+    return " ".join(kept)
 
 
-def table(results):
-    """The Markdown table, best loss first inside each track."""
-    rows = []
-    for (track, script, _), runs in group(results).items():
-        first, final = runs[0], lambda key: [run["final"][key] for run in runs]
-        machine = f"{first['hardware']['count']} × {first['hardware']['name']}, {first['config']['dtype']}"
-        rows.append((track, statistics.mean(final("val_loss")), (
-            track, script, f"{first['model']['active']:,}", f"{first['final']['tokens'] / 1e6:.2f}M", str(len(runs)),
-            spread(final("val_loss"), 4), spread(final("bits_per_byte"), 4) if final("bits_per_byte")[0] else "–",
-            spread(final("train_seconds"), 1), f"{statistics.mean(final('tokens_per_second')):,.0f}", machine,
-            runs[-1]["run"][:10])))
-    head = ("track", "script", "active parameters", "tokens", "seeds", "nats/token", "bits/byte", "training s",
-            "tokens/s", "machine", "date")
-    lines = [head, ["---"] * len(head), *(row for _, _, row in sorted(rows, key=lambda row: row[:2]))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def machine(result):
+    return f"{result['hardware']['count']} × {result['hardware']['name']}"
+
+
+def classes(results):
+    """{class: rows}: a row is a group's runs; only rows of one class may be compared by rank."""
+    found = {}
+    for (track, _, _), runs in sorted(group(results).items()):
+        final, val = runs[0]["final"], tuple(shard["sha256"] for shard in runs[0]["data"]["val"])
+        target = final.get("target")
+        key = track, machine(runs[0]), target, None if target else final["tokens"], val
+        found.setdefault(key, []).append(runs)
+    return {key: ranked(rows, key[2]) for key, rows in sorted(found.items(), key=lambda item: str(item[0]))}
+
+
+def final(runs, key):
+    return [run["final"][key] for run in runs]
+
+
+def reaches(runs, target):
+    """p that the mean is not below the target, and whether the row may be ranked by time."""
+    p = stats.below(final(runs, "val_loss"), target)
+    return p, p < stats.ALPHA
+
+
+def ranked(rows, target):
+    """[(rank or None, runs)], best first. With a target: by time, those who show that they reach it; else by loss."""
+    loss = lambda runs: statistics.fmean(final(runs, "val_loss"))
+    if not target:
+        return list(enumerate(sorted(rows, key=loss), 1))
+    there = sorted((runs for runs in rows if reaches(runs, target)[1]),
+                   key=lambda runs: statistics.fmean(final(runs, "train_seconds")))
+    return [*enumerate(there, 1), *((None, runs) for runs in sorted(rows, key=loss) if runs not in there)]
+
+
+def boards(results, prefix=""):
+    """The leaderboard in Markdown: one table a class. prefix: from the page to the folder of the records."""
+    parts = []
+    for (track, where, target, tokens, _), rows in classes(results).items():
+        rule = f"target {target}, ranked by time" if target else f"{tokens / 1e6:.2f}M tokens, ranked by loss"
+        head = ["rank", "run", "nats/token", "n", *(["p"] if target else []), "bits/byte", "training s", "steps",
+                "tokens", "tokens/s", "active parameters", "hardware", "date", "seeds' folders"]
+        lines = [head, ["---"] * len(head)]
+        for rank, runs in rows:
+            first, bits = runs[0], final(runs, "bits_per_byte")
+            lines.append([
+                str(rank or "–"), f"`{' '.join([first['script'], flags(first)]).strip()}`".replace("|", "\\|"),
+                stats.spread(final(runs, "val_loss"), 4), str(len(runs)),
+                *([f"{reaches(runs, target)[0]:.2g}"] if target else []),
+                stats.spread(bits, 4) if None not in bits else "–", stats.spread(final(runs, "train_seconds"), 1),
+                f"{first['config']['steps']:,}", f"{first['final']['tokens'] / 1e6:.2f}M",
+                f"{statistics.fmean(final(runs, 'tokens_per_second')):,.0f}", f"{first['model']['active']:,}",
+                f"{where}, {first['config']['dtype']}", max(run["run"] for run in runs)[:10],
+                " ".join(f"[{run['seed']}]({prefix}{run['folder']})" for run in runs)])
+        parts.append(f"**{track}** on {where}: {rule}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(parts)
+
+
+def differences(results):
+    """Each row against the first of its class, in Markdown: Welch's test and interval, in loss and in time."""
+    lines = ["| against | run | nats/token | p | training s | p |", "| --- " * 6 + "|"]
+    for rows in classes(results).values():
+        name = lambda runs: f"`{' '.join([runs[0]['script'], flags(runs[0])]).strip()}`".replace("|", "\\|")
+        for _, runs in rows[1:]:
+            cells = []
+            for key, digits in (("val_loss", 4), ("train_seconds", 1)):
+                difference, p, low, high = stats.welch(final(runs, key), final(rows[0][1], key))
+                interval = f" ({low:+.{digits}f} to {high:+.{digits}f})" if math.isfinite(low) else ""
+                cells += [f"{difference:+.{digits}f}{interval}", "–" if math.isnan(p) else f"{p:.2g}"]
+            lines.append(f"| {name(rows[0][1])} | {name(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def margins(results):
+    """Every row of a track with a target, in Markdown: how far below it, how surely, and how many runs are missing."""
+    lines = [f"| run | n | margin | p | margin · √n ≥ {stats.NEED} | runs missing for p < {stats.ALPHA} |",
+             "| --- " * 6 + "|"]
+    for (_, _, target, _, _), rows in classes(results).items():
+        for _, runs in rows if target else ():
+            losses = final(runs, "val_loss")
+            score, enough = stats.fixed_sigma(losses, target)
+            missing = stats.more_runs(losses, target)
+            lines.append(f"| `{' '.join([runs[0]['script'], flags(runs[0])]).strip()}` | {len(runs)} | "
+                         f"{target - statistics.fmean(losses):+.4f} | {reaches(runs, target)[0]:.2g} | {score:.4f}: "
+                         f"{'yes' if enough else 'no'} | {'–' if missing is None else missing} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def replace(path, text):
+    """Write a file atomically."""
+    temporary = path.with_suffix(".part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def write(text, readme):
@@ -73,22 +251,195 @@ def write(text, readme):
     if page.count(MARKERS[0]) != 1 or page.count(MARKERS[1]) != 1:
         raise ValueError(f"{readme} needs the lines {MARKERS[0]} and {MARKERS[1]} once each")
     head, rest = page.split(MARKERS[0])
-    temporary = readme.with_suffix(".part")
-    temporary.write_text(f"{head}{MARKERS[0]}\n{text}\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}", encoding="utf-8")
-    os.replace(temporary, readme)
+    replace(readme, f"{head}{MARKERS[0]}\n{text}\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}")
+
+
+def png(curves, path, title):
+    """Validation loss against steps and against training time. curves: [(label, [(step, tokens, s, loss)])]."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise ValueError("matplotlib is missing: pip install -r records/requirements.txt") from None
+    labels = list(dict.fromkeys(label for label, _ in curves))
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), dpi=110, sharey=True)
+    for axis, column, name in ((axes[0], 0, "steps"), (axes[1], 2, "seconds of training")):
+        named = set()
+        for label, points in curves:
+            axis.plot([p[column] for p in points], [p[3] for p in points], marker="o", markersize=3, linewidth=1.3,
+                      color=COLOURS[labels.index(label) % len(COLOURS)], label=None if label in named else label)
+            named.add(label)
+        axis.set_xlabel(name)
+        axis.grid(alpha=0.3)
+    settled = [p[3] for _, points in curves for p in points if p[0] > 0 and math.isfinite(p[3])]
+    if settled:  # the start, at ln(vocabulary), would press the rest together
+        room = 0.05 * (max(settled) - min(settled)) or 0.1
+        axes[0].set_ylim(min(settled) - room, max(settled) + room)
+    axes[0].set_ylabel("validation loss, nats per token")
+    if labels:
+        axes[0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    temporary = path.with_suffix(".part")
+    figure.savefig(temporary, format="png")
+    pyplot.close(figure)
+    os.replace(temporary, path)
+
+
+def points(result):
+    return [(p["step"], p["tokens"], p["train_ms"] / 1e3, p["val_loss"]) for p in result.get("curve", ())]
+
+
+def for_page(record):
+    """What the page shows of a run, as plain JSON."""
+    result, config = record["result"] or {}, record["config"]
+    last, memory = result.get("final", {}), result.get("final", {}).get("peak_memory") or {}
+    script = result.get("script") or re.sub(r"^[^_]*_(train_[a-z0-9]+)_.*", r"\1.py", record["folder"].name)
+    facts = dict(config, **{f"environment {key}": result.get("environment", {}).get(key)
+                            for key in ("python", "torch", "cuda", "driver", "git_commit", "git_dirty")})
+    clean = lambda rows: [row for row in rows if all(math.isfinite(value) for value in row)]
+    return dict(
+        id=record["folder"].name, script=" ".join([script, flags(result)]).strip(), seed=config.get("random_seed"),
+        status=record["end"], machine=machine(result) if result else "unfinished", loss=last.get("val_loss"),
+        bits=last.get("bits_per_byte"), seconds=last.get("train_seconds"), steps=last.get("steps"),
+        tokens=last.get("tokens"), rate=last.get("tokens_per_second"),
+        memory=max(memory.values()) / 1e6 if memory else None, val=clean(record["val"]), train=clean(record["train"]),
+        facts="\n".join(f"{key}: {value}" for key, value in facts.items()))
+
+
+def markdown(records):
+    """The page of some runs in Markdown: a table of the runs, and of their validations."""
+    head = "run", "seed", "nats/token", "bits/byte", "training s", "steps", "tokens", "tokens/s", "end"
+    lines = [f"# {records[0]['folder'].name if len(records) == 1 else f'{len(records)} runs'}", "",
+             f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for run in map(for_page, records):
+        digits = dict(loss=4, bits=4, seconds=1, steps=0, tokens=0, rate=0)
+        cells = ["–" if run[key] is None else f"{run[key]:,.{n}f}" for key, n in digits.items()]
+        lines.append(f"| `{run['script']}` | {run['seed']} | {' | '.join(cells)} | {run['status']} |")
+    for record in records:
+        run = for_page(record)
+        lines += ["", f"## {run['id']}", "", f"{run['machine']}. Validation:", "",
+                  "| step | tokens | training s | nats/token |", "| --- " * 4 + "|"]
+        lines += [f"| {step:,} | {tokens:,} | {seconds:.1f} | {loss:.4f} |"
+                  for step, tokens, seconds, loss in record["val"]]
+    return "\n".join(lines) + "\n"
+
+
+def html(records):
+    data = json.dumps([for_page(record) for record in records], ensure_ascii=False, separators=(",", ":"))
+    page = (Path(__file__).resolve().parent / "page.html").read_text(encoding="utf-8")
+    data = data.replace("<", "\\u003c")  # no "</script>" can come from a run's words
+    return page.replace(">RUNS<", f">{data}<", 1)
+
+
+def pages(paths, out=None):
+    """report.md and report.html of the given runs or folders of runs. Returns where they are."""
+    runs = []
+    for path in map(Path, paths):
+        below = folders(path) if path.is_dir() and not (path / "log.txt").exists() else []
+        runs += below or [path]
+    if out is None and len(paths) > 1:
+        raise ValueError("several records make one page: say where with --out FOLDER")
+    out = Path(out or paths[0])
+    records = [read_record(path) for path in runs]
+    texts = {"report.md": markdown(records), "report.html": html(records)}
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        replace(out / name, text)
+    return [out / name for name in texts]
+
+
+def overview(parent, results):
+    """records/README.md."""
+    counted = {run["folder"] for runs in group(results).values() for run in runs}
+    runs = [(r["folder"], r["script"], r["seed"], f"{r['final']['val_loss']:.4f}", f"{r['final']['train_seconds']:.1f}",
+             "counted" if r["folder"] in counted else "this seed has an earlier run" if
+             math.isfinite(r["final"]["val_loss"]) else "diverged") for r in results]
+    runs += [(folder, "", "", "", "", end) for folder, end in unfinished(parent)]
+    tracks = sorted({r["config"]["track"] for r in results if r.get("curve")})
+    parts = ["# Records", "One folder a run, or a race with its runs inside. Made by `python records/report.py "
+             "--write`; figures are mean ± sd\nover seeds. Only runs on one track, kind of machine and validation set "
+             "are ranked together.", boards(results)]
+    parts += [f"![validation loss, track {track}](curves_{track}.png)" for track in tracks]
+    if table := margins(results):
+        parts += ["## Targets", "One-sided t-test that the mean is below the target; the fixed-sigma rule of the "
+                  "speedrun's optimisation\ntrack; runs to add if mean and sd stay as they are.", table]
+    if table := differences(results):
+        parts += ["## Differences", "Welch's t-test, not corrected for the number of rows, and its "
+                  f"{stats.CONFIDENCE:.0%} interval.", table]
+    lines = ["| folder | script | seed | nats/token | training s | |", "| --- " * 6 + "|"]
+    lines += [f"| [{run[0]}]({run[0]}) | {' | '.join(map(str, run[1:]))} |" for run in sorted(runs)]
+    parts += ["## Every run", "Unfinished and failed ones, too.", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_all(parent, results):
+    text = overview(parent, results)
+    for track in sorted({r["config"]["track"] for r in results if r.get("curve")}):
+        curves = [(" ".join([run["script"], flags(run)]).strip(), points(run))
+                  for (where, _, _), runs in sorted(group(results).items()) if where == track for run in runs]
+        png(curves, parent / f"curves_{track}.png", f"track {track}: validation loss of every run")
+    replace(parent / "README.md", text)
+    write(boards(results, "records/"), ROOT / "README.md")
+
+
+def update_reference(parent, results):
+    """records/reference/<track>_<script>.json from the runs with default flags: per step the mean and the band in
+    which one more run falls (99 % for each validation). Seeds count once. Returns the files' paths."""
+    found = {}
+    for (track, script, _), runs in group(results).items():
+        if not flags(runs[0]) and len(runs) > 1 and all(run.get("curve") for run in runs):
+            best = found.setdefault((track, script), runs)
+            if (len(runs), runs[0]["run"]) > (len(best), best[0]["run"]):
+                found[track, script] = runs
+    written = []
+    for (track, script), runs in sorted(found.items()):
+        at = {}
+        for run in runs:
+            for p in run["curve"]:
+                at.setdefault(p["step"], []).append(p["val_loss"])
+        curve = [dict(step=step, mean=round(statistics.fmean(losses), 6), band=round(stats.band(losses), 6))
+                 for step, losses in sorted(at.items()) if len(losses) == len(runs)]
+        reference = dict(
+            track=track, script=script, runs=[run["run"] for run in runs],
+            free=[*OWN, *MACHINE],  # flags that should not move the curve out of its band
+            config={key: value for key, value in runs[0]["config"].items() if key not in (*OWN, *MACHINE)},
+            shards=[shard["sha256"] for split in ("train", "val") for shard in runs[0]["data"][split]], curve=curve)
+        path = Path(parent) / "reference" / f"{track}_{Path(script).stem}.json"
+        path.parent.mkdir(exist_ok=True)
+        replace(path, json.dumps(reference, indent=1) + "\n")
+        written.append(path)
+    if not written:
+        raise ValueError("a reference needs at least two finished runs with default flags and distinct seeds")
+    return written
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write the table into README.md instead of printing it")
+    parser.add_argument("record", nargs="*", help="folders of runs, or of races: their page instead of the leaderboard")
+    parser.add_argument("--out", metavar="FOLDER", help="folder of the page (default: the one RECORD)")
+    parser.add_argument("--write", action="store_true", help="write the leaderboard into the README files")
+    parser.add_argument("--update-reference", action="store_true", help="write records/reference/")
     parser.add_argument("--records", default=ROOT / "records", type=Path, help="folder of the runs")
     args = parser.parse_args(argv)
     try:
+        if args.record:
+            print("\n".join(map(str, pages(args.record, args.out))))
+            return 0
         results = finished(args.records)
         if not results:
             raise ValueError(f"no finished run in {args.records}: ./run_rwkv7.sh --track tiny makes one")
-        write(table(results), ROOT / "README.md") if args.write else print(table(results))
-    except (OSError, ValueError, KeyError) as error:
+        if args.update_reference:
+            print("\n".join(map(str, update_reference(args.records, results))))
+        if args.write:
+            write_all(args.records, results)
+        elif not args.update_reference:
+            print(boards(results))
+    except KeyError as error:
+        print(f"report.py: a result.json lacks {error}: not one of this project, or damaged", file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 1
     return 0

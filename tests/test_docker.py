@@ -16,7 +16,7 @@ import pytest
 import train_rwkv7
 from helpers import ROOT
 
-REQUIREMENTS = ("requirements.txt", "data/requirements.txt", "tests/requirements.txt")
+REQUIREMENTS = ("requirements.txt", "data/requirements.txt", "records/requirements.txt", "tests/requirements.txt")
 
 
 def pins(path):

@@ -1,30 +1,45 @@
-"""records/report.py: rows, seeds, the README's markers, and what it says of bad records."""
+"""records/report.py: the leaderboard, the README files, a run's page in a real browser, references, bad records."""
 import copy
+import html
 import json
+import math
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT, make_corpus, run_here, tiny, tree
+
+sys.path.append(str(ROOT / "records"))
+import report as module  # noqa: E402
+
+COMMITTED = [Path(path).parent for path in subprocess.run(
+    ["git", "ls-files", "records/*/result.json"], cwd=ROOT, capture_output=True, text=True).stdout.split()]
+BUDGET = 1_000_000  # bytes of a committed run
 RESULT = dict(
     run="2026-01-02T03-04-05Z_train_rwkv7_a", script="train_rwkv7.py", seed=1,
     config=dict(track="tiny", name="a", random_seed=1, steps=10, device="cpu", dtype="fp32", muon_lr=0.02),
+    command=["train_rwkv7.py", "--track", "tiny", "--random_seed=1", "--name", "a"],
     sources=[dict(name="train_rwkv7.py", sha256="00")], environment=dict(torch="2.13.0"),
     hardware=dict(name="a CPU", count=1), model=dict(active=123456),
     data=dict(train=[dict(name="t", sha256="1")], val=[dict(name="v", sha256="2")]),
     final=dict(val_loss=1.5, bits_per_byte=2.25, train_seconds=100.0, tokens=2_000_000, tokens_per_second=20_000.0))
 
 
-def put(folder, run, seed, loss, **config):
+def put(folder, run, seed, loss, seconds=100.0, hardware="a CPU", target=None, inside="", val="2", flags=(), **config):
     result = copy.deepcopy(RESULT)
-    result.update(run=f"2026-01-02T03-04-0{run}Z_train", seed=seed)
+    result.update(run=f"2026-01-02T03-04-{run:02}Z_train", seed=seed)
     result["config"].update(random_seed=seed, **config)
-    result["final"]["val_loss"] = loss
-    path = folder / result["run"] / "result.json"
+    result["command"] += flags
+    result["final"].update(val_loss=loss, train_seconds=seconds, target=target)
+    result["hardware"]["name"], result["data"]["val"][0]["sha256"] = hardware, val
+    path = folder / inside / result["run"] / "result.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(result))
+    return path.parent
 
 
 def report(*flags):
@@ -32,53 +47,133 @@ def report(*flags):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+def rows(folder):
+    """The cells of the leaderboard's rows."""
+    text = module.boards(module.finished(folder))
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(("| – ", "| 1 ", "| 2 "))]
+
+
+def refused(done, *said):
+    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done
+    assert done.stderr.startswith("report.py: ") and all(text in done.stderr for text in said), done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The leaderboard
+
+
 def test_seeds_share_a_row_and_count_once(tmp_path):
     for run, seed, loss in ((1, 1, 1.50), (2, 2, 1.54), (3, 2, 9.99)):
         put(tmp_path, run, seed, loss)
     out = report("--records", tmp_path).stdout.splitlines()
-    assert len(out) == 3, out
-    assert "| 2 | 1.5200 ± 0.0283 |" in out[2], out[2]
-    assert "123,456" in out[2] and "2.00M" in out[2] and "20,000" in out[2]
+    assert len(out) == 5, out
+    assert "| 1.5200 ± 0.0283 | 2 |" in out[4], out[4]
+    assert "123,456" in out[4] and "2.00M" in out[4] and "20,000" in out[4] and "03-04-03Z" not in out[4]
+    assert "this seed has an earlier run" in module.overview(tmp_path, module.finished(tmp_path))
 
 
-def test_configurations_and_hardware_are_rows_of_their_own_best_first(tmp_path):
+def test_configurations_are_rows_of_their_own_best_first(tmp_path):
     put(tmp_path, 1, 1, 1.6)
-    put(tmp_path, 2, 1, 1.4, muon_lr=0.03)
+    put(tmp_path, 2, 1, 1.4, muon_lr=0.03, flags=("--muon_lr", "0.03"))
     put(tmp_path, 3, 2, 1.5, name="other name, same run")
-    rows = report("--records", tmp_path).stdout.splitlines()[2:]
-    assert len(rows) == 2
-    assert "1.4000" in rows[0] and "1.5500 ± 0.0707" in rows[1], rows
+    first, second = rows(tmp_path)
+    assert first[:3] == ["1", "`train_rwkv7.py --muon_lr 0.03`", "1.4000"]
+    assert second[:3] == ["2", "`train_rwkv7.py`", "1.5500 ± 0.0707"], "neither track, seed nor name are a description"
+
+
+@pytest.mark.parametrize("other", (dict(hardware="another CPU"), dict(track="fineweb"), dict(val="other text")))
+def test_what_cannot_be_compared_is_not_ranked_together(tmp_path, other):
+    put(tmp_path, 1, 1, 1.6)
+    put(tmp_path, 2, 1, 1.4, **other)
+    assert [row[0] for row in rows(tmp_path)] == ["1", "1"] and len(module.classes(module.finished(tmp_path))) == 2
+
+
+def test_a_target_ranks_by_time_and_only_who_shows_to_reach_it(tmp_path):
+    losses = {"a": (3.275, 3.2752, 3.2748), "b": (3.2761, 3.2759, 3.276), "c": (3.2799, 3.281, 3.277), "d": (3.27,)}
+    for i, (name, (some, seconds)) in enumerate(zip(losses, zip(losses.values(), (90.0, 80.0, 10.0, 5.0)))):
+        for seed, loss in enumerate(some):
+            put(tmp_path, 10 * i + seed, seed, loss, seconds, target=3.28, flags=("--muon_lr", name), muon_lr=name)
+    got = [(row[0], row[1].split()[-1].strip("`"), row[4]) for row in rows(tmp_path)]
+    assert [row[:2] for row in got] == [("1", "b"), ("2", "a"), ("–", "d"), ("–", "c")], got
+    assert float(got[0][2]) < 0.01 < float(got[3][2]) and got[2][2] == "nan"
+
+
+def test_margins(tmp_path):
+    losses = 3.2785, 3.2791, 3.2779, 3.2788, 3.2802
+    for seed, loss in enumerate(losses):
+        put(tmp_path, seed, seed, loss, target=3.28)
+    line = module.margins(module.finished(tmp_path)).splitlines()[2]
+    missing = module.stats.more_runs(losses, 3.28)
+    assert missing > 0 and "| 5 | +0.0011 | 0.022 | 0.0025: no |" in line and line.endswith(f"| {missing} |"), line
+    assert line in module.overview(tmp_path, module.finished(tmp_path))
+
+
+def test_runs_of_a_race_are_found_one_level_deeper(tmp_path):
+    put(tmp_path, 1, 1, 1.5)
+    put(tmp_path, 2, 2, 1.6, inside="x_race_y")
+    row, = rows(tmp_path)
+    assert row[3] == "2" and "(x_race_y/2026-01-02T03-04-02Z_train)" in row[-1]
+
+
+def test_what_did_not_finish_or_diverged_is_listed(tmp_path):
+    put(tmp_path, 1, 1, 1.5)
+    put(tmp_path, 2, 2, math.nan)
+    for name, text in (("failed", "config: {}\nend: failed: ValueError: x\n"), ("cut", "config: {}\nstep:1/2 tr")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.txt").write_text(text)
+    (tmp_path / "race").mkdir()
+    (tmp_path / "race" / "race.json").write_text(json.dumps(dict(runs=[
+        dict(label="a", seed=7, end="failed, exit status 1: no flag", folder=None)])))
+    text = module.overview(tmp_path, module.finished(tmp_path))
+    for line in ("| failed: ValueError: x |", "| cut off |", "| diverged |", "a, seed 7: failed, exit status 1: no"):
+        assert line in text, line
+    assert rows(tmp_path)[0][3] == "1"
+
+
+def test_differences_are_welchs(tmp_path):
+    a, b = (1.50, 1.51, 1.52), (1.40, 1.41, 1.43)
+    for seed in range(3):
+        put(tmp_path, seed, seed, a[seed], 100.0 + seed)
+        put(tmp_path, 10 + seed, seed, b[seed], 90.0 + seed, muon_lr=0.1, flags=("--muon_lr", "0.1"))
+    line = module.differences(module.finished(tmp_path)).splitlines()[2]
+    difference, p, low, high = module.stats.welch(a, b)
+    assert f"| {difference:+.4f} ({low:+.4f} to {high:+.4f}) | {p:.2g} | +10.0 (" in line, line
 
 
 def test_a_folder_without_result_is_not_a_run(tmp_path):
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "log.txt").write_text("config: {}\n")
-    result = report("--records", tmp_path)
-    assert result.returncode == 1 and "no finished run" in result.stderr and "Traceback" not in result.stderr
+    refused(report("--records", tmp_path), "no finished run")
 
 
 def test_a_damaged_result_is_named(tmp_path):
-    put(tmp_path, 1, 1, 1.5)
-    path = next(tmp_path.glob("*/result.json"))
+    path = put(tmp_path, 1, 1, 1.5) / "result.json"
     path.write_text(path.read_text()[:100])
-    result = report("--records", tmp_path)
-    assert result.returncode == 1 and str(path) in result.stderr and "Traceback" not in result.stderr
+    refused(report("--records", tmp_path), str(path), "damaged")
 
 
-def test_readme_shows_the_committed_records():
-    """The table in README.md is what the program writes from the records that are committed."""
-    sys.path.append(str(ROOT / "records"))
-    import report as module
-    listed = subprocess.run(["git", "ls-files", "records/*/result.json"], cwd=ROOT, capture_output=True, text=True)
-    results = [json.loads((ROOT / path).read_text()) for path in sorted(listed.stdout.split())]
-    assert results, "no record is committed"
-    page = (ROOT / "README.md").read_text()
-    assert f"{module.MARKERS[0]}\n{module.table(results)}\n{module.MARKERS[1]}" in page
+def test_another_programs_result_is_named(tmp_path):
+    path = put(tmp_path, 1, 1, 1.5) / "result.json"
+    path.write_text('{"loss": 1}')
+    refused(report("--records", tmp_path), str(path), "lacks 'run'")
+
+
+def test_the_readmes_show_the_committed_records():
+    """The tables in README.md and records/README.md are what the program writes from the records that are committed."""
+    assert COMMITTED, "no record is committed"
+    results = [r for r in module.finished(ROOT / "records") if Path("records", r["folder"]) in COMMITTED]
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{module.MARKERS[0]}\n{module.boards(results, 'records/')}\n{module.MARKERS[1]}" in page
+    assert module.boards(results) in (ROOT / "records" / "README.md").read_text(encoding="utf-8")
+    assert (ROOT / "records" / "curves_tiny.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda path: path.name)
+def test_a_committed_run_is_small(folder):
+    assert sum(map(len, tree(ROOT / folder).values())) < BUDGET
 
 
 def test_write_replaces_only_what_is_between_the_markers(tmp_path):
-    sys.path.append(str(ROOT / "records"))
-    import report as module
     page = tmp_path / "README.md"
     page.write_text(f"before\n{module.MARKERS[0]}\nold\n{module.MARKERS[1]}\nafter\n")
     module.write("new", page)
@@ -86,3 +181,247 @@ def test_write_replaces_only_what_is_between_the_markers(tmp_path):
     page.write_text("no markers")
     with pytest.raises(ValueError, match="once each"):
         module.write("new", page)
+
+
+def test_write(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / COMMITTED[0], tmp_path / "records" / COMMITTED[0].name)
+    (tmp_path / "README.md").write_text("\n".join(module.MARKERS))
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    assert module.main(["--write", "--records", str(tmp_path / "records")]) == 0
+    assert f"(records/{COMMITTED[0].name})" in (tmp_path / "README.md").read_text()
+    text = (tmp_path / "records" / "README.md").read_text()
+    assert "](curves_tiny.png)" in text and f"[{COMMITTED[0].name}]({COMMITTED[0].name})" in text
+    assert (tmp_path / "records" / "curves_tiny.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.rglob("*.part"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run's page
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+WATCH = """<script>window.failures = []; addEventListener("error", event => failures.push(event.message));</script>"""
+CHECK = """<script>
+const seen = {};
+{
+const all = (what, where = document) => [...where.querySelectorAll(what)];
+const order = () => all("#table tbody tr").map(row => row.dataset.run);
+const lines = kind => all(`#plot polyline.${kind}`).map(line => line.dataset.run);
+const press = key => document.querySelector(`th[data-key=${key}] button`).click();
+const far = () => Math.max(...all("#plot polyline.val").flatMap(l => [...l.points].map(point => point.x)));
+const ticks = () => all("#plot text").map(text => text.textContent);
+seen.runs = order(); seen.val = lines("val"); seen.train = lines("train");
+seen.points = all("#plot polyline.val").map(line => line.points.length);
+seen.inside = all("#plot polyline.val").every(line => [...line.points].every(p => isFinite(p.x) && isFinite(p.y)));
+seen.length = all("#plot polyline.val").map(line => line.getTotalLength());
+press("loss"); seen.up = order(); seen.sorted = document.querySelector("th[data-key=loss]").getAttribute("aria-sort");
+press("loss"); seen.down = order();
+press("script"); seen.script = order();
+seen.axes = {};
+for (const axis of ["step", "tokens", "seconds"]) {
+  document.querySelector(`input[value=${axis}]`).click();
+  seen.axes[axis] = [ticks(), far()];
+}
+document.getElementById("train").click(); seen.untrained = lines("train");
+const box = document.querySelector("#table tbody tr input"), hidden = box.closest("tr").dataset.run;
+box.click(); seen.hidden = hidden; seen.left = lines("val");
+press("loss"); seen.stillHidden = lines("val");
+document.querySelector(`tr[data-run="${hidden}"] input`).click(); seen.back = lines("val");
+for (const other of all("#table tbody input")) other.click();
+seen.none = [lines("val").length, ticks()];
+for (const other of all("#table tbody input")) other.click();
+const area = document.getElementById("plot").getBoundingClientRect();
+document.getElementById("plot").dispatchEvent(new MouseEvent("mousemove", {clientX: area.right, clientY: area.bottom}));
+seen.near = document.getElementById("near").textContent;
+}
+</script><script>
+document.body.append(Object.assign(document.createElement("pre"),
+  {id: "checked", textContent: JSON.stringify({...(typeof seen === "object" ? seen : {}), failures})}));
+</script>"""
+
+
+def browse(text, folder):
+    """Load the page in a headless browser with WATCH before and CHECK after it; returns what they saw."""
+    page = folder / "page.html"
+    page.write_text(text.replace("<meta charset", WATCH + "<meta charset", 1).replace("</html>", CHECK + "</html>"))
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom",
+               "--virtual-time-budget=5000", "--host-resolver-rules=MAP * ~NOTFOUND",
+               f"--user-data-dir={folder / 'profile'}", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="checked">(.*?)</pre>', done.stdout, re.S)
+    assert found, f"the page did not load: {done.stderr[-2000:]}"
+    return json.loads(html.unescape(found[1]))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    out = tmp_path_factory.mktemp("page")
+    assert module.main([*(str(ROOT / path) for path in COMMITTED[:6]), "--out", str(out)]) == 0
+    return (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_holds_everything_itself(page):
+    assert not re.search(r"""<link|@import|url\(["']?http|(src|href)\s*=""", page)
+    assert set(re.findall(r"https?://[\w./]+", page)) <= {"http://www.w3.org/2000/svg"}
+
+
+@pytest.mark.skipif(not BROWSER, reason="no chromium or google-chrome here")
+def test_the_page_in_a_browser(page, tmp_path):
+    seen = browse(page, tmp_path)
+    names = [path.name for path in COMMITTED[:6]]
+    results = {name: json.loads((ROOT / path / "result.json").read_text()) for name, path in zip(names, COMMITTED)}
+    assert seen["failures"] == []
+    assert seen["runs"] == seen["val"] == seen["train"] == names
+    assert seen["points"] == [len(results[name]["curve"]) for name in names] and seen["inside"]
+    assert min(seen["length"]) > 500, "a curve goes across the page"
+    by_loss = sorted(names, key=lambda name: results[name]["final"]["val_loss"])
+    assert seen["up"] == by_loss and seen["down"] == by_loss[::-1] and seen["sorted"] == "ascending"
+    assert [results[name]["script"] for name in seen["script"]] == sorted(r["script"] for r in results.values())
+    assert all(abs(far - 985) < 0.1 for _, far in seen["axes"].values())
+    for axis, *words in (("step", "4000", "steps"), ("tokens", "2M", "tokens"),
+                         ("seconds", "100", "seconds of training")):
+        assert set(words) <= set(seen["axes"][axis][0]), (axis, seen["axes"])
+    assert seen["untrained"] == []
+    assert seen["hidden"] not in seen["left"] and len(seen["left"]) == 5
+    assert sorted(seen["stillHidden"]) == sorted(seen["left"])
+    assert sorted(seen["back"]) == sorted(names)
+    assert seen["none"] == [0, ["no run is shown"]]
+    assert re.match(r"train_\w+\.py, seed \d+: validation loss \d\.\d{4} at step 4,400, 2.25M tokens, ", seen["near"])
+
+
+@pytest.mark.skipif(not BROWSER, reason="no chromium or google-chrome here")
+def test_the_browser_sees_a_broken_page(page, tmp_path):
+    assert page.count("\nrows();\ndraw();\n") == 1
+    seen = browse(page.replace("\nrows();\ndraw();\n", "\nrows();\ndrow();\n"), tmp_path)
+    assert "drow is not defined" in str(seen["failures"])
+
+
+@pytest.mark.skipif(not BROWSER, reason="no chromium or google-chrome here")
+def test_the_page_of_an_unfinished_run_with_hostile_words(tmp_path):
+    """A run's words cannot end the script that holds them, nor become markup."""
+    run = tmp_path / "2026_train_x_run"
+    run.mkdir()
+    evil = "</script><script>failures.push('ran')</script><img src=x onerror=failures.push('ran')>"
+    lines = [f"step:{i}/9 train_loss:{9 - i} train_time:{i}ms step_avg:1.00ms" for i in range(1, 4)]
+    (run / "log.txt").write_text("\n".join([
+        f"config: {json.dumps(dict(track='tiny', bsz=2, seq_len=4, name=evil, random_seed=3))}",
+        "step:0/9 val_loss:9.0000 train_time:0ms step_avg:0.00ms", *lines,
+        "step:3/9 val_loss:5.5000 train_time:3ms step_avg:1.00ms", f"end: failed: {evil}"]) + "\n")
+    assert module.main([str(run)]) == 0
+    seen = browse((run / "report.html").read_text(encoding="utf-8"), tmp_path)
+    assert seen["failures"] == [] and seen["runs"] == seen["val"] == [run.name] and seen["points"] == [2]
+    assert "| 3 | 24 | 0.0 | 5.5000 |" in (run / "report.md").read_text()
+
+
+def test_the_page_in_markdown(tmp_path):
+    shutil.copytree(ROOT / COMMITTED[0], run := tmp_path / COMMITTED[0].name)
+    done = report(run)
+    assert done.stdout.split() == [str(run / "report.md"), str(run / "report.html")], done
+    result, text = json.loads((run / "result.json").read_text()), (run / "report.md").read_text()
+    assert f"| {result['final']['val_loss']:.4f} |" in text and "| 4,400 | 2,252,800 |" in text
+    assert sum(map(len, tree(run).values())) < BUDGET
+
+
+def broken(run, damage):
+    shutil.copytree(ROOT / COMMITTED[0], run)
+    log = run / "log.txt"
+    if damage == "no log":
+        log.unlink()
+    elif damage == "another program's log":
+        log.write_text("epoch 1 loss 2.3\n")
+    elif damage == "cut log":
+        log.write_text(log.read_text()[:-60_000])
+    elif damage == "cut result":
+        (run / "result.json").write_text("{")
+    elif damage == "no folder":
+        shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("damage, said", (
+    ("no log", "holds no log.txt"), ("another program's log", "not a log of this project"), ("cut log", "truncated"),
+    ("cut result", "damaged"), ("no folder", "not even a folder")))
+def test_a_bad_record_has_no_page(tmp_path, damage, said):
+    broken(tmp_path / "run", damage)
+    before = tree(tmp_path)
+    refused(report(tmp_path / "run"), said)
+    assert tree(tmp_path) == before
+
+
+def test_several_records_need_a_place(tmp_path):
+    refused(report(ROOT / COMMITTED[0], ROOT / COMMITTED[1]), "--out FOLDER")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reference curves
+
+
+def test_the_committed_references_are_of_the_committed_records(tmp_path):
+    for path in COMMITTED:
+        shutil.copytree(ROOT / path, tmp_path / path.relative_to("records"))
+    made = module.update_reference(tmp_path, module.finished(tmp_path))
+    assert made
+    for path in made:
+        committed = ROOT / "records" / "reference" / path.name
+        assert path.read_text() == committed.read_text(), "python records/report.py --update-reference"
+
+
+def test_a_reference_needs_several_default_runs(tmp_path):
+    put(tmp_path, 1, 1, 1.5)
+    put(tmp_path, 2, 2, 1.5, muon_lr=1.0, flags=("--muon_lr", "1.0"))
+    refused(report("--records", tmp_path, "--update-reference"), "at least two finished runs")
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A corpus, and the reference that three toy runs of train_gpt2.py make when they stand as default runs."""
+    folder = tmp_path_factory.mktemp("toy")
+    data = make_corpus(folder / "data", train=(4000,), val=(450,))
+    for seed in (1, 2, 3):
+        run_here("train_gpt2", *tiny("train_gpt2", data, folder / "records", "--random_seed", seed))
+    results = module.finished(folder / "records")
+    for result in results:
+        result["command"] = ["train_gpt2.py"]
+    path, = module.update_reference(folder / "records", results)
+    return data, path
+
+
+@pytest.mark.parametrize("case, said", (
+    ("same", "inside"), ("far", "OUTSIDE"), ("flag", None), ("data", None), ("damaged", None), ("list", None),
+    ("words", None), ("missing", None), ("other machine flags", "inside")))
+def test_a_run_is_held_against_its_reference(toy, tmp_path, monkeypatch, capsys, case, said):
+    import train_gpt2
+    data, path = toy
+    reference, flags = json.loads(path.read_text()), ["--random_seed", 4]
+    if case == "far":
+        for point in reference["curve"]:
+            point["mean"] += 1
+    elif case == "flag":
+        flags += ["--muon_lr", "0.5"]
+    elif case == "other machine flags":
+        flags += ["--device_bsz", 2, "--no-compile"]
+    elif case == "data":
+        data = make_corpus(tmp_path / "data", train=(4001,), val=(450,))
+    text = {"damaged": path.read_text()[:300], "list": "[1, 2]", "words": json.dumps(
+        dict(reference, curve=[dict(step=0, mean="low", band=None)]))}.get(case, json.dumps(reference))
+    root = tmp_path / "root"
+    (root / "records" / "reference").mkdir(parents=True)
+    if case != "missing":
+        (root / "records" / "reference" / path.name).write_text(text)
+    script = shutil.copy(ROOT / "train_gpt2.py", root)
+    monkeypatch.setattr(train_gpt2, "__file__", str(script))
+    run_here("train_gpt2", *tiny("train_gpt2", data, tmp_path / "records", *flags))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 4, lines
+    point = reference["curve"][1]
+    told = f", reference {point['mean']:.4f} ± {point['band']:.4f}: {said}  "
+    assert all("reference" not in line for line in lines) if said is None else told in lines[1], lines
+
+
+def test_a_flag_newer_than_the_reference_must_be_at_its_default(toy):
+    import train_gpt2
+    reference = json.loads(toy[1].read_text())
+    assert "softcap" in reference["config"] and "order" in reference["config"]
+    assert not set(reference["config"]) & {*module.OWN, *module.MACHINE}
+    for name in (*module.OWN, *module.MACHINE):
+        scripts = [__import__(script).Hyperparameters() for script in ("train_gpt2", "train_rwkv7")]
+        assert any(hasattr(args, name) for args in scripts), f"{name} is no flag any more"
+    assert train_gpt2.reference_curve(train_gpt2.Hyperparameters(track="tiny"), {}) == {}

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOOLS = "bash cat cmp cp dirname env grep mkdir rm tail uname".split()
-REQUIREMENTS = ("requirements.txt", "data/requirements.txt", "tests/requirements.txt")
+REQUIREMENTS = ("requirements.txt", "data/requirements.txt", "records/requirements.txt", "tests/requirements.txt")
 PINS = dict(re.findall(r"^([\w-]+)==([\w.]+)", "".join(
     (ROOT / path).read_text() for path in REQUIREMENTS), re.MULTILINE))
 SHOW = "import json, sys; print(json.dumps({'argv': sys.argv, 'executable': sys.executable}))\n"
@@ -26,7 +26,8 @@ class Box:
 
     def __init__(self, folder):
         self.repo, self.bin, self.wheels = folder / "a repo", folder / "stub bin", folder / "wheels"
-        for path in (self.repo / "data", self.repo / "tests", self.bin, self.wheels, folder / "home"):
+        below = [self.repo / name for name in ("data", "records", "tests")]
+        for path in (*below, self.bin, self.wheels, folder / "home"):
             path.mkdir(parents=True)
         for name in "setup.sh run_rwkv7.sh run_rwkv6.sh run_gpt2.sh test.sh".split() + list(REQUIREMENTS):
             shutil.copy(ROOT / name, self.repo / name)
