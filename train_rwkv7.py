@@ -742,8 +742,9 @@ def time_mix(r, w, k, v, a, g, parameters, kernel="torch"):
         if N != 64 or kernel not in LOADED_KERNELS or r.device.type != KERNELS[kernel].device:
             raise ValueError(f"time_mix: --wind_cuda must be loaded and needs heads of 64 on {KERNELS[kernel].device}; "
                              f"got {N} on {r.device}")
-        inputs = [F.pad(x.to(torch.bfloat16), (0, 0, 0, 0, 0, -T % 16), value=-torch.inf if i == 1 else 0).contiguous()
-                  for i, x in enumerate((r, w, k, v, a, g))]  # padding: d = 1 and the rest 0
+        inputs = [x.to(torch.bfloat16).contiguous() for x in (r, w, k, v, a, g)]
+        if T % 16:  # padding: d = 1 and the rest 0
+            inputs = [F.pad(x, (0, 0, 0, 0, 0, -T % 16), value=-torch.inf if i == 1 else 0) for i, x in enumerate(inputs)]
         return torch.ops.wkv7.wind_forward(*inputs, torch.stack(parameters).float())[0][:, :T].to(r.dtype)
     w0, a0, k_k, k_a, r_k, ln_w, ln_b = (p.to(r.dtype) for p in parameters)
     alpha = torch.sigmoid(a0 + a)
