@@ -744,7 +744,8 @@ def time_mix(r, w, k, v, a, g, parameters, kernel="torch"):
                              f"got {N} on {r.device}")
         inputs = [x.to(torch.bfloat16).contiguous() for x in (r, w, k, v, a, g)]
         if T % 16:  # padding: d = 1 and the rest 0
-            inputs = [F.pad(x, (0, 0, 0, 0, 0, -T % 16), value=-torch.inf if i == 1 else 0) for i, x in enumerate(inputs)]
+            pad = (0, 0, 0, 0, 0, -T % 16)
+            inputs = [F.pad(x, pad, value=-torch.inf if i == 1 else 0) for i, x in enumerate(inputs)]
         return torch.ops.wkv7.wind_forward(*inputs, torch.stack(parameters).float())[0][:, :T].to(r.dtype)
     w0, a0, k_k, k_a, r_k, ln_w, ln_b = (p.to(r.dtype) for p in parameters)
     alpha = torch.sigmoid(a0 + a)
