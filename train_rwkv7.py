@@ -183,6 +183,7 @@ class Hyperparameters(Flags):
     val_tokens: int = flag("validation tokens, the first there are (tiny: at most)", fineweb=10485760, tiny=262144)
     save_every: int = flag("steps between checkpoints; 0: only after the last step", 0)
     keep: int = flag("checkpoints of the run that are kept, the newest; 0: all", 0)
+    resume: str = flag("checkpoint to go on from: auto (this run's newest, if any) or a folder", "")
     # model
     vocab_size: int = flag("token ids in use; tables are padded to a multiple of 128", fineweb=50257, tiny=257)
     layers: int = flag("blocks (L)", fineweb=12, tiny=2)
@@ -216,6 +217,7 @@ class Hyperparameters(Flags):
     # report
     check: bool = flag("only check flags, machine and data, for WORLD_SIZE ranks, and stop", False)
     print_params: bool = flag("print every parameter with its optimiser, rate, mean and sd, and stop", False)
+    norm_every: int = flag("steps between lines with the norm of the gradient, 0 for none", 100)
     usd_per_hour: float = flag("price of the whole machine in dollars an hour, for the cost in the record", 0.0)
 
     def __post_init__(self):
@@ -1234,11 +1236,12 @@ class DataLoader:
 
     Step s is tokens [s n, (s + 1) n] with n = bsz * seq_len, whatever the ranks and micro-batches; this rank gets
     sequences [first, last) of its bsz. In the cubic order the run's k-th sequence is chunk k^3 mod p of the stream.
+    start: the first step to read; what came before is not touched.
     next() -> inputs, targets, both int64 (last - first, seq_len), on the device.
     """
 
-    def __init__(self, stream, args, first, last):
-        self.stream, self.args, self.first, self.last = stream, args, first, last
+    def __init__(self, stream, args, first, last, start=0):
+        self.stream, self.args, self.first, self.last, self.start = stream, args, first, last, start
         self.queue = queue.Queue(maxsize=4)  # batches
         self.cuda = torch.cuda.current_device() if args.device == "cuda" else None
         threading.Thread(target=self._read_ahead, daemon=True).start()
@@ -1247,7 +1250,7 @@ class DataLoader:
         try:
             if self.cuda is not None:  # a new thread starts on GPU 0; pinning there would put a context on it
                 torch.cuda.set_device(self.cuda)
-            for step in range(self.args.steps):
+            for step in range(self.start, self.args.steps):
                 start, count, T = step * self.args.bsz + self.first, self.last - self.first, self.args.seq_len
                 cubic = (pow(k, 3, p) for k in range(start, start + count)) if (p := self.stream.prime) else None
                 tokens = torch.from_numpy(np.concatenate([self.stream.read(chunk * T, T + 1) for chunk in cubic])
@@ -1309,23 +1312,33 @@ def environment():
         git_dirty=bool(shell("git", "status", "--porcelain", "--untracked-files=no")), packages=packages)
 
 
+def read_sources(paths):
+    """[({name, lines, sha256}, text)] of the files that make a run."""
+    name = lambda path: Path(os.path.relpath(path, Path(__file__).parent)).as_posix()
+    texts = [(name(path), path.read_text(encoding="utf-8")) for path in paths]
+    return [(dict(name=name, lines=text.count("\n"), sha256=sha256(text.encode())), text) for name, text in texts]
+
+
 class Record:
     """The run's folder: log.txt, line by line as things happen, and result.json, written last. Only rank 0 writes.
 
-    A folder without result.json belongs to a run that did not finish. Raises OSError.
+    A folder without result.json belongs to a run that did not finish. log: what a resumed run's log begins with, bytes.
+    checkpoint: the folder of the last one. Raises OSError.
 
     chain: sha256 over the lines so far. result.json, the log's last line but one and each point of the curve hold its
     value there, so that records/verify.py finds an edited, lost, added or moved line and about where. It proves no
     honesty: who edits can hash anew. It holds a record to the digests that others saw, in a commit for instance.
     """
 
-    def __init__(self, args, rank):
-        self.path, self.file, self.chain = None, None, hashlib.sha256()
+    def __init__(self, args, rank, log=b""):
+        self.path, self.log, self.file, self.checkpoint, self.chain = None, None, None, None, hashlib.sha256(log)
         if rank == 0:
             stamp = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
             self.path = Path(args.records) / f"{stamp}_{Path(__file__).stem}_{args.name or os.urandom(3).hex()}"
             self.path.mkdir(parents=True)  # never an old folder: nothing is overwritten
-            self.file = open(self.path / "log.txt", "x", encoding="utf-8", buffering=1, newline="\n")
+            self.log = self.path / "log.txt"
+            self.file = open(self.log, "x", encoding="utf-8", buffering=1, newline="\n")
+            self.file.write(log.decode())
 
     def line(self, text):
         if self.file:
@@ -1333,17 +1346,16 @@ class Record:
             self.file.write(text + "\n")
 
     def header(self, facts, sources):
-        """The log up to the first step: configuration, sources, facts as JSON. Fills facts["sources"]."""
-        self.line(f"config: {json.dumps(facts['config'])}\ncommand: {shlex.join(facts['command'])}")
-        facts["sources"] = []
-        for path in sources:
-            text = path.read_text(encoding="utf-8")
-            digest = hashlib.sha256(text.encode()).hexdigest()
-            name = Path(os.path.relpath(path, Path(__file__).parent)).as_posix()
-            facts["sources"].append(dict(name=name, lines=text.count("\n"), sha256=digest))
-            self.line(f"{'=' * 100}\nsource: {json.dumps(facts['sources'][-1])}\n{text.rstrip(chr(10))}")
-        self.line("=" * 100)
+        """The log up to the first step: configuration, sources, facts as JSON; of a resumed run one line of JSON."""
         page = facts["hardware"].pop("text")
+        if "resumed" in facts:
+            known = ("run", "command", "config", "environment", "hardware", "data")
+            self.line(f"resumed: {json.dumps(dict(facts['resumed'][-1], page=page, now={k: facts[k] for k in known}))}")
+            return
+        self.line(f"config: {json.dumps(facts['config'])}\ncommand: {shlex.join(facts['command'])}")
+        for about, text in sources:
+            self.line(f"{'=' * 100}\nsource: {json.dumps(about)}\n{text.rstrip(chr(10))}")
+        self.line("=" * 100)
         self.line(f"record: {json.dumps({key: facts[key] for key in ('schema', 'run', 'script', 'seed')})}")
         for key in ("environment", "hardware", "data", "model"):
             self.line(f"{key}: {json.dumps(facts[key])}")
@@ -1356,7 +1368,7 @@ class Record:
         with contextlib.suppress(OSError):
             self.file and self.file.close()
         self.file = None
-        return self.path and self.path / "log.txt"
+        return self.log
 
     def finish(self, result):
         """Close the log and write result.json atomically: the last act of a finished run."""
@@ -1388,30 +1400,65 @@ class Clock:
         return 1e3 * (self.seconds["train"] + running)
 
 
+class Diverged(ArithmeticError):
+    """A loss, gradient or parameter is no number any more."""
+
+
+SPIKE_STEPS, SPIKE_SD, SPIKE_NATS = 100, 6.0, 0.5
+
+
+def spike(loss, before):
+    """The words for a loss more than 6 sd and 0.5 nats above the mean of up to 100 before it (20 at least), or None."""
+    before = before[-SPIKE_STEPS:]
+    mean = math.fsum(before) / max(1, len(before))
+    if len(before) < 20 or loss <= mean + SPIKE_NATS:
+        return None
+    sd = math.sqrt(math.fsum((x - mean) ** 2 for x in before) / len(before))
+    return f"{loss:.4f} after {mean:.4f} with sd {sd:.4f}" if loss > mean + SPIKE_SD * sd else None
+
+
 class StepLines:
-    """The log's line of each step. Losses stay on the device until their copy has arrived: no step waits for one."""
+    """The log's lines of each step: the loss, a spike, every --norm_every steps the norm of the gradient.
 
-    def __init__(self, record, steps):
-        self.record, self.steps, self.pending, self.last = record, steps, collections.deque(), math.nan
-        self.losses = []  # as they are, for the line of all of them that ends the log: bitwise comparison of two runs
+    What a step reports (see train_step) stays on the device until its copy has arrived; the host runs one step ahead
+    there. stopping: a rank was asked to stop, which all ranks so learn after the same step. Raises Diverged.
+    """
 
-    def add(self, step, loss, train_ms):
-        event = torch.cuda.Event() if loss.is_cuda else None
+    def __init__(self, record, args, names, losses=()):
+        self.record, self.args, self.names, self.pending = record, args, names, collections.deque()
+        self.last, self.stopping = math.nan, False
+        self.losses = list(losses)  # as they are, for the line of all of them that ends the log: bitwise comparison
+
+    def add(self, step, report, train_ms):
+        event = torch.cuda.Event() if report.is_cuda else None
         if event:
-            loss = torch.empty_like(loss, device="cpu", pin_memory=True).copy_(loss, non_blocking=True)
+            report = torch.empty_like(report, device="cpu", pin_memory=True).copy_(report, non_blocking=True)
             event.record()
-        self.pending.append((step, loss, event, train_ms))
-        self.flush()
+        self.pending.append((step, report, event, train_ms))
+        self.flush(ahead=1 if event else 0)
 
-    def flush(self, wait=False):
-        """Write the lines whose losses have arrived; wait: all of them."""
-        while self.pending and (wait or self.pending[0][2] is None or self.pending[0][2].query()):
-            step, loss, event, train_ms = self.pending.popleft()
+    def flush(self, ahead=0):
+        """Write the lines of all steps but the last `ahead`."""
+        while len(self.pending) > ahead:
+            step, report, event, train_ms = self.pending.popleft()
             if event:
                 event.synchronize()
-            self.last = loss.item()
+            self.last, asked, *norms = report.tolist()
+            self.stopping |= asked > 0
+            name = f"step:{step}/{self.args.steps}"
+            self.record.line(f"{name} train_loss:{self.last:.4f} {timing(train_ms, step)}")
+            if not math.isfinite(self.last + sum(norms)):
+                bad = next((name for name, norm in zip(self.names, norms) if not math.isfinite(norm)), None)
+                self.fail(step, f"the loss is {self.last}" + (f", the gradient of {bad} not finite" if bad else ""))
+            if words := spike(self.last, self.losses):
+                self.record.line(f"{name} spike:{words}")
             self.losses.append(self.last)
-            self.record.line(f"step:{step}/{self.steps} train_loss:{self.last:.4f} {timing(train_ms, step)}")
+            if self.args.norm_every and step % self.args.norm_every == 0:
+                self.record.line(f"{name} grad_norm:{math.hypot(*norms):.4e}")
+
+    def fail(self, step, what):
+        raise Diverged(f"step {step} of {self.args.steps}: {what}. Last good checkpoint: "
+                       f"{self.record.checkpoint or 'none (--save_every)'}")
 
 
 def timing(train_ms, step):
@@ -1421,72 +1468,173 @@ def timing(train_ms, step):
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoint [shared]
 
-# checkpoints/<run>/step000100/ holds the model (fp32, plain names), what a resumed run needs besides (at the last step
-# nothing), and checkpoint.json with the size and hash of each file. A folder without .part at its end is whole.
+# checkpoints/<run>/step000100/ holds the model (fp32, plain names), what a resumed run needs besides it (none after the
+# last step) and checkpoint.json with the size and hash of each file. A folder of such a name is whole: it was renamed.
+STEP_FOLDER = re.compile(r"step\d{6,}")
+FREE = ("device_bsz", "data", "records", "checkpoints", "name", "save_every", "keep", "resume", "stop_after", "check",
+        "print_params", "usd_per_hour")  # flags that a resumed run may change; of the data the shards count
 
 
-def put(path, data):
-    """Write the bytes of a new file onto the disk, not only into memory. Returns their number and hash."""
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return dict(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
 
 
-def sync_folder(path):
-    """Bring the names in a folder onto the disk, where the system has a way to."""
-    with contextlib.suppress(PermissionError):  # Windows
+def sync(path):
+    """Have a file's bytes or a folder's names on the disk, not only in memory."""
+    if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
-def save(args, record, model, optimizers, step, clock, facts, curve, losses):
-    """Write <checkpoints>/<run>/step<step>/ and remove those before the last --keep. All ranks call it, rank 0 writes."""
-    training = {}
-    if step < args.steps:
-        training = {key: t for optimizer in optimizers for key, t in optimizer.full_state().items()}
-    if not record.path:
-        return
-    folder = Path(args.checkpoints) / record.path.name
-    final, part = folder / f"step{step:06d}", folder / f"step{step:06d}.part"
-    plain = lambda tensors: safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-    about = dict(
-        format=1, script=facts["script"], source_sha256=facts["sources"][0]["sha256"], run=facts["run"], step=step,
-        config=asdict(args), **{key: (facts["data"]["manifest"] or {}).get(key) for key in ("tokenizer",
-                                                                                            "tokenizer_sha256")},
-        sources=facts["sources"], data=facts["data"], clock=clock.seconds, began=clock.began, saved=time.time(),
-        curve=curve, resumed=facts.get("resumed", []), log_sha256=record.chain.hexdigest(), files={})
-    try:
-        part.mkdir(parents=True)
-        about["files"]["model.safetensors"] = put(part / "model.safetensors", plain(model.state_dict()))
-        if step < args.steps:
-            training.update({"random.cpu": torch.get_rng_state(), "losses": torch.tensor(losses)})
-            if args.device == "cuda":
-                training["random.cuda"] = torch.cuda.get_rng_state()
-            about["files"]["training.safetensors"] = put(part / "training.safetensors", plain(training))
-            about["files"]["log.txt"] = put(part / "log.txt", (record.path / "log.txt").read_bytes())
-        put(part / "checkpoint.json", json.dumps(about, indent=1).encode())
-        sync_folder(part)
-        os.replace(part, final)
-        sync_folder(folder)
-    except BaseException as error:
-        shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, f"{error.strerror} (saving a checkpoint)", str(final)) from error
-        raise
-    for old in whole_checkpoints(folder)[:-args.keep] if args.keep else ():
-        os.replace(old, f"{old}.part")  # what is half removed is half a checkpoint
-        shutil.rmtree(f"{old}.part", ignore_errors=True)
-
-
-def whole_checkpoints(folder):
+def checkpoints_of(run):
     """The folders of a run's checkpoints, by step."""
-    return sorted((path for path in Path(folder).glob("step*") if re.fullmatch(r"step\d{6,}", path.name)),
-                  key=lambda path: int(path.name[4:]))
+    found = [path for path in Path(run).glob("step*") if STEP_FOLDER.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name[4:]))
+
+
+def save(args, record, model, optimizers, about, losses):
+    """Write a checkpoint, remove what --keep does not cover. Returns None or, on all ranks, why not: an OSError.
+
+    Every rank calls it, rank 0 writes. about: its facts; losses: of the steps so far, None when all is over.
+    """
+    training, failure = {}, None
+    for optimizer in optimizers if losses is not None else ():
+        training.update(optimizer.full_state())
+    if record.path:
+        folder, files = Path(args.checkpoints) / record.path.name, {}
+        final, part = folder / f"step{about['step']:06d}", folder / f"step{about['step']:06d}.part"
+        try:
+            pack = lambda all: safetensors.torch.save({name: t.cpu().contiguous() for name, t in all.items()})
+            files["model.safetensors"] = pack(model.state_dict())
+            if losses is not None:
+                training.update({"losses": torch.tensor(losses), "random.cpu": torch.get_rng_state()})
+                training.update({"random.cuda": torch.cuda.get_rng_state()} if args.device == "cuda" else {})
+                files.update({"training.safetensors": pack(training), "log.txt": record.log.read_bytes()})
+            about["files"] = {name: dict(bytes=len(data), sha256=sha256(data)) for name, data in files.items()}
+            about["sha256"] = sha256(json.dumps(about).encode())
+            part.mkdir(parents=True)
+            for name, data in (*files.items(), ("checkpoint.json", json.dumps(about, indent=1).encode())):
+                (part / name).write_bytes(data)
+                sync(part / name)
+            sync(part)
+            os.replace(part, final)
+            sync(folder)
+            record.checkpoint = final
+            for old in checkpoints_of(folder)[:-args.keep] if args.keep else ():
+                os.replace(old, part)  # half removed it would be half a checkpoint
+                shutil.rmtree(part, ignore_errors=True)
+        except OSError as error:
+            failure = OSError(error.errno, f"{error.strerror} (saving a checkpoint)", str(final))
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    failed = all_sum(torch.tensor(float(failure is not None), device=args.device))
+    return failure or (OSError(errno.EIO, "rank 0 could not save a checkpoint") if failed else None)
+
+
+def read_about(folder):
+    """checkpoint.json of a checkpoint. ValueError when it is not as it was written."""
+    try:
+        about = json.loads((folder / "checkpoint.json").read_bytes())
+        if about.pop("sha256") == sha256(json.dumps(about).encode()):
+            return about
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        pass
+    raise ValueError("its checkpoint.json is damaged or missing")
+
+
+def read_files(folder, about):
+    """{name: bytes} of a checkpoint's files. ValueError when one is not as it was written."""
+    files = {name: (folder / name).read_bytes() if (folder / name).is_file() else b"" for name in about["files"]}
+    if wrong := [name for name, data in files.items() if about["files"][name]["sha256"] != sha256(data)]:
+        raise ValueError(f"its {wrong[0]} is damaged or missing")
+    return files
+
+
+def obstacle(about, args, sources, data):
+    """(the obstacle is its script or its flags, words for it) when a checkpoint's run cannot go on so; (False, "")."""
+    flags = [f"--{key} was {value}, is {getattr(args, key)}" for key, value in about["config"].items()
+             if key not in FREE and value != getattr(args, key, None)]
+    if flags or about["script"] != Path(__file__).name:
+        return True, "; ".join(flags) if about["script"] == Path(__file__).name else f"it is of {about['script']}"
+    if changed := [source["name"] for source in about["sources"] + sources
+                   if (source in about["sources"]) != (source in sources)]:
+        return False, f"{changed[0]} has changed since"
+    shards = lambda split: zip(*([shard["sha256"] for shard in all[split]] for all in (about["data"], data)))
+    if any(a != b for split in ("train", "val") for a, b in shards(split)):
+        return False, f"it was trained on other shards than those in {args.data}"
+    return False, "" if "training.safetensors" in about["files"] else "its run is finished"
+
+
+def find_checkpoint(args, sources, data):
+    """(folder, checkpoint.json, files) that --resume means, None: from the beginning. ValueError when it is refused."""
+    auto, given, found, finished = args.resume == "auto", Path(args.resume), [], set()
+    one = STEP_FOLDER.fullmatch(given.name) and int(given.name[4:])
+    run = given if checkpoints_of(given) or one else Path(args.checkpoints) / given.resolve().name
+    run = given.parent if one and given.is_dir() else run
+    pass_over = lambda folder, why: tqdm.write(f"--resume: {folder} is passed over: {why}")
+    for run in Path(args.checkpoints).glob("*") if auto else [run]:
+        for folder in (folder for folder in checkpoints_of(run) if not one or int(folder.name[4:]) <= one):
+            try:
+                found.append((folder, read_about(folder)))
+            except ValueError as why:
+                pass_over(folder, why)
+    for _, about in found:
+        if "training.safetensors" not in about["files"]:
+            finished.update([about["run"], *(part["run"] for part in about["resumed"])])
+    for folder, about in sorted(found, key=lambda pair: pair[1]["saved"], reverse=True):
+        another, why = obstacle(about, args, sources, data)
+        if why and not auto:
+            raise ValueError(f"--resume {args.resume}: {folder} cannot go on: {why}.")
+        if another or auto and about["run"] in finished:
+            continue
+        try:
+            if not why:
+                return folder, about, read_files(folder, about)
+        except ValueError as damage:
+            why = damage
+        pass_over(folder, why)
+    if not auto:
+        raise ValueError(f"--resume {args.resume}: no whole checkpoint in {run}. Give a step's or a run's folder below "
+                         "--checkpoints, a record's folder, or auto.")
+    tqdm.write(f"--resume auto: nothing in {args.checkpoints} to go on with: from the beginning")
+
+
+def resume_point(args, rank, model, data):
+    """find_checkpoint's answer, as rank 0 sees it, on every rank; only rank 0 has the files."""
+    found, answer = None, [None, None]
+    if args.resume and rank == 0:
+        try:
+            sources = [about for about, _ in read_sources([Path(__file__), *model.sources])]
+            if found := find_checkpoint(args, sources, data):
+                answer[0] = found[:2]
+        except ValueError as error:
+            answer[1] = str(error)
+    if args.resume and world_size() > 1:
+        dist.broadcast_object_list(answer, device=torch.device(args.device))
+    if answer[1]:
+        raise ValueError(answer[1])
+    return found or answer[0] and (*answer[0], {})
+
+
+def restore(files, args, model, optimizers):
+    """Bring model, optimisers and random state to those of a checkpoint's files (rank 0's). Returns its losses."""
+    load = lambda name: safetensors.torch.load(files[f"{name}.safetensors"]) if files else {}
+    weights, training = load("model"), load("training")
+    random = {"random.cpu": torch.get_rng_state()}
+    random.update({"random.cuda": torch.cuda.get_rng_state()} if args.device == "cuda" else {})
+    for name, tensor in [*model.state_dict().items(), *random.items()]:
+        here = weights.get(name, training.get(name, tensor)).to(args.device)
+        if world_size() > 1:
+            dist.broadcast(here, 0)
+        tensor.copy_(here)
+    torch.set_rng_state(random["random.cpu"])
+    if args.device == "cuda":
+        torch.cuda.set_rng_state(random["random.cuda"])
+    for optimizer in optimizers:
+        names = {name for group in optimizer.param_groups for name in group["names"]}
+        optimizer.load_full_state({key: t for key, t in training.items() if key.rpartition(".")[0] in names})
+    return training["losses"].tolist() if files else []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1522,6 +1670,26 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "GH200": 989e12, 
               "A800": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, from the makers' data sheets
 
 
+class Signals:
+    """SIGINT and SIGTERM: in the training loop the first asks for an end after the step; else the run ends at once.
+
+    A launcher and a batch system may each pass one on: what comes within a second counts once.
+    """
+
+    def __init__(self):
+        self.number, self.since, self.patient = 0, 0.0, False
+
+    def __call__(self, number, frame):
+        if self.number and time.monotonic() - self.since < 1:
+            return
+        first, self.number, self.since = not self.number, self.number or number, time.monotonic()
+        if not (first and self.patient):
+            raise KeyboardInterrupt
+
+
+signals = Signals()
+
+
 def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -1545,18 +1713,29 @@ def average_gradients(model):
         torch._foreach_copy_(grads, [part.view_as(g) for g, part in zip(grads, flat.split([g.numel() for g in grads]))])
 
 
+def gradient_norms(model, optimizers):
+    """The norm of each parameter's averaged gradient (parameters,), in the model's order, on the device."""
+    return torch.stack(torch._foreach_norm([p.grad for p in model.parameters()]))
+
+
 def train_step(model, optimizers, inputs, targets, args):
-    """One optimiser step on this rank's share (share, T). Returns the mean loss of the global batch, on the device."""
+    """One optimiser step on this rank's share (share, T).
+
+    Returns, on the device, the mean loss of the global batch, the number of ranks asked to stop and the norms of the
+    gradients (2 + parameters,).
+    """
     total = torch.zeros((), device=inputs.device)
     for x, y in zip(inputs.split(args.device_bsz), targets.split(args.device_bsz)):
         loss = model(x, y) * (len(x) / args.bsz)
         loss.backward()
         total += loss.detach()
     average_gradients(model)
+    norms = gradient_norms(model, optimizers)
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)
-    return all_sum(total)
+    asked = torch.full_like(total, float(signals.number > 0))
+    return torch.cat([all_sum(torch.stack([total, asked])), norms])
 
 
 def validation_set(stream, args, rank):
@@ -1571,13 +1750,16 @@ def validation_set(stream, args, rank):
 
 @torch.no_grad()
 def validate(model, val, args):
-    """Mean loss in nats a token over the validation sequences of all ranks."""
-    total = torch.zeros(2, dtype=torch.float64, device=args.device)  # sum of losses, number of targets
+    """Mean loss in nats a token over the validation sequences of all ranks; None when a rank was asked to stop."""
+    total = torch.zeros(3, dtype=torch.float64, device=args.device)  # sum of losses, number of targets, ranks asked
     for x, y in zip(*(t.split(args.device_bsz) for t in val)) if len(val[0]) else ():  # more ranks than sequences
+        if signals.number:
+            break
         count = (y >= 0).sum()
-        total += torch.stack([model(x, y).double() * count, count.double()])
-    loss, count = all_sum(total).tolist()
-    return loss / count
+        total[:2] += torch.stack([model(x, y).double() * count, count.double()])
+    total[2] = float(signals.number > 0)
+    loss, count, asked = all_sum(total).tolist()
+    return None if asked else loss / count
 
 
 def state_hash(model):
@@ -1640,7 +1822,7 @@ def reference_curve(args, data):
     path = Path(__file__).parent / "records" / "reference" / f"{args.track}_{Path(__file__).stem}.json"
     try:  # whatever is wrong with the file: a run does without it
         known = json.loads(path.read_text(encoding="utf-8"))
-        for f in (f for f in fields(args) if f.name not in known["free"]):
+        for f in (f for f in fields(args) if f.name not in (*known["free"], *FREE)):
             if getattr(args, f.name) != known["config"].get(f.name, f.metadata["defaults"][args.track]):
                 return {}
         if known["shards"] != [shard["sha256"] for split in ("train", "val") for shard in data[split]]:
@@ -1714,16 +1896,22 @@ def set_up(args, rank):
     return device, data, model, optimizers, dict(parameters=sum(sizes.values()), active=active)
 
 
-def run(args, rank, record, clock, data, model, optimizers, counts):
-    """Warm-up, training and validation, and the record of it."""
+def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
+    """Warm-up, training and validation, and the record of it. start: resume_point's answer."""
     (train, val, described), share, tokens_a_step = data, args.bsz // world_size(), args.bsz * args.seq_len
-    say, facts = tqdm.write if rank == 0 else lambda text: None, None
+    say = tqdm.write if rank == 0 else lambda text: None
+    facts, first, curve, losses = None, 0, [], []
     if rank == 0:
+        sources = read_sources([Path(__file__), *model.sources])
         facts = dict(
             schema=SCHEMA, run=record.path.name, script=Path(__file__).name, seed=args.random_seed, config=asdict(args),
             command=[Path(__file__).name, *sys.argv[1:]], environment=environment(), hardware=hardware(clock.device),
-            data=described, model=dict(counts, flops_per_token=model.flops_per_token(counts["active"])))
-        record.header(facts, [Path(__file__), *model.sources])
+            data=described, model=dict(counts, flops_per_token=model.flops_per_token(counts["active"])),
+            sources=[about for about, _ in sources])
+        if start:
+            part = {key: start[1][key] for key in ("run", "step", "began", "saved")}
+            facts["resumed"] = [*start[1]["resumed"], part]
+        record.header(facts, sources)
     say(f"{counts['parameters']:,} parameters, {counts['active']:,} active per token; {args.steps} steps of "
         f"{tokens_a_step:,} tokens on {world_size()} x {args.device} in {args.dtype}")
 
@@ -1731,21 +1919,32 @@ def run(args, rank, record, clock, data, model, optimizers, counts):
     val_batches = validation_set(val, args, rank)
     compiled = torch.compile(model, fullgraph=True, dynamic=False) if args.compile and args.device == "cuda" else model
     digest = warm_up(model, compiled, optimizers, val_batches, share, args)
-    loader = DataLoader(train, args, rank * share, (rank + 1) * share)
+    if start:
+        first, curve, record.checkpoint = start[1]["step"], start[1]["curve"], start[0]
+        losses = restore(start[2], args, model, optimizers)
+        say(f"resumed from {start[0]}: after step {first} of {args.steps}")
+    loader = DataLoader(train, args, rank * share, (rank + 1) * share, first)
     gc.collect()
     clock.switch("rest")
     record.line(f"warm-up: 2 steps and a validation batch of random tokens in {clock.seconds['warm-up']:.1f} s; model, "
                 f"optimisers and random state restored; sha256 of the parameters before and after: {digest}")
     say(f"ready after {clock.seconds['rest'] + clock.seconds['warm-up']:.1f} s, none of them counted as training")
 
-    lines, curve, reference = StepLines(record, args.steps), [], reference_curve(args, described)
-    bar = tqdm(total=args.steps, unit="step", file=sys.stdout, disable=rank != 0, dynamic_ncols=True,
+    for phase, seconds in start[1]["clock"].items() if start else ():
+        clock.seconds[phase] += seconds
+    names = [name for name, _ in model.named_parameters()]
+    lines, reference = StepLines(record, args, names, losses), reference_curve(args, described)
+    stopping, failure, signals.patient = False, None, True
+    bar = tqdm(total=args.steps, initial=first, unit="step", file=sys.stdout, disable=rank != 0, dynamic_ncols=True,
                mininterval=0.2 if sys.stdout.isatty() else 10)
-    for step in range(args.steps + 1):
-        if step % args.val_every == 0 or step == args.steps:
+    for step in range(first, args.steps + 1):
+        due = (step % args.val_every == 0 or step == args.steps) and not (curve and curve[-1]["step"] == step)
+        if due and not stopping:
             clock.switch("validation")
-            lines.flush(wait=True)
+            lines.flush()
             loss = validate(compiled, val_batches, args)
+            stopping = loss is None
+        if due and not stopping:
             record.line(f"step:{step}/{args.steps} val_loss:{loss:.4f} {timing(clock.train_ms(), step)}")
             curve.append(dict(step=step, val_loss=loss, train_ms=clock.train_ms(), tokens=step * tokens_a_step,
                               log_sha256=record.chain.hexdigest()))
@@ -1754,25 +1953,36 @@ def run(args, rank, record, clock, data, model, optimizers, counts):
             known = f", reference {mean:.4f} ± {band:.4f}: {inside}" if step in reference else ""
             spent = f"{clock.train_ms() / 1e3:.1f} s of training"
             say(f"step {step}/{args.steps}  validation loss {loss:.4f}{known}  {spent}")
-        last = step == (args.stop_after or args.steps)
-        if last or args.save_every and step and step % args.save_every == 0:
+        last = stopping or step >= (args.stop_after or args.steps)
+        if step and (last or args.save_every and step % args.save_every == 0):
             clock.switch("saving")
-            lines.flush(wait=True)
-            save(args, record, model, optimizers, step, clock, facts, curve, lines.losses)
+            lines.flush()
+            if bad := [name for name, t in model.state_dict().items() if not t.isfinite().all()]:
+                lines.fail(step, f"{bad[0]} is not finite")
+            about = checkpoint_facts(facts, step, clock, curve, record) if rank == 0 else None
+            finished = step == args.steps and not stopping
+            failure = save(args, record, model, optimizers, about, None if finished else lines.losses)
+            if failure and not finished:
+                raise failure
         if last:
             break
         if clock.phase != "train":
             clock.switch("train")
         schedule(optimizers, step, args)
         lines.add(step + 1, train_step(compiled, optimizers, *loader.next(), args), clock.train_ms())
+        stopping = lines.stopping
         bar.set_postfix_str(f"loss {lines.last:.3f}", refresh=False)
         bar.update()
     bar.close()
     clock.switch("rest")
-    lines.flush(wait=True)
+    signals.patient = False
+    if failure:
+        record.line(f"checkpoint: {failure}")
     losses = base64.b64encode(np.array(lines.losses, "<f4").tobytes()).decode()
     record.line(f"losses: {json.dumps(dict(float32=losses))}")
 
+    if stopping:
+        raise KeyboardInterrupt(f" after step {step} of {args.steps}, checkpoint {record.checkpoint}")
     if step < args.steps:
         log = record.close(f"stopped after step {step} of {args.steps}")
         say(f"stopped after step {step} of {args.steps}: a beginning to compare with, not a result; the log: {log}")
@@ -1783,6 +1993,17 @@ def run(args, rank, record, clock, data, model, optimizers, counts):
         record.line(f"result: {json.dumps(result['final'])}")
         record.finish(result)
         farewell(result, record)
+        if failure:
+            stop(f"the record is whole, but there is no checkpoint of the last step: {failure}")
+
+
+def checkpoint_facts(facts, step, clock, curve, record):
+    """What checkpoint.json says besides its files."""
+    about = {key: facts[key] for key in ("script", "run", "config", "sources", "data")}
+    tokenizer = {key: (facts["data"]["manifest"] or {}).get(key) for key in ("tokenizer", "tokenizer_sha256")}
+    return dict(about, format=1, step=step, source_sha256=facts["sources"][0]["sha256"], **tokenizer, began=clock.began,
+                saved=time.time(), clock=clock.seconds, curve=curve, log_sha256=record.chain.hexdigest(),
+                resumed=facts.get("resumed", []))
 
 
 def report(facts, clock, curve, val, train_tokens, args):
@@ -1824,8 +2045,9 @@ def farewell(result, record):
 
 
 def main(argv=None):
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signals.__init__()
+    signal.signal(signal.SIGINT, signals)
+    signal.signal(signal.SIGTERM, signals)
     clock, args = Clock(), Hyperparameters.parse(argv)
     rank, record = int(os.environ.get("RANK", 0)), None
     try:
@@ -1834,12 +2056,19 @@ def main(argv=None):
             return print_parameters(model, optimizers) if rank == 0 else None
         if args.check:
             return None
-        record = Record(args, rank)
-        run(args, rank, record, clock, data, model, optimizers, counts)
-    except KeyboardInterrupt:
-        log = record.close("interrupted") if record else None
-        print(f"\n{Path(__file__).name}: interrupted{f'; the log so far: {log}' if log else ''}", file=sys.stderr)
-        raise SystemExit(130)
+        start = resume_point(args, rank, model, data[2])
+        record = Record(args, rank, start[2]["log.txt"] if start and rank == 0 else b"")
+        run(args, rank, record, clock, data, model, optimizers, counts, start)
+    except KeyboardInterrupt as interrupt:
+        number = signal.Signals(signals.number or signal.SIGTERM)  # the rank that the signal did not reach follows
+        log = record.close(f"interrupted by {number.name}{interrupt}") if record else None
+        if rank == 0:
+            print(f"\n{Path(__file__).name}: interrupted{interrupt}{f'; the log so far: {log}' if log else ''}",
+                  file=sys.stderr)
+        raise SystemExit(128 + number)
+    except Diverged as error:
+        log = record.close(f"failed: {error}")
+        stop(f"{error}; the log: {log}")
     except Exception as error:
         if record:
             record.close(f"failed: {type(error).__name__}: {error}")

@@ -239,9 +239,10 @@ def test_checkpoints(finished):
         path = folder / f"step{step:06d}"
         about = json.loads((path / "checkpoint.json").read_text())
         more = ["log.txt", "training.safetensors"] if step == 4 else []
-        assert sorted(p.name for p in path.iterdir()) == sorted(["checkpoint.json", "model.safetensors", *more])
-        assert about["files"] == {p.name: dict(bytes=p.stat().st_size, sha256=hashlib.sha256(p.read_bytes()).hexdigest())
-                                  for p in path.iterdir() if p.name != "checkpoint.json"}
+        assert {p.name for p in path.iterdir()} == {"checkpoint.json", "model.safetensors", *more}
+        contents = {p.name: p.read_bytes() for p in path.iterdir() if p.name != "checkpoint.json"}
+        assert about["files"] == {name: dict(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+                                  for name, content in contents.items()}
         assert all(about[key] == MANIFEST[key] for key in ("tokenizer", "tokenizer_sha256"))
         assert about["config"] == finished.result["config"] and about["run"] == finished.path.name
         assert (about["format"], about["script"], about["step"]) == (1, f"{finished.script}.py", step)
