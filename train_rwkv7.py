@@ -1551,7 +1551,7 @@ def read_files(folder, about):
     return files
 
 
-def obstacle(about, args, sources, data):
+def not_resumable(about, args, sources, data):
     """(the obstacle is its script or its flags, words for it) when a checkpoint's run cannot go on so; (False, "")."""
     flags = [f"--{key} was {value}, is {getattr(args, key)}" for key, value in about["config"].items()
              if key not in FREE and value != getattr(args, key, None)]
@@ -1583,7 +1583,7 @@ def find_checkpoint(args, sources, data):
         if "training.safetensors" not in about["files"]:
             finished.update([about["run"], *(part["run"] for part in about["resumed"])])
     for folder, about in sorted(found, key=lambda pair: pair[1]["saved"], reverse=True):
-        another, why = obstacle(about, args, sources, data)
+        another, why = not_resumable(about, args, sources, data)
         if why and not auto:
             raise ValueError(f"--resume {args.resume}: {folder} cannot go on: {why}.")
         if another or auto and about["run"] in finished:
@@ -1822,7 +1822,7 @@ def reference_curve(args, data):
     path = Path(__file__).parent / "records" / "reference" / f"{args.track}_{Path(__file__).stem}.json"
     try:  # whatever is wrong with the file: a run does without it
         known = json.loads(path.read_text(encoding="utf-8"))
-        for f in (f for f in fields(args) if f.name not in (*known["free"], *FREE)):
+        for f in (f for f in fields(args) if f.name not in known["free"]):
             if getattr(args, f.name) != known["config"].get(f.name, f.metadata["defaults"][args.track]):
                 return {}
         if known["shards"] != [shard["sha256"] for split in ("train", "val") for shard in data[split]]:

@@ -118,8 +118,10 @@ def near(a, b, relative=1e-9):
 
 class Log:
     """log.txt taken apart: facts {key: JSON}, sources [(header, text)], steps and notes [(line number, match)],
-    warm_ups, command, page (of the hardware), digest. A resumed run has parts: resumed holds the lines that begin the later ones,
-    parts the facts of each; facts and command are of the last. Raises Failed with the number of the first wrong line.
+    warm_ups, command, page (of the hardware), digest. Raises Failed with the number of the first wrong line.
+
+    A resumed run has parts: resumed holds the lines that begin the later ones, parts the facts of each; facts and
+    command are of the last.
     """
 
     def __init__(self, text):
@@ -176,8 +178,8 @@ class Log:
              f"line {number}: it does not say how the run was resumed")
         need(line.get("step") == (done or [0])[-1], f"line {number}: resumed after step {line.get('step')}, the steps "
                                                     f"before it end with {(done or [0])[-1]}")
-        before = self.facts["record"].get("run")
-        need(line.get("run") == before, f"line {number}: resumed from {line.get('run')}, the lines before are of {before}")
+        run = self.facts["record"].get("run")
+        need(line.get("run") == run, f"line {number}: resumed from {line.get('run')}, the lines before are of {run}")
         self.facts.update({key: now[key] for key in PART}, record=dict(self.facts["record"], run=now["run"]))
         self.command = shlex.join(map(str, now["command"]))
         self.resumed.append(line)

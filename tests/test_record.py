@@ -314,10 +314,14 @@ def test_a_killed_run_leaves_its_log(tmp_path):
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 def test_an_interrupted_run_says_so(tmp_path, number):
     status, stderr, log, path = end_in_the_middle("train_gpt2", tmp_path, number)
-    assert status == 130
+    assert status == 128 + number
     message, = stderr.strip().splitlines()
-    assert message == f"train_gpt2.py: interrupted; the log so far: {path}/log.txt"
-    assert log.endswith("\nend: interrupted\n")
+    checkpoint, = (tmp_path / "checkpoints" / path.name).iterdir()
+    step = int(checkpoint.name[4:])
+    reason = f"after step {step} of 20000, checkpoint {checkpoint}"
+    assert message == f"train_gpt2.py: interrupted {reason}; the log so far: {path}/log.txt"
+    assert log.endswith(f"\nend: interrupted by {number.name} {reason}\n")
+    assert f"\nstep:{step}/20000 train_loss" in log and f"\nstep:{step + 1}/" not in log
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -408,26 +412,25 @@ def test_clock_with_a_watch_of_its_own(monkeypatch):
 
 
 def test_lines_wait_for_no_loss():
-    """The line of a step is written when its loss has arrived, in order; a flush that waits writes the rest."""
+    """On a GPU the host runs one step ahead; the line of a step is written when its copy has arrived, in order."""
     script = importlib.import_module("train_gpt2")
     written = []
-    lines = script.StepLines(types.SimpleNamespace(line=written.append), 9)
+    record = types.SimpleNamespace(line=written.append)
+    lines = script.StepLines(record, types.SimpleNamespace(steps=9, norm_every=2), ("a", "b"))
 
     class Event:
-        arrived = waited = False
-        query = lambda self: self.arrived
+        waited = False
 
         def synchronize(self):
             self.waited = True
 
     first, second = Event(), Event()
-    lines.pending.extend([(1, torch.tensor(2.0), first, 10.0), (2, torch.tensor(1.0), second, 25.0)])
-    second.arrived = True
-    lines.flush()
-    assert written == [], "step 1 comes first"
-    first.arrived = True
-    second.arrived = False
-    lines.flush()
+    lines.pending.extend([(1, torch.tensor([2.0, 0.0, 3.0, 4.0]), first, 10.0),
+                          (2, torch.tensor([1.0, 2.0, 3.0, 4.0]), second, 25.0)])
+    lines.flush(ahead=1)
     assert written == ["step:1/9 train_loss:2.0000 train_time:10ms step_avg:10.00ms"] and lines.last == 2.0
-    lines.flush(wait=True)
-    assert written[1:] == ["step:2/9 train_loss:1.0000 train_time:25ms step_avg:12.50ms"] and second.waited
+    assert first.waited and not second.waited and not lines.stopping
+    lines.flush()
+    assert written[1:] == ["step:2/9 train_loss:1.0000 train_time:25ms step_avg:12.50ms",
+                           "step:2/9 grad_norm:5.0000e+00"] and second.waited
+    assert lines.stopping and lines.losses == [2.0, 1.0], "two ranks were asked to stop"
