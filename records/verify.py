@@ -126,7 +126,7 @@ class Log:
 
     def __init__(self, text):
         self.lines, self.at, self.facts, self.sources, self.steps = text.split("\n"), 0, {}, [], []
-        self.notes, self.resumed, self.warm_ups = [], [], []
+        self.notes, self.resumed, self.warm_ups, self.parts = [], [], [], []
         need(self.lines.pop() == "", f"line {len(self.lines) + 1} is cut off: the log is truncated")
         self.fact("config")
         self.command = self.take("command: ")
@@ -143,8 +143,7 @@ class Log:
             need(self.at < len(self.lines), f"after line {page}: no rule line ends the page on the hardware")
         self.page = self.lines[page:self.at]
         self.take(RULE)
-        self.warm_ups.append(self.take("warm-up: "))
-        self.parts = [dict(self.facts, command=self.command)]
+        self.begin_part()
         while True:
             if match := STEP.fullmatch(self.peek()):
                 self.at += 1
@@ -169,6 +168,12 @@ class Log:
         self.take("end: finished")
         need(self.at == len(self.lines), f"line {self.at + 1} comes after the end")
 
+    def begin_part(self):
+        self.parts.append(dict(self.facts, command=self.command))
+        self.warm_ups.append(self.take("warm-up: "))
+        if self.peek().startswith("communication: "):  # of runs on several ranks
+            self.fact("communication")
+
     def resume(self):
         """The line that begins a later part of the run: it follows from the one before."""
         line, number = self.fact("resumed", keep=False), self.at
@@ -183,8 +188,7 @@ class Log:
         self.facts.update({key: now[key] for key in PART}, record=dict(self.facts["record"], run=now["run"]))
         self.command = shlex.join(map(str, now["command"]))
         self.resumed.append(line)
-        self.parts.append(dict(self.facts, command=self.command))
-        self.warm_ups.append(self.take("warm-up: "))
+        self.begin_part()
 
     def peek(self, more=0):
         return self.lines[self.at + more] if self.at + more < len(self.lines) else ""
