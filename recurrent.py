@@ -5,7 +5,7 @@
     logits = model(tokens, state)                 # (B, T) int64 -> (B, T, V) fp32; the state moves on by T tokens
 
 One token (T = 1) is the recurrent step: for RWKV constant time and memory wherever it stands. More at once (a prompt)
-take the chunked parallel form of training, with the state carried in and out. Both are written here, apart from the training
+take the chunked parallel form of training, with the state carried in and out. Both are written here, apart from the
 scripts, of which only the WKV operators are used; model.parallel() is the training script's own module with the same
 weights, and `python sample.py CHECKPOINT --check` holds the three forms against each other. No command line: import it.
 """
