@@ -1,6 +1,6 @@
 """The trained models run one token after the other: RWKV-7 and RWKV-6 as RNNs, the GPT with a cache of keys and values.
 
-    model = load("latest")                        # or a checkpoint's folder, a run's, a record's
+    model = load("latest")                        # or a checkpoint's folder, a run's, a record's, an x070 .pth
     state = model.new_state()                     # a plain value: clone(), branch(n), save(file)
     logits = model(tokens, state)                 # (B, T) int64 -> (B, T, V) fp32; the state moves on by T tokens
 
@@ -14,7 +14,11 @@ import functools
 import hashlib
 import importlib
 import json
-from dataclasses import fields
+import pickle
+import re
+import warnings
+import zipfile
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import safetensors
@@ -84,7 +88,7 @@ class Model:
     def prepare(self, name, t):
         """A weight as the forward pass takes it; vectors lose their dimensions of size 1."""
         t = t.squeeze() if t.dim() == 3 and t.size(0) == 1 else t
-        return t.to(self.device, self.type).contiguous()
+        return t.to(self.device, self.type, copy=True).contiguous()  # bytes of a file lie askew: other sums
 
     @property
     def vocab_size(self):
@@ -98,11 +102,7 @@ class Model:
     @functools.cached_property
     def hash(self):
         """sha256 over the names and bytes of the trained weights."""
-        digest = hashlib.sha256()
-        for name, t in sorted(self.trained.items()):
-            digest.update(name.encode())
-            digest.update(t.contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return weights_hash(self.trained)
 
     def identity(self):
         """What a saved state must agree in."""
@@ -119,6 +119,10 @@ class Model:
             args.wind_cuda = False
         with torch.device("meta"):  # no time for starting values that are thrown away
             module = self.script.build_model(args)
+            for name, t in self.trained.items():  # low ranks and vocabularies of official files go by other rules
+                owner, _, leaf = name.rpartition(".")
+                if getattr(module.get_submodule(owner), leaf).shape != t.shape:
+                    setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(torch.empty(t.shape)))
         kinds = {name: t.dtype for name, t in module.state_dict().items()}
         weights = {name: t.to(self.device, kinds[name], copy=True) for name, t in self.trained.items()}
         module.load_state_dict(weights, assign=True)
@@ -351,6 +355,15 @@ class GPT2(Model):
         return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
+def weights_hash(weights):
+    """sha256 over the names and bytes of {name: tensor}."""
+    digest = hashlib.sha256()
+    for name, t in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(t.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 class Names:
     """The weights whose names begin with a prefix."""
 
@@ -376,7 +389,8 @@ def linear(x, W):
 
 
 def find(path):
-    """The folder of a checkpoint from "latest", the folder itself, that of its run, or that of the run's record."""
+    """The folder of a checkpoint from "latest", the folder itself, that of its run, or that of the run's record; or a
+    file, of export.py or an official one, as it is."""
     steps = lambda folder: sorted(p.parent for p in folder.glob("step[0-9]*/checkpoint.json") if p.parent.suffix == "")
     if str(path) == "latest":
         found = [p for run in CHECKPOINTS.glob("*") for p in steps(run)]
@@ -384,14 +398,16 @@ def find(path):
             raise ValueError(f"no checkpoint in {CHECKPOINTS.absolute()}. Train one: ./run_rwkv7.sh --track tiny")
         return max(found, key=lambda p: (p / "checkpoint.json").stat().st_mtime)
     path = Path(path)
-    if (path / "checkpoint.json").is_file():
+    if path.name == "model.safetensors" and (path.parent / "checkpoint.json").is_file():
+        return path.parent
+    if path.is_file() or (path / "checkpoint.json").is_file():
         return path
     for run in (path, CHECKPOINTS / path.absolute().name):
         if found := steps(run):
             return found[-1]
-    there = "no checkpoint is in it" if path.is_dir() else "no such folder"
+    there = "no checkpoint is in it" if path.is_dir() else "no such folder or file"
     raise ValueError(f"{path}: {there}, nor is there one of that name in {CHECKPOINTS}/. "
-                     "Give a step's folder, a run's, its record's, or the word latest.")
+                     "Give a step's folder, a run's, its record's, an exported or official file, or the word latest.")
 
 
 def read(folder):
@@ -412,9 +428,96 @@ def read(folder):
         raise ValueError(f"{folder} is damaged: {said}. Take another step of the run, or train again.") from None
 
 
+def read_file(path):
+    """(about, weights) of one file: an official x070 .pth or .safetensors, or what export.py wrote. ValueError."""
+    facts = {}
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, "pt") as opened:
+                facts = opened.metadata() or {}
+            weights = safetensors.torch.load_file(path)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what follows as an error
+                weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        strange = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(f"{path} holds a Python object ({strange[1]}), whose loading could run code; only tables of "
+                         "tensors are read. Save its state_dict() alone." if strange else
+                         f"{path} is damaged, or no file of tensors. Fetch or export it again.") from None
+    except (OSError, EOFError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+        said = f"{type(error).__name__} {error}".splitlines()[0][:120]
+        raise ValueError(f"{path} is damaged, or no file of tensors ({said}). Fetch or export it again.") from None
+    if "checkpoint" not in facts:
+        config, weights = official(path, weights)
+        return dict(script="train_rwkv7.py", config=asdict(config), step=None), weights
+    try:
+        about = json.loads(facts["checkpoint"])
+        if about["format"] != 1 or about["script"] not in SCRIPTS:
+            raise ValueError(f"format {about['format']}, script {about['script']}")
+        if weights_hash(weights) != about["model_sha256"]:
+            raise ValueError("its weights have another sha256 than when it was written")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Export it again.") from None
+    return about, weights
+
+
+def official(path, found):
+    """(Hyperparameters, weights) of the tensors of a file in RWKV's own layout. Shapes tell the sizes. ValueError."""
+    def few(names):
+        return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+    if not isinstance(found, dict) or not all(isinstance(name, str) and isinstance(t, torch.Tensor)
+                                              for name, t in found.items()):
+        raise ValueError(f"{path} is no table of tensors by name. Save its state_dict() alone.")
+    for sign, family in ((".att.time_maa_", "RWKV-6 (x060)"), (".att.gate.weight", "RWKV-5 (x052)"),
+                         (".att.time_decay", "RWKV-4 or RWKV-5 (x052 or older)")):
+        if any(sign in name for name in found):
+            raise ValueError(f"{path} is of {family}; only RWKV-7 (x070) is read.")
+    if not any(name.startswith("blocks.") and name.endswith(".att.x_r") for name in found):
+        raise ValueError(f"{path} holds no RWKV-7: none of x070's names, such as blocks.0.att.x_r, is among its "
+                         f"{len(found)} ({few(sorted(found))}).")
+
+    def shape(name):  # or a stand-in for one that is missing or strange, which is said below
+        t = found.get(name, torch.empty(0))
+        return t.shape if t.dim() == 2 and t.numel() else (64, 64)
+
+    (V, C), (_, N), (hidden, _) = map(shape, ("emb.weight", "blocks.0.att.r_k", "blocks.0.ffn.key.weight"))
+    script = importlib.import_module("train_rwkv7")
+    layers = len({name.split(".")[1] for name in found if re.match(r"blocks\.\d+\.", name)})
+    config = script.Hyperparameters(x070=True, layers=layers, vocab_size=V, width=C, headsz=N if C % N == 0 else C,
+                                    ffn_ratio=hidden / C, device="cpu", dtype="fp32", kernel="torch")
+    with torch.device("meta"):
+        expected = {name: t.shape for name, t in script.RWKV7(config, "torch").state_dict().items()}
+    missing = [name for name in expected if name not in found]
+    unused = [f"blocks.0.att.v{i}" for i in range(3)]  # in many files, though layer 0 mixes no v in
+    extra = [name for name in found if name not in expected and name not in unused]
+    if missing or extra:
+        said = [f"{what} {few(names)}" for what, names in (("lacks", missing), ("has besides it", extra)) if names]
+        raise ValueError(f"{path} is not plain x070: it {' and '.join(said)}.")
+    for name, like in expected.items():
+        right = list(like)
+        if name in ("emb.weight", "head.weight"):
+            right[0] = V
+        elif ".ffn.key." in name or ".ffn.value." in name:
+            right = [hidden, C] if ".key." in name else [C, hidden]
+        elif on_the_right(name):
+            rank = (0, *found[f"{name[:-1]}1"].shape)[-1]
+            right = [C, rank] if name[-1] == "1" else [rank, C]
+        t = found[name]
+        if [n for n in t.shape if n > 1] != [n for n in right if n > 1] or not t.is_floating_point():
+            raise ValueError(f"{path} is not plain x070: its {name} is {tuple(t.shape)} {str(t.dtype)[6:]}, "
+                             f"not {tuple(right)} of floats.")
+        expected[name] = t.reshape(right)  # some files have lost the dimensions of size 1
+    if N not in script.HEAD_SIZES:
+        raise ValueError(f"{path} has heads of {N} channels; known are {', '.join(map(str, script.HEAD_SIZES))}.")
+    return config, expected
+
+
 def load(path, dtype="fp32", device="cpu"):
     """The model of a checkpoint (find() says what path may be), in fp32 or bf16. Raises ValueError."""
-    about, weights = read(find(path))
+    found = find(path)
+    about, weights = read_file(found) if found.is_file() else read(found)
     script = importlib.import_module(about["script"][:-len(".py")])
     known = {f.name for f in fields(script.Hyperparameters)}
     config = script.Hyperparameters(**{key: value for key, value in about["config"].items() if key in known})
