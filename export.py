@@ -5,7 +5,7 @@
 
 CHECKPOINT: a step's folder, a run's, a record's, the word latest, or a file (recurrent.py). The official layout has a
 place for plain RWKV-7 alone: train with --x070. What has none is listed, and nothing is written. The rwkv package
-(pip install rwkv) reads it so; on a CPU heads may have any size, on its CUDA kernel 64 channels:
+(pip install rwkv) reads it so; heads may have any size on a CPU, its CUDA kernel takes 64 channels:
 
     os.environ["RWKV_V7_ON"] = "1"                       # before the import
     model = rwkv.model.RWKV("model", "cpu fp32")         # the name without .pth
@@ -96,8 +96,9 @@ def export(checkpoint, to, out, dtype="fp32", force=False):
         write(out, force, lambda path: safetensors.torch.save_file(weights, path, metadata=header))
     rows = next(t for name, t in weights.items() if name in ("emb.weight", "wte.weight")).size(0)
     padding = f" of which ids from {config.vocab_size} on are padding" if rows > config.vocab_size else ""
+    heads = "; the rwkv package's CUDA kernel takes heads of 64 only" if to == "rwkv" and config.headsz != 64 else ""
     return (f"{out}: {sum(t.numel() for t in weights.values()):,} parameters in {dtype}, {config.layers} layers, width "
-            f"{config.width}, heads of {config.headsz}, {rows} rows in the vocabulary{padding}")
+            f"{config.width}, heads of {config.headsz}, {rows} rows in the vocabulary{padding}{heads}")
 
 
 def main(argv=None):

@@ -187,6 +187,7 @@ def test_pth_and_back(checkpoints, files, tmp_path):
     assert sizes(again) == sizes(first) and again.config.vocab_size == 384 and again.step is None
     assert export.main([str(files["plain"]), "--to", "rwkv", "--out", str(tmp_path / "again.pth")]) == 0
     assert recurrent.load(tmp_path / "again.pth").hash == first.hash
+    assert recurrent.load(checkpoints["plain"] / "model.safetensors").step == 7, "the folder around it tells more"
 
 
 @pytest.mark.parametrize("case", ["speedrun", "train_rwkv6", "train_gpt2"])
@@ -209,7 +210,7 @@ def test_safetensors_and_back(case, checkpoints, tmp_path, capsys):
 
 
 def test_foreign_files(files, tmp_path):
-    """Sizes are the file's own; the same under names of safetensors and in torch's old format; bf16 of ours."""
+    """Sizes are the file's own; the same from safetensors and torch's old format; exported again; bf16 of ours."""
     model = recurrent.load(files["foreign"])
     config = model.config
     assert (config.layers, config.width, config.headsz, config.ffn_ratio, config.vocab_size, config.x070) == (
@@ -220,6 +221,9 @@ def test_foreign_files(files, tmp_path):
     torch.save(found, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     for name in ("official.safetensors", "old.pth"):
         assert recurrent.load(tmp_path / name).hash == model.hash
+    out = tmp_path / "ours.safetensors"
+    assert export.main([str(files["foreign"]), "--to", "safetensors", "--dtype", "bf16", "--out", str(out)]) == 0
+    assert same_logits(recurrent.load(out), model) and recurrent.load(out).hash == model.hash
     flags = ["--dtype", "bf16", "--to", "rwkv", "--out"]
     assert export.main([str(files["plain"]), *flags, str(tmp_path / "half.pth")]) == 0
     half, whole = torch.load(tmp_path / "half.pth"), torch.load(files["plain"])
