@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -282,7 +283,9 @@ def test_output(checkpoints, tmp_path, capsys, monkeypatch):
         patch.setattr(torch, "save", full)
         refused(capsys, *flags, out, "--force", parts=["cannot write", "Make room"])
     assert tree(tmp_path) == {"model.pth": b"precious"}
+    os.link(out, tmp_path / "link")  # whoever has the old file open keeps it whole: the new one took its name
     assert export.main([*map(str, flags), str(out), "--force"]) == 0
+    assert (tmp_path / "link").read_bytes() == b"precious"
     assert recurrent.load(out).hash == recurrent.load(checkpoints["plain"]).hash
     for bad in (["--to", "onnx", "--out", "x"], ["--to", "rwkv"], ["--out", "x.pth"]):
         with pytest.raises(SystemExit) as ended:
