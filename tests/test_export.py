@@ -17,7 +17,7 @@ import torch
 
 import export
 import recurrent
-from helpers import ROOT, environment, tree
+from helpers import ROOT, environment, make_corpus, run_here, tiny, tree
 
 sys.path.append(str(ROOT / "data"))
 import tokenizer  # noqa: E402
@@ -75,7 +75,12 @@ def write_checkpoint(folder, case):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
-    return {case: write_checkpoint(root / case.replace(" ", "_") / "step000007", case) for case in CASES}
+    made = {case: write_checkpoint(root / case.replace(" ", "_") / "step000007", case) for case in CASES}
+    data = make_corpus(root / "data", train=(9000,), text=(ROOT / "README.md").read_bytes())
+    run_here("train_rwkv7", *tiny("train_rwkv7", data, root / "records", "--checkpoints", root / "runs", "--x070",
+                                  "--width", 64, "--headsz", 32, "--steps", 40, "--val_every", 40))
+    made["trained"], = (root / "runs").iterdir()
+    return made
 
 
 def foreign(folder):
@@ -103,9 +108,9 @@ def foreign(folder):
 def files(checkpoints, tmp_path_factory):
     """{case: .pth}: exported ones and a foreign one."""
     folder = tmp_path_factory.mktemp("files")
-    for case in ("plain", "heads of 32"):
+    for case in ("plain", "heads of 32", "trained"):
         assert export.main([str(checkpoints[case]), "--to", "rwkv", "--out", str(folder / f"{case}.pth")]) == 0
-    return {"plain": folder / "plain.pth", "heads of 32": folder / "heads of 32.pth", "foreign": foreign(folder)}
+    return {**{path.stem: path for path in folder.iterdir()}, "foreign": foreign(folder)}
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +137,12 @@ def ours(model):
 # --------------------------------------------------------------------------------------------------------------------
 # The rwkv package
 
-@pytest.mark.parametrize("case", ["plain", "heads of 32", "foreign"])
+@pytest.mark.parametrize("case", ["plain", "heads of 32", "trained", "foreign"])
 def test_the_package_computes_the_same(case, checkpoints, files, package):
     mine, its = ours(recurrent.load(checkpoints.get(case, files[case]))), package[case]
     assert mine["parallel"].abs().max() > 2, "logits too small to tell anything"
+    zeros = [name for name, t in torch.load(files[case]).items() if not t.any()]
+    assert not zeros, f"not trained: {zeros}"
     errors = {f"{a} / {b}": (mine[a] - its[b]).abs().max().item() for a in mine for b in its}
     assert max(errors.values()) < LIMIT, errors
 
