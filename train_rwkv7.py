@@ -51,6 +51,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.adam import adam
 from tqdm import tqdm
 
 try:
@@ -123,7 +124,7 @@ def has_bf16(device):
 
 
 def resolve(args, world):
-    """Fix what "auto" means on this machine and deal the batch out. Raises ValueError with the way out."""
+    """Fix what "auto" means on this machine. Raises ValueError with the way out."""
     cuda = torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
         raise ValueError("--device cuda: torch sees no CUDA device. Use --track tiny --device cpu.")
@@ -143,15 +144,6 @@ def resolve(args, world):
         raise ValueError(f"--stop_after {args.stop_after} is more than --steps {args.steps}.")
     if args.random_seed >= 2**63:
         raise ValueError(f"--random_seed {args.random_seed} is too large: below 2^63.")
-    share, unit = args.bsz // world, world * min(args.device_bsz, max(1, args.bsz // world))
-    if args.bsz % unit:
-        fits = [n for n in range(1, args.device_bsz + 1) if share % n == 0] if args.bsz % world == 0 else []
-        near = [n for n in (args.bsz // unit * unit, (args.bsz // unit + 1) * unit) if n]
-        raise ValueError(f"--bsz {args.bsz} cannot be reached with {world} device(s) x --device_bsz {unit // world}. "
-                         f"Nearest: --bsz {' or '.join(map(str, near))}"
-                         f"{f', or --device_bsz {fits[-1]}' if fits else ''}.")
-
-
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1036,7 +1028,7 @@ def build_optimizers(model, args):
         groups[group_of(name)]["params"].append(p)
         groups[group_of(name)]["names"].append(name)
     muon = groups.pop("muon")
-    adam = Adam([g for g in groups.values() if g["params"]], betas=(0.9, args.adam_beta2), fused=True)
+    adam = Adam([g for g in groups.values() if g["params"]], betas=(0.9, args.adam_beta2))
     return [adam, Muon([muon], lr=args.muon_lr, scale=args.muon_scale)]
 
 
@@ -1057,43 +1049,206 @@ def newton_schulz(G, steps=5):
     return X
 
 
-def full_state(optimizer):
-    """{"<parameter>.<key>": CPU tensor} of every parameter's state."""
-    return {f"{name}.{key}": value.cpu() for group in optimizer.param_groups
-            for name, p in zip(group["names"], group["params"]) for key, value in optimizer.state.get(p, {}).items()}
+BUCKET = 2**24  # elements: large messages use the links well, several of them overlap with the backward
+SENT = collections.Counter()  # bytes this rank sends in a step, as in a ring of n: (n - 1) / n of the whole buffer of a
+# reduce-scatter or an all-gather, twice that for an all-reduce; what the library and the network add is not in it
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # torch 2.13's name, 2.11's
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def load_full_state(optimizer, tensors):
-    for group in optimizer.param_groups:
-        for name, p in zip(group["names"], group["params"]):
-            keys = [key for key in tensors if key.rpartition(".")[0] == name]
-            optimizer.state[p] = {key.rpartition(".")[2]: tensors[key].to(p.device) for key in keys}
+def ranks():
+    """This rank and the number of all."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-class Adam(torch.optim.Adam):
-    """torch's, and its whole state under the parameters' names."""
+class Bucket:
+    """Parameters of one dtype as one flat buffer of a chunk a rank: what lies in a rank's chunk is its own to train.
 
+    owner: {parameter: rank}; each lies whole in its rank's chunk. Without it they lie end to end, across the borders.
+    pieces: {parameter: slice of it, flat} that are this rank's; places: {parameter: slice of the chunk} where they lie.
+    """
+
+    def __init__(self, params, owner=None):
+        self.rank, self.world = ranks()
+        self.params, self.pieces, self.places, filled, starts = params, {}, {}, [0] * self.world, []
+        for p in params:
+            r = owner[p] if owner else 0
+            starts.append(filled[r])
+            filled[r] += p.numel()
+        self.chunk = max(filled) if owner else -(-filled[0] // (128 * self.world)) * 128  # 128: aligned pieces
+        self.starts = [start + owner[p] * self.chunk if owner else start for p, start in zip(params, starts)]
+        for p, start in zip(params, self.starts):
+            first, last = (min(max(0, r * self.chunk - start), p.numel()) for r in (self.rank, self.rank + 1))
+            if first < last:
+                self.pieces[p], at = slice(first, last), start + first - self.rank * self.chunk
+                self.places[p] = slice(at, at + last - first)
+
+    def views(self, flat):
+        """Each parameter's place in a buffer, in its shape."""
+        return [flat[start:start + p.numel()].view(p.shape) for p, start in zip(self.params, self.starts)]
+
+    def send(self):
+        """Begin to sum the gradients over the ranks, each gets its chunk. A rank that has none adds zeros."""
+        self.flat = self.params[0].new_zeros(self.world * self.chunk)
+        there = [(view, p.grad) for view, p in zip(self.views(self.flat), self.params) if p.grad is not None]
+        if there:
+            torch._foreach_copy_(*map(list, zip(*there)))
+        for p in self.params:
+            p.grad = None
+        self.mine = self.flat.new_empty(self.chunk)
+        SENT["reduce-scatter"] += self.mine.nbytes * (self.world - 1)
+        self.work = REDUCE_SCATTER(self.mine, self.flat, async_op=True)
+
+    def gradients(self):
+        """{parameter: this rank's piece of its summed gradient, flat}."""
+        if self.world == 1:
+            return {p: p.grad.flatten() for p in self.params}
+        self.work.wait()
+        return {p: self.mine[place] for p, place in self.places.items()}
+
+    def gather(self, pieces, dtype):
+        """Of every rank's {parameter: piece} the whole: {parameter: tensor}."""
+        if self.world == 1:
+            return pieces
+        mine = self.params[0].new_zeros(self.chunk, dtype=dtype)
+        for p, place in self.places.items():
+            mine[place].view(pieces[p].shape).copy_(pieces[p])
+        flat = mine.new_empty(self.world * self.chunk)
+        SENT["all-gather"] += mine.nbytes * (self.world - 1)
+        ALL_GATHER(flat, mine)
+        return dict(zip(self.params, self.views(flat)))
+
+
+@contextlib.contextmanager
+def averaging(model, optimizers):
+    """Sum the (already weighted) gradients over the ranks while the last backward, in here, still runs.
+
+    A bucket is sent when its gradients are complete and all before it are sent, so that the order is the same on every
+    rank; what is left goes at the end: all of it where a rank has no sequence.
+    """
+    position = {p: i for i, p in enumerate(model.parameters())}
+    buckets = [bucket for optimizer in optimizers for bucket in optimizer.buckets if bucket.world > 1]
+    buckets.sort(key=lambda bucket: min(position[p] for p in bucket.params))  # the model's first are complete last
+    complete = set()
+
+    def ready(p):
+        complete.add(p)
+        while buckets and complete.issuperset(buckets[-1].params):
+            buckets.pop().send()
+
+    hooks = [p.register_post_accumulate_grad_hook(ready) for bucket in buckets for p in bucket.params]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    while buckets:
+        buckets.pop().send()
+
+
+class Sharded(torch.optim.Optimizer):
+    """An optimiser in which a rank trains its own pieces of the buckets and keeps the state, KEYS, of these only."""
+
+    def gradients(self):
+        return {p: g for bucket in self.buckets for p, g in bucket.gradients().items()}
+
+    def own(self, p, key):
+        """This rank's piece of the state, flat; zeros at first."""
+        state = self.state[p]
+        if key not in state:
+            piece = next(bucket.pieces[p] for bucket in self.buckets if p in bucket.pieces)
+            state[key] = torch.zeros_like(p.view(-1)[piece])
+        return state[key]
+
+    def named_buckets(self):
+        names = {p: name for group in self.param_groups for p, name in zip(group["params"], group["names"])}
+        return [(bucket, key, [f"{names[p]}.{key}" for p in bucket.params])
+                for bucket in self.buckets for key in self.KEYS]
+
+    @torch.no_grad()
     def full_state(self):
-        return full_state(self)
+        """{"<parameter name>.<key>": whole tensor on the CPU} on rank 0, {} elsewhere. Every rank calls it."""
+        full = {}
+        for bucket, key, names in self.named_buckets():
+            whole = bucket.gather({p: self.own(p, key) for p in bucket.pieces}, bucket.params[0].dtype)
+            if bucket.rank == 0:
+                copies = (whole[p].view(p.shape).to("cpu", copy=True) for p in bucket.params)
+                full.update(zip(names, copies))
+        return full
 
+    @torch.no_grad()
     def load_full_state(self, tensors):
-        load_full_state(self, tensors)
+        """Take this rank's pieces of a full_state, of any number of ranks, that rank 0 gives. Every rank calls it."""
+        for bucket, key, names in self.named_buckets():
+            flat = bucket.params[0].new_zeros(bucket.world * bucket.chunk)
+            if bucket.rank == 0:
+                for name, view in zip(names, bucket.views(flat)):
+                    view.copy_(tensors[name])
+            if bucket.world > 1:
+                dist.broadcast(flat, 0)
+            for p, place in bucket.places.items():
+                self.state[p][key] = flat[bucket.rank * bucket.chunk:][place].clone()
 
 
-class Muon(torch.optim.Optimizer):
+class Adam(Sharded):
+    """Adam (Kingma and Ba, 2015), fused. Elementwise: its buckets are cut between the ranks wherever the border falls.
+
+    The number of steps done, step, comes from the schedule as the rates do.
+    """
+
+    KEYS = "exp_avg", "exp_avg_sq"
+
+    def __init__(self, params, betas, eps=1e-8):
+        super().__init__(params, dict(betas=betas, eps=eps, step=0))
+        buckets = {}
+        for p in (p for group in self.param_groups for p in group["params"]):
+            buckets.setdefault(p if p.numel() >= BUCKET else p.dtype, []).append(p)
+        self.buckets = [Bucket(params) for params in buckets.values()]
+
+    @torch.no_grad()
+    def step(self):
+        grads = self.gradients()
+        pieces = {p: p.view(-1)[piece] for bucket in self.buckets for p, piece in bucket.pieces.items()}
+        for group in self.param_groups:
+            own = [p for p in group["params"] if p in grads]
+            steps = torch.full((len(own),), float(group["step"]), device=own[0].device).unbind() if own else []
+            adam(
+                [pieces[p] for p in own], [grads[p] for p in own],
+                *([self.own(p, key) for p in own] for key in self.KEYS), [], list(steps), fused=True, amsgrad=False,
+                beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=0.0, eps=group["eps"],
+                maximize=False)
+        for bucket in self.buckets:
+            if bucket.world > 1:
+                whole = bucket.gather(pieces, bucket.params[0].dtype)
+                torch._foreach_copy_(list(whole), list(whole.values()))
+
+
+class Muon(Sharded):
     """Momentum with Nesterov's look-ahead, orthogonalised by Newton-Schulz: W <- W - lr s NS(G + mu M), M <- mu M + G.
 
     params: matrices (rows, cols). scale: "spectral" s = sqrt(max(1, rows/cols)) or "rms" s = sqrt(max(rows, cols)).
-    Matrices of equal shape (up to transposition) go through Newton-Schulz as one batch. Every rank owns a share of each
-    batch and its momentum; the updates are gathered in one all_gather a step. Gradients must already be averaged.
+    Every rank owns matrices of about the same cost and their momentum. Its matrices of equal shape (up to
+    transposition) go through Newton-Schulz as one batch; then all ranks gather the updates.
     """
 
+    KEYS = "M",
     SCALES = dict(spectral=lambda rows, cols: max(1, rows / cols) ** 0.5, rms=lambda rows, cols: max(rows, cols) ** 0.5)
 
     def __init__(self, params, lr, momentum=0.95, scale="spectral"):
         super().__init__(params, dict(lr=lr, momentum=momentum, scale=scale))
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.dtype = torch.bfloat16 if has_bf16(self.param_groups[0]["params"][0].device) else torch.float32
+        flops = lambda p: min(p.shape) ** 2 * (2 * max(p.shape) + min(p.shape))  # of Newton-Schulz, up to a factor
+        buckets, elements, load = {}, 0, [0] * ranks()[1]
+        for p in (p for group in self.param_groups for p in group["params"]):
+            buckets.setdefault(elements // BUCKET, []).append(p)
+            elements += p.numel()
+        self.buckets = []
+        for params in buckets.values():
+            owner = {}
+            for p in sorted(params, key=flops, reverse=True):  # the dearest first, to whom has least to do
+                owner[p] = load.index(min(load))
+                load[owner[p]] += flops(p)
+            self.buckets.append(Bucket(params, owner))
 
     @staticmethod
     def batches(params):
@@ -1103,43 +1258,22 @@ class Muon(torch.optim.Optimizer):
             batches.setdefault((min(p.shape), max(p.shape)), []).append(p)
         return batches
 
-    def full_state(self):
-        return full_state(self)
-
-    def load_full_state(self, tensors):
-        load_full_state(self, tensors)
-
     @torch.no_grad()
     def step(self):
         wide = lambda m: m if m.shape[0] <= m.shape[1] else m.mT
+        grads, updates = self.gradients(), {}
         for group in self.param_groups:
-            batches, local = self.batches(group["params"]), []
-            for (rows, cols), matrices in batches.items():
-                share = -(-len(matrices) // self.world)  # matrices a rank, the last rank's padded
-                own = matrices[self.rank * share:(self.rank + 1) * share]
-                out = matrices[0].new_zeros(share, rows, cols, dtype=self.dtype)
-                if own:
-                    grads = [p.grad for p in own]
-                    for p in own:
-                        if "M" not in self.state[p]:
-                            self.state[p]["M"] = torch.zeros_like(p)
-                    M = [self.state[p]["M"] for p in own]
-                    torch._foreach_mul_(M, group["momentum"])
-                    torch._foreach_add_(M, grads)
-                    G = torch._foreach_add(grads, M, alpha=group["momentum"])
-                    out[:len(own)] = newton_schulz(torch.stack([wide(g) for g in G]).to(self.dtype))
-                local.append(out)
-            if self.world > 1:
-                flat = torch.cat([out.flatten() for out in local])
-                gathered = flat.new_empty(self.world, flat.numel())
-                gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13's name, 2.11's
-                gather(gathered.view(-1), flat)
-                parts = gathered.split([out.numel() for out in local], dim=1)
-                local = [part.reshape(-1, *out.shape[1:]) for part, out in zip(parts, local)]
-            for matrices, updates in zip(batches.values(), local):
-                for p, update in zip(matrices, updates):
-                    s = self.SCALES[group["scale"]](*p.shape)
-                    p.add_((update if p.shape[0] <= p.shape[1] else update.mT).to(p.dtype), alpha=-group["lr"] * s)
+            for matrices in self.batches(p for p in group["params"] if p in grads).values():
+                G, M = [grads[p].view_as(p) for p in matrices], [self.own(p, "M").view_as(p) for p in matrices]
+                torch._foreach_mul_(M, group["momentum"])
+                torch._foreach_add_(M, G)
+                G = torch._foreach_add(G, M, alpha=group["momentum"])
+                out = newton_schulz(torch.stack([wide(g) for g in G]).to(self.dtype))
+                updates.update((p, O if O.shape == p.shape else O.mT) for p, O in zip(matrices, out))
+        updates = {p: whole for bucket in self.buckets for p, whole in bucket.gather(updates, self.dtype).items()}
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(updates[p].to(p.dtype), alpha=-group["lr"] * self.SCALES[group["scale"]](*p.shape))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1274,8 +1408,9 @@ class DataLoader:
             for step in range(self.args.steps):
                 start, count, T = step * self.args.bsz + self.first, self.last - self.first, self.args.seq_len
                 cubic = (pow(k, 3, p) for k in range(start, start + count)) if (p := self.stream.prime) else None
-                tokens = torch.from_numpy(np.concatenate([self.stream.read(chunk * T, T + 1) for chunk in cubic])
-                                          if cubic else self.stream.read(start * T, count * T + 1))
+                tokens = torch.from_numpy(
+                    np.array([self.stream.read(chunk * T, T + 1) for chunk in cubic], dtype=np.int64).reshape(-1)
+                    if cubic else self.stream.read(start * T, count * T + 1))
                 self.queue.put(tokens if self.cuda is None else tokens.pin_memory())
         except Exception as error:  # a vanished disk must not look like an endless wait
             self.queue.put(error)
@@ -1535,6 +1670,8 @@ def schedule(optimizers, step, args):
             group["lr"] = group["initial_lr"] * rate(step, args)
             if isinstance(optimizer, Muon):
                 group["momentum"] = momentum(step, args)
+            else:
+                group["step"] = step
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1550,33 +1687,48 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def share(count, rank):
+    """The sequences [first, last) of `count` that are this rank's: as evenly as it goes, none if there are too few."""
+    return count * rank // world_size(), count * (rank + 1) // world_size()
+
+
 def all_sum(tensor):
     """Sum over the ranks, in place."""
     if world_size() > 1:
+        SENT["all-reduce"] += 2 * tensor.nbytes * (world_size() - 1) // world_size()
         dist.all_reduce(tensor)
     return tensor
 
 
-def average_gradients(model):
-    """Sum the (already weighted) gradients over the ranks: one all_reduce a dtype."""
-    if world_size() == 1:
-        return
-    by_dtype = {}
-    for p in model.parameters():
-        by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
-    for grads in by_dtype.values():
-        flat = all_sum(torch.cat([g.flatten() for g in grads]))
-        torch._foreach_copy_(grads, [part.view_as(g) for g, part in zip(grads, flat.split([g.numel() for g in grads]))])
+@torch.no_grad()
+def gradient_norms(model, optimizers):
+    """Norm of each parameter's gradient of the global batch, fp32 (parameters,), on the device, without waiting for it.
+
+    The same on all ranks, in the order of model.parameters(). To be called between the backward and zero_grad.
+    """
+    grads = {p: g for optimizer in optimizers for p, g in optimizer.gradients().items()}
+    norms = dict(zip(grads, torch._foreach_norm(list(grads.values())))) if grads else {}
+    zero = torch.zeros((), device=next(model.parameters()).device)
+    return all_sum(torch.stack([norms.get(p, zero).float() for p in model.parameters()]).square()).sqrt()
 
 
 def train_step(model, optimizers, inputs, targets, args):
-    """One optimiser step on this rank's share (share, T). Returns the mean loss of the global batch, on the device."""
+    """One optimiser step on this rank's share (n, T), n >= 0. Returns the global batch's mean loss, on the device."""
+    SENT.clear()
     total = torch.zeros((), device=inputs.device)
-    for x, y in zip(inputs.split(args.device_bsz), targets.split(args.device_bsz)):
+    parts = max(1, -(-len(inputs) // args.device_bsz))  # micro-batches, as equal as it goes: few shapes to compile
+    batches = list(zip(inputs.tensor_split(parts), targets.tensor_split(parts))) if len(inputs) else []
+
+    def backward(x, y):
         loss = model(x, y) * (len(x) / args.bsz)
         loss.backward()
-        total += loss.detach()
-    average_gradients(model)
+        total.add_(loss.detach())
+
+    for x, y in batches[:-1]:
+        backward(x, y)
+    with averaging(model, optimizers):
+        for x, y in batches[-1:]:
+            backward(x, y)
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)
@@ -1586,7 +1738,7 @@ def train_step(model, optimizers, inputs, targets, args):
 def validation_set(stream, args, rank):
     """This rank's validation (inputs, targets) on the device, padded to whole micro-batches with targets -100."""
     sequences = min(args.val_tokens, len(stream) - 1) // args.seq_len
-    first, last = sequences * rank // world_size(), sequences * (rank + 1) // world_size()
+    first, last = share(sequences, rank)
     tokens = torch.from_numpy(stream.read(first * args.seq_len, (last - first) * args.seq_len + 1))
     pad = (0, 0, 0, -(last - first) % args.device_bsz)
     inputs, targets = (t.view(-1, args.seq_len) for t in (tokens[:-1], tokens[1:]))
@@ -1613,8 +1765,9 @@ def state_hash(model):
     return digest.hexdigest()
 
 
-def warm_up(model, compiled, optimizers, val, share, args):
-    """Compile and allocate with steps on random tokens, then restore parameters, buffers, optimisers and random state.
+def warm_up(model, compiled, optimizers, val, count, args):
+    """Compile and allocate with `count` random sequences a step, then restore parameters, buffers, optimisers and
+    random state.
 
     Returns the state's hash; raises RuntimeError when it is not the one from before.
     """
@@ -1623,11 +1776,11 @@ def warm_up(model, compiled, optimizers, val, share, args):
     saved_optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
     rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state() if args.device == "cuda" else None
     generator = torch.Generator().manual_seed(args.random_seed)
+    validate(compiled, [torch.zeros_like(t[:args.device_bsz]) for t in val], args)
     for step in range(2):
         schedule(optimizers, step, args)
-        tokens = torch.randint(args.vocab_size, (share, args.seq_len + 1), generator=generator).to(args.device)
+        tokens = torch.randint(args.vocab_size, (count, args.seq_len + 1), generator=generator).to(args.device)
         train_step(compiled, optimizers, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), args)
-    validate(compiled, [torch.zeros_like(t[:args.device_bsz]) for t in val], args)
     model.load_state_dict(saved)
     for optimizer, state in zip(optimizers, saved_optimizers):
         optimizer.load_state_dict(state)
@@ -1740,7 +1893,7 @@ def set_up(args, rank):
 
 def run(args, rank, record, clock, data, model, optimizers, counts):
     """Warm-up, training and validation, and the record of it."""
-    (train, val, described), share, tokens_a_step = data, args.bsz // world_size(), args.bsz * args.seq_len
+    (train, val, described), tokens_a_step, (first, last) = data, args.bsz * args.seq_len, share(args.bsz, rank)
     say, facts = tqdm.write if rank == 0 else lambda text: None, None
     if rank == 0:
         facts = dict(
@@ -1754,12 +1907,14 @@ def run(args, rank, record, clock, data, model, optimizers, counts):
     clock.switch("warm-up")
     val_batches = validation_set(val, args, rank)
     compiled = torch.compile(model, fullgraph=True, dynamic=False) if args.compile and args.device == "cuda" else model
-    digest = warm_up(model, compiled, optimizers, val_batches, share, args)
-    loader = DataLoader(train, args, rank * share, (rank + 1) * share)
+    digest = warm_up(model, compiled, optimizers, val_batches, last - first, args)
+    loader = DataLoader(train, args, first, last)
     gc.collect()
     clock.switch("rest")
     record.line(f"warm-up: 2 steps and a validation batch of random tokens in {clock.seconds['warm-up']:.1f} s; model, "
                 f"optimisers and random state restored; sha256 of the parameters before and after: {digest}")
+    if world_size() > 1:
+        record.line(f"communication: {json.dumps(dict(ranks=world_size(), bytes_sent_a_step=SENT))}")  # in warm-up
     say(f"ready after {clock.seconds['rest'] + clock.seconds['warm-up']:.1f} s, none of them counted as training")
 
     lines, curve, reference = StepLines(record, args.steps), [], reference_curve(args, described)

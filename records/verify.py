@@ -136,6 +136,8 @@ class Log:
         self.page = self.lines[page:self.at]
         self.take(RULE)
         self.warm_up = self.take("warm-up: ")
+        if self.peek().startswith("communication: "):  # of runs on several ranks
+            self.fact("communication")
         while match := STEP.fullmatch(self.peek()):
             self.at += 1
             self.steps.append((self.at, match))

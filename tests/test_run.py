@@ -348,6 +348,6 @@ def test_check_looks_at_everything_and_writes_nothing(script, data, tmp_path):
     flags = tiny(script, data, tmp_path / "records", "--check")
     done = run_script(script, *flags, WORLD_SIZE="2")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not (tmp_path / "records").exists()
-    for wrong, named in (("--bsz=3", "2 device(s)"), ("--headsz=24", "headsz 24"), (f"--data={tmp_path}", "no train")):
+    for wrong, named in (("--steps=0", "--steps 0"), ("--headsz=24", "headsz 24"), (f"--data={tmp_path}", "no train")):
         done = run_script(script, *flags, wrong, WORLD_SIZE="2")
         assert done.returncode == 1 and named in done.stderr and done.stderr.count("\n") == 1, done.stderr
