@@ -354,7 +354,7 @@ def pages(paths, out=None):
 def overview(parent, results):
     """records/README.md."""
     counted = {run["folder"] for runs in group(results).values() for run in runs}
-    resumed = lambda r: "".join(f", resumed after step {part['step']} of {part['run']}" for part in r.get("resumed", ()))
+    resumed = lambda r: "".join(f", resumed after step {p['step']} of {p['run']}" for p in r.get("resumed", ()))
     runs = [(r["folder"], r["script"], r["seed"], f"{r['final']['val_loss']:.4f}", f"{r['final']['train_seconds']:.1f}",
              ("counted" if r["folder"] in counted else "this seed has an earlier run" if
               math.isfinite(r["final"]["val_loss"]) else "diverged") + resumed(r)) for r in results]
