@@ -1022,7 +1022,7 @@ def newton_schulz(G, steps=5):
     return X
 
 
-BUCKET = 2**24  # elements: large messages use the links well, and several overlap with the backward
+BUCKET = 2**25  # elements: large messages use the links well, and several overlap with the backward
 SENT = collections.Counter()  # bytes a rank sends in a step, as in rings: of a buffer (n - 1) / n for a reduce-scatter
 # or an all-gather over n ranks, twice that for an all-reduce
 
