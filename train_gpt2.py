@@ -29,6 +29,7 @@ import platform
 import queue
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,7 @@ if __name__ == "__main__":
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # longer, OpenMP threads stall each other on a busy machine
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -154,6 +156,7 @@ class Hyperparameters(Flags):
     name: str = flag("name of the run in its record's folder (default: a short id)", "")
     random_seed: int = flag("seed of the starting weights", 1337)
     records: str = flag("folder that receives the record", "records")
+    checkpoints: str = flag("folder that receives the checkpoints", "checkpoints")
     # length and batch
     steps: int = flag("optimiser steps", fineweb=3242, tiny=4400)
     stop_after: int = flag("end after so many steps, without a result: to compare beginnings; 0: never", 0)
@@ -167,7 +170,8 @@ class Hyperparameters(Flags):
                       choices=("sequential", "cubic"))
     val_every: int = flag("steps between validations", fineweb=125, tiny=1100)
     val_tokens: int = flag("validation tokens, the first there are (tiny: at most)", fineweb=10485760, tiny=262144)
-    save_every: int = flag("steps between checkpoints, 0 for none", 0)
+    save_every: int = flag("steps between checkpoints; 0: only after the last step", 0)
+    keep: int = flag("checkpoints of the run that are kept, the newest; 0: all", 0)
     # model
     vocab_size: int = flag("token ids in use; tables are padded to a multiple of 128", fineweb=50257, tiny=257)
     layers: int = flag("blocks (L)", fineweb=12, tiny=2)
@@ -894,6 +898,77 @@ def timing(train_ms, step):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Checkpoint [shared]
+
+# checkpoints/<run>/step000100/ holds the model (fp32, plain names), what a resumed run needs besides (at the last step
+# nothing), and checkpoint.json with the size and hash of each file. A folder without .part at its end is whole.
+
+
+def put(path, data):
+    """Write the bytes of a new file onto the disk, not only into memory. Returns their number and hash."""
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return dict(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def sync_folder(path):
+    """Bring the names in a folder onto the disk, where the system has a way to."""
+    with contextlib.suppress(PermissionError):  # Windows
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def save(args, record, model, optimizers, step, clock, facts, curve, losses):
+    """Write <checkpoints>/<run>/step<step>/ and remove those before the last --keep. All ranks call it, rank 0 writes."""
+    training = {}
+    if step < args.steps:
+        training = {key: t for optimizer in optimizers for key, t in optimizer.full_state().items()}
+    if not record.path:
+        return
+    folder = Path(args.checkpoints) / record.path.name
+    final, part = folder / f"step{step:06d}", folder / f"step{step:06d}.part"
+    plain = lambda tensors: safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    about = dict(
+        format=1, script=facts["script"], source_sha256=facts["sources"][0]["sha256"], run=facts["run"], step=step,
+        config=asdict(args), **{key: (facts["data"]["manifest"] or {}).get(key) for key in ("tokenizer",
+                                                                                            "tokenizer_sha256")},
+        sources=facts["sources"], data=facts["data"], clock=clock.seconds, began=clock.began, saved=time.time(),
+        curve=curve, resumed=facts.get("resumed", []), log_sha256=record.chain.hexdigest(), files={})
+    try:
+        part.mkdir(parents=True)
+        about["files"]["model.safetensors"] = put(part / "model.safetensors", plain(model.state_dict()))
+        if step < args.steps:
+            training.update({"random.cpu": torch.get_rng_state(), "losses": torch.tensor(losses)})
+            if args.device == "cuda":
+                training["random.cuda"] = torch.cuda.get_rng_state()
+            about["files"]["training.safetensors"] = put(part / "training.safetensors", plain(training))
+            about["files"]["log.txt"] = put(part / "log.txt", (record.path / "log.txt").read_bytes())
+        put(part / "checkpoint.json", json.dumps(about, indent=1).encode())
+        sync_folder(part)
+        os.replace(part, final)
+        sync_folder(folder)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"{error.strerror} (saving a checkpoint)", str(final)) from error
+        raise
+    for old in whole_checkpoints(folder)[:-args.keep] if args.keep else ():
+        os.replace(old, f"{old}.part")  # what is half removed is half a checkpoint
+        shutil.rmtree(f"{old}.part", ignore_errors=True)
+
+
+def whole_checkpoints(folder):
+    """The folders of a run's checkpoints, by step."""
+    return sorted((path for path in Path(folder).glob("step*") if re.fullmatch(r"step\d{6,}", path.name)),
+                  key=lambda path: int(path.name[4:]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Learning rate [shared]
 
 
@@ -1037,20 +1112,6 @@ def warm_up(model, compiled, optimizers, val, count, args):
     return before
 
 
-def save(model, args, record, step, data):
-    """checkpoints/<run>/step<step>.pt: model, config, step and the data's tokenizer, written atomically by rank 0."""
-    if record.path:
-        path = Path("checkpoints") / record.path.name / f"step{step:06d}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            tokenizer = {key: (data["manifest"] or {}).get(key) for key in ("tokenizer", "tokenizer_sha256")}
-            torch.save(dict(model=model.state_dict(), config=asdict(args), step=step, **tokenizer), f"{path}.part")
-        except RuntimeError as error:  # torch's word for a full disk
-            os.remove(f"{path}.part")
-            raise OSError(errno.ENOSPC, str(error).splitlines()[0], str(path)) from error
-        os.replace(f"{path}.part", path)
-
-
 def check_cover(model, optimizers):
     """Every parameter in exactly one optimiser, or ValueError with its name."""
     count = collections.Counter(id(p) for o in optimizers for group in o.param_groups for p in group["params"])
@@ -1153,7 +1214,7 @@ def set_up(args, rank):
 def run(args, rank, record, clock, data, model, optimizers, counts):
     """Warm-up, training and validation, and the record of it."""
     (train, val, described), tokens_a_step, (first, last) = data, args.bsz * args.seq_len, share(args.bsz, rank)
-    say = tqdm.write if rank == 0 else lambda text: None
+    say, facts = tqdm.write if rank == 0 else lambda text: None, None
     if rank == 0:
         facts = dict(
             schema=SCHEMA, run=record.path.name, script=Path(__file__).name, seed=args.random_seed, config=asdict(args),
@@ -1192,10 +1253,12 @@ def run(args, rank, record, clock, data, model, optimizers, counts):
             known = f", reference {mean:.4f} ± {band:.4f}: {inside}" if step in reference else ""
             spent = f"{clock.train_ms() / 1e3:.1f} s of training"
             say(f"step {step}/{args.steps}  validation loss {loss:.4f}{known}  {spent}")
-        if args.save_every and step and (step % args.save_every == 0 or step == args.steps):
+        last = step == (args.stop_after or args.steps)
+        if last or args.save_every and step and step % args.save_every == 0:
             clock.switch("saving")
-            save(model, args, record, step, described)
-        if step == (args.stop_after or args.steps):
+            lines.flush(wait=True)
+            save(args, record, model, optimizers, step, clock, facts, curve, lines.losses)
+        if last:
             break
         if clock.phase != "train":
             clock.switch("train")

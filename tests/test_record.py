@@ -17,6 +17,7 @@ import types
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from helpers import ROOT, SCRIPTS, command, environment, make_corpus, only_record, run_here, run_script, tiny, tree
 
@@ -144,8 +145,8 @@ def test_data(finished):
 def test_model(finished):
     model = finished.facts["model"]
     assert model == finished.result["model"]
-    checkpoint = torch.load(finished.folder / "checkpoints" / finished.path.name / "step000006.pt", weights_only=True)
-    sizes = {name: tensor.numel() for name, tensor in checkpoint["model"].items()}
+    weights = load_file(finished.folder / "checkpoints" / finished.path.name / "step000006" / "model.safetensors")
+    sizes = {name: tensor.numel() for name, tensor in weights.items()}
     assert model["parameters"] == sum(sizes.values())
     looked_up = 0 if finished.script == "train_rwkv6" else 384 * 32  # whose embedding is the head too
     assert model["active"] == sum(sizes.values()) - looked_up, "all but the embedding: 257 ids padded to 384, 32 wide"
@@ -233,16 +234,31 @@ def test_warm_up_line(finished):
 
 def test_checkpoints(finished):
     folder = finished.folder / "checkpoints" / finished.path.name
-    assert sorted(path.name for path in folder.iterdir()) == ["step000004.pt", "step000006.pt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["step000004", "step000006"]
     for step in (4, 6):
-        checkpoint = torch.load(folder / f"step{step:06d}.pt", weights_only=True)
-        assert checkpoint.keys() == {"model", "config", "step", "tokenizer", "tokenizer_sha256"}
-        assert all(checkpoint[key] == MANIFEST[key] for key in ("tokenizer", "tokenizer_sha256"))
-        assert checkpoint["step"] == step and checkpoint["config"] == finished.result["config"]
+        path = folder / f"step{step:06d}"
+        about = json.loads((path / "checkpoint.json").read_text())
+        more = ["log.txt", "training.safetensors"] if step == 4 else []
+        assert sorted(p.name for p in path.iterdir()) == sorted(["checkpoint.json", "model.safetensors", *more])
+        assert about["files"] == {p.name: dict(bytes=p.stat().st_size, sha256=hashlib.sha256(p.read_bytes()).hexdigest())
+                                  for p in path.iterdir() if p.name != "checkpoint.json"}
+        assert all(about[key] == MANIFEST[key] for key in ("tokenizer", "tokenizer_sha256"))
+        assert about["config"] == finished.result["config"] and about["run"] == finished.path.name
+        assert (about["format"], about["script"], about["step"]) == (1, f"{finished.script}.py", step)
+        assert about["source_sha256"] == finished.result["sources"][0]["sha256"]
+    log = (folder / "step000004" / "log.txt").read_text()
+    assert finished.log.startswith(log) and re.search(r"step:4/6 val_loss:.*\n\Z", log)
+    weights = load_file(path / "model.safetensors")
     script = importlib.import_module(finished.script)
-    model = script.build_model(script.Hyperparameters(**checkpoint["config"]))
-    assert list(checkpoint["model"]) == [name for name, _ in model.named_parameters()]
-    model.load_state_dict(checkpoint["model"])
+    model = script.build_model(script.Hyperparameters(**about["config"]))
+    assert sorted(weights) == sorted(name for name, _ in model.named_parameters())
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    model.load_state_dict(weights)
+    training, each = load_file(folder / "step000004" / "training.safetensors"), {"losses", "random.cpu"}
+    matrices = {name for name, p in model.named_parameters() if f"{name}.M" in training}
+    assert matrices and training.keys() == each | {f"{name}.M" for name in matrices} | {
+        f"{name}.{key}" for name, _ in model.named_parameters() if name not in matrices
+        for key in ("exp_avg", "exp_avg_sq")}
     args = script.Hyperparameters.parse(finished.flags)
     stream = script.TokenStream(finished.data, "val", 353, "352 validation tokens")
     loss = script.validate(model, script.validation_set(stream, args, 0), args)

@@ -12,7 +12,7 @@ import pytest
 
 from helpers import ROOT, environment
 
-SHARED = ("Command line", "Muon optimizer", "Data loader", "Record", "Learning rate", "Main")
+SHARED = ("Command line", "Muon optimizer", "Data loader", "Record", "Checkpoint", "Learning rate", "Main")
 SHARED_BY_SOME = {"Kernel build": ("train_rwkv6.py", "train_rwkv7.py")}  # sections shared by these only
 SCRIPT_LINES = 2100  # a training script; raising it is a change with a reason (dev/LOG.md)
 KERNEL_LINES = 400  # a file under cuda/
