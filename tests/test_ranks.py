@@ -2,9 +2,8 @@
 
 Run as a program (`python tests/test_ranks.py FOLDER`) it is the worker: it forks the ranks itself.
 
-In fp32, Newton-Schulz too. The scalars (lambdas, mixes) train at a thousandth of their rate: before the blocks' first
-outputs grow, the loss does not depend on those of the first block, which come before a norm. Their gradient is rounding
-alone, and Adam makes a whole step of it, the other way round wherever a sum is taken in another order (dev/LOG.md).
+In fp32, Newton-Schulz too, and with the scalars (lambdas, mixes) at a thousandth of their rate: until the outputs of
+the blocks grow, which start at 0, their gradient is rounding alone, and Adam makes much of it (dev/LOG.md).
 """
 
 import importlib
