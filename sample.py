@@ -7,8 +7,9 @@
     python sample.py CHECKPOINT --eval data/pydocs  loss and bits per byte; the run's own val loss unless told otherwise
     python sample.py CHECKPOINT --bench             time a token at every context (bench.py has its flags)
 
-CHECKPOINT is a step's folder, a run's, its record's, or the word latest. Text goes to stdout as it comes, all else to
-stderr. A text begins with the document mark, as documents do in training, and ends where the model draws one.
+CHECKPOINT is a step's folder, a run's, its record's, the word latest, or a file of export.py or of RWKV's official kind.
+Text goes to stdout as it comes, all else to stderr. It begins with the document mark, as documents do in training, and
+ends where the model draws one.
 The logits pass, in this order, each step working on what the one before left (in brackets: what turns it off):
     --repetition (1)             logits of tokens in prompt or text: z / r if z > 0, else z r
     --presence (0)               z - a if the token is in the text so far, the prompt not counted
@@ -77,9 +78,13 @@ def ranked(p):
     return p.sort(descending=True, stable=True).indices
 
 
+def best(x):
+    return int((x == x.max()).nonzero()[0])
+
+
 def keeping(p, keep):
     """p of the tokens in `keep` (V,) bool and of the best one, scaled to the sum 1."""
-    keep[ranked(p)[0]] = True
+    keep[best(p)] = True
     p = torch.where(keep, p, 0)
     return p / p.sum()
 
@@ -118,7 +123,7 @@ def choose(z, seen, count, how, u):
     z = presence(z, count, how.presence) if how.presence else z
     z = frequency(z, count, how.frequency) if how.frequency else z
     if how.temperature == 0:
-        return int(ranked(z)[0])
+        return best(z)
     p = temperature(z, how.temperature)
     p = top_k(p, how.top_k) if how.top_k else p
     p = top_p(p, how.top_p, how.top_p_x) if how.top_p < 1 else p
@@ -463,7 +468,7 @@ def parse(argv):
     whole = lambda low, off=None: number(int, lambda n: n >= low, f"whole number of at least {low}", off)
     at_least_0 = lambda off: number(float, lambda x: x >= 0, "number of at least 0", off)
     above_0, any_number = number(float, lambda x: x > 0, "number above 0", 1), number(float, lambda x: 1, "number", 0)
-    add("checkpoint", metavar="CHECKPOINT", help="step's folder, run's, record's, or latest")
+    add("checkpoint", metavar="CHECKPOINT", help="folder of a step, run or record, latest, or a file")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="hold the model's forms against each other")
     what.add_argument("--eval", metavar="DATA", help="loss on a folder's val shards (FOLDER/train: train), a shard "

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import sys
 import types
 from dataclasses import asdict
 
@@ -596,6 +597,11 @@ def test_eval_without_the_vocabulary(paths, say, tmp_path, monkeypatch):
     assert got["tokens"] == 512 and "bits_per_byte" not in got and "not known: tiktoken is not installed" in out
     err = say(path, "--start", "x", status=1)[1]
     assert "tiktoken is not installed" in err and "r50k_base.tiktoken" in err and "--tokenizer FILE" in err
+
+
+def test_bench_is_called(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bench", types.SimpleNamespace(main=lambda argv: argv))
+    assert sample.main(["latest", "--bench", "--rounds", "3"]) == ["latest", "--rounds", "3"]
 
 
 # Bad input
