@@ -4,28 +4,27 @@
     python bench.py --shape 124m          the three scripts' fineweb models with random weights; no checkpoint needed
     python sample.py CHECKPOINT --bench   the same
 
-A checkpoint is held against the GPT-2 of its track (a GPT-2 against RWKV-7) with random weights: the time does not
-depend on them. How it is measured, on one CPU process, one stream:
-- A round does every measurement once, in random order, so that all share the machine's noise: tokens for 5 ms to warm
-  up, then for 20 ms, at least 3. ms are medians over the rounds; errors are 1.2533 * 1.4826 * MAD / sqrt(rounds).
-- RWKV's states come from reading the text (validation data of the run; random tokens without it) by chunked prefill,
-  for at most --read_seconds; beyond that the last state stands in, and a line says so. The GPT's cache is full of random
-  keys and values, since reading 64k tokens takes minutes; room for the next tokens is there, so that no growth is timed.
-- Slope: every round gives a least-squares line of ms against position; the slope is the rounds' median.
-- Flat: |slope| within 2 errors of 0, or below 1 % of the first position's ms per 16k tokens; undecided if those 2
-  errors are more than 5 %. Memory constant: the same bytes of state at every position.
-- Bound: bytes of the weights a token reads / bandwidth of the faster of torch.mv and recurrent.py's linear() on 256 MB
-  of fp32 matrices (2688, 768), in every round. Share: bound / ms, of each round, the median. Weights of a tiny model
-  stay in the caches; its share says nothing and is not printed.
-- Loss: 64 pieces of the validation data, one token after the other, fp32 and int8 on the same ones.
-Table, CSV, JSON (the last line printed too) and plot go to bench/<run> or --out.
+A checkpoint is held against the GPT-2 of its track (a GPT-2 against RWKV-7) with random weights, on which the time does
+not depend. Everything runs in one process, on the CPU, one stream.
+- A round measures everything once, in random order, so that all share the machine's noise: tokens for 5 ms to warm up,
+  then for 20 ms, at least 3. ms are medians over the rounds, errors 1.2533 * 1.4826 * MAD / sqrt(rounds).
+- RWKV's states come from reading text (validation data of the run, or random tokens) in pieces, for --read_seconds at
+  most; a line says so where the last state has to stand in for longer contexts. The GPT's cache holds random keys and
+  values, since reading 64k tokens takes it minutes; contexts whose cache would not fit half the free memory are left
+  out. There is room for the tokens to come: making more of it is not timed.
+- Slope: each round's least-squares line of ms against position; their median. Flat: within 2 errors of 0, or within 1 %
+  of the first context's ms per 16k tokens, and 2 errors are at most 5 %. It grows or falls beyond 3 errors and 1 %.
+- Bound: bytes of the weights a token reads over the bandwidth of torch's matrix-vector product (the faster of torch.mv
+  and linear() of recurrent.py) on 264 MB of fp32 matrices (2688, 768), measured in every round. Share: bound / ms, each
+  round's, the median; not for weights below 64 MB, which may stay in caches.
+- Loss: 64 pieces of the validation data, token by token, the same ones in fp32 and int8.
+Table, CSV, plot and JSON, printed as the last line too, go to bench/<run> or --out.
 """
 
 import argparse
 import importlib
 import json
 import os
-import platform
 import random
 import resource
 import statistics
@@ -39,14 +38,11 @@ import recurrent
 
 NAMES = dict(train_rwkv7="RWKV-7", train_rwkv6="RWKV-6", train_gpt2="GPT-2")
 FAMILIES = dict(train_rwkv7=recurrent.RWKV7, train_rwkv6=recurrent.RWKV6, train_gpt2=recurrent.GPT2)
-FIELDS = ("model", "dtype", "position", "ms", "ms_error", "state_bytes", "rss_bytes")
+FIELDS = ("model", "dtype", "position", "ms", "ms_error", "state_bytes")
 POSITIONS = 1024, 4096, 16384, 65536
 ROOM = 128  # tokens of the GPT's cache beyond the position
 BEGIN, END = "<!-- bench: python bench.py --write -->", "<!-- end of bench -->"
 COLOURS = "#0072b2", "#d55e00", "#009e73"  # as in records/
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Models and states
 
 
 def random_model(name, track):
@@ -63,6 +59,8 @@ def random_model(name, track):
 def validation(model, count):
     """Tokens of the run's validation data (at most count) and None, or random ones and the reason."""
     try:
+        if not model.about.get("run"):
+            raise ValueError("the model does not tell its data")
         stream = model.script.TokenStream(model.config.data, "val", count, "The bench's text", repeat=0)
         tokens = torch.from_numpy(stream.read(0, min(count, len(stream))))
         if len(tokens) < 1024 or tokens.max() >= model.vocab_size:
@@ -72,39 +70,39 @@ def validation(model, count):
         return torch.randint(model.vocab_size, (count,), generator=torch.Generator().manual_seed(0)), str(error)
 
 
-def rss():
-    """Bytes of memory this process holds now; 0 where there is no /proc."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
+def names(model):
+    return NAMES[model.script.__name__]
+
+
+def free():
+    """Bytes of memory that processes can still take; no limit where /proc does not tell."""
+    info = Path("/proc/meminfo")
+    return int(info.read_text().split("MemAvailable:")[1].split()[0]) * 1024 if info.exists() else float("inf")
 
 
 def states(model, text, args, say):
-    """[(position, state, bytes, rss)] and the tokens/s of reading."""
-    kinds, seconds, done, found = model.new_state(), 0.0, 0, []
-    if "k" in kinds.tensors:
-        room = args.positions[-1] + ROOM
-        cache = {key: torch.randn(t.shape[:3] + (room, model.N), dtype=t.dtype) for key, t in kinds.tensors.items()}
-        for position in args.positions:
-            used = 2 * cache["k"][..., :position, :].numel() * cache["k"].element_size()
-            found.append((position, recurrent.State(cache, position), used, rss()))
-    state, pieces = model.new_state(), text.repeat(-(-args.positions[-1] // len(text)))[None]
-    for position in args.positions[:1] if found else args.positions:
+    """[(position, state, its bytes)], the state that all of them run in, and tokens/s of prefill."""
+    name, work, state, found, done, seconds = names(model), model.new_state(), model.new_state(), [], 0, 0.0
+    grows = "k" in state.tensors
+    pieces = text.repeat(-(-args.positions[-1] // len(text)))[None]
+    for position in args.positions[:1] if grows else args.positions:
         while done < position and seconds < args.read_seconds:
-            piece = pieces[:, done:min(position, done + args.chunk)]
             start = time.perf_counter()
+            piece = pieces[:, done:min(position, done + args.chunk)]
             model(piece, state, last=True)
             seconds, done = seconds + time.perf_counter() - start, done + piece.size(1)
-        if "wkv" in state.tensors:
-            found.append((position, state.clone(), state.bytes(), rss()))
-    if done < args.positions[-1] and "wkv" in state.tensors:
-        say(f"{NAMES[model.script.__name__]} read {done:,} tokens in {seconds:.0f} s; that state stands in further on.")
-    return found, done / seconds
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Measuring
+        found.append((position, state.clone(), state.bytes()))
+    if grows:
+        size = 2 * model.L * model.C * 4  # bytes of a token
+        fit = [p for p in args.positions if p in args.positions[:2] or p * size < free() / 2]
+        room = lambda t: (*t.shape[:3], fit[-1] + ROOM, model.N)
+        work.tensors = {key: torch.randn(room(t)) for key, t in work.tensors.items()}
+        found = [(position, work, position * size) for position in fit]
+        if len(fit) < len(args.positions):
+            say(f"{name}: no memory for a cache of {', '.join(map(str, args.positions[len(fit):]))} tokens.")
+    elif done < args.positions[-1]:
+        say(f"{name} read {done:,} tokens in {seconds:.0f} s; that state stands in for longer contexts.")
+    return found, work, done / seconds
 
 
 def error_of(values):
@@ -123,9 +121,9 @@ def slope_of(positions, rounds):
 
 def verdict(slope, error, ms):
     """flat, grows, falls or undecided; the rule is in the docstring above."""
-    if abs(slope) > max(2 * error, 0.01 * ms):
+    if abs(slope) > max(3 * error, 0.01 * ms):
         return "grows" if slope > 0 else "falls"
-    return "flat" if 2 * error <= 0.05 * ms else "undecided"
+    return "flat" if abs(slope) <= max(2 * error, 0.01 * ms) and 2 * error <= 0.05 * ms else "undecided"
 
 
 def measure(jobs, rounds):
@@ -174,9 +172,9 @@ def bandwidth():
 
 
 def losses(models, text):
-    """Nats per token of every model over the same pieces, token by token, one number a piece."""
-    T = min(models[0].config.seq_len, 256)
-    pieces, totals = text[:len(text) // (T + 1) * (T + 1)].view(-1, T + 1)[:64], [[] for _ in models]
+    """Nats per token of two models on the same pieces, token by token, and the change."""
+    T, totals = min(models[0].config.seq_len, 256), [[], []]
+    pieces = text[:len(text) // (T + 1) * (T + 1)].view(-1, T + 1)[:64]
     for batch in pieces.split(16):
         for model, total in zip(models, totals):
             state, loss = model.new_state(len(batch)), torch.zeros(len(batch))
@@ -184,89 +182,68 @@ def losses(models, text):
                 z = model(batch[:, t:t + 1], state)[:, 0, :model.vocab_size]
                 loss += torch.nn.functional.cross_entropy(z, batch[:, t + 1], reduction="none")
             total += (loss / T).tolist()
-    return totals
+    change = [b - a for a, b in zip(*totals)]
+    return dict(fp32=statistics.mean(totals[0]), int8=statistics.mean(totals[1]), change=statistics.mean(change),
+                change_error=statistics.stdev(change) / len(change) ** 0.5, pieces=len(pieces))
 
 
 def bench(models, args, say):
-    """The result, as plain JSON. models: fp32; the first is the one the bench is about without --shape."""
-    lines, speeds, jobs, every = [], [], dict(bandwidth=bandwidth()), {}
+    """The result, as plain JSON. models: in fp32; without --shape the first is the trained one."""
+    lines, speeds, slopes, jobs, trained = [], [], [], dict(bandwidth=bandwidth()), None if args.shape else models[0]
     for model in models:
-        name = NAMES[model.script.__name__]
-        text, why = validation(model, max(20000, args.positions[0]))
-        if why and model is models[0] and not args.shape:
-            say(f"Random tokens stand in for the text: {why}")
-        every[name, "fp32"], every[name, "int8"] = model, model.quantize()
-        found, rate = states(model, text, args, say)
-        work = found[0][1] if "k" in found[0][1].tensors else model.new_state()
-        for position, state, size, held in found:
+        name, text, why = names(model), *validation(model, 20000)
+        if why and model is trained:
+            say(f"Random tokens stand in for the text, loss is not measured: {why}")
+        found, work, rate = states(model, text, args, say)
+        for position, state, size in found:
             jobs[name, "fp32", position] = token_ms(model, work, state, position)
-            lines.append(dict(model=name, dtype="fp32", position=position, state_bytes=size, rss_bytes=held))
-        jobs[name, "int8", args.positions[0]] = token_ms(every[name, "int8"], work, *found[0][1::-1])
-        for dtype in ("fp32", "int8"):
-            m = every[name, dtype]
-            speeds.append(dict(model=name, dtype=dtype, weight_bytes=m.weight_bytes(), bytes_read=m.weight_bytes(True),
-                               prefill_tokens_per_s=rate if dtype == "fp32" else None))
+            lines.append(dict(model=name, dtype="fp32", position=position, state_bytes=size))
+        small = model.quantize()
+        jobs[name, "int8", args.positions[0]] = token_ms(small, work, *found[0][1::-1])
+        for m in (model, small):
+            speeds.append(dict(model=name, dtype=m.dtype, weight_bytes=m.weight_bytes(),
+                               bytes_read=m.weight_bytes(read=True), prefill_tokens_per_s=rate if m is model else None))
+        if model is trained:
+            loss = None if why else losses([model, small], text)
     times = measure(jobs, args.rounds)
     for line in lines:
-        ms = times[line["model"], line["dtype"], line["position"]]
+        ms = times[line["model"], "fp32", line["position"]]
         line.update(ms=statistics.median(ms), ms_error=error_of(ms))
-    slopes = []
     for name in dict.fromkeys(line["model"] for line in lines):
         own = [line for line in lines if line["model"] == name]
-        slope, error = slope_of(args.positions, zip(*(times[name, "fp32", p] for p in args.positions)))
-        constant = len({line["state_bytes"] for line in own}) == 1
-        slopes.append(dict(model=name, ms_per_16k=slope, error=error, memory="constant" if constant else "grows",
-                           time=verdict(slope, error, own[0]["ms"])))
+        at = [line["position"] for line in own]
+        slope, error = slope_of(at, list(zip(*(times[name, "fp32", p] for p in at))))
+        slopes.append(dict(model=name, ms_per_16k=slope, error=error, time=verdict(slope, error, own[0]["ms"]),
+                           memory="constant" if len({line["state_bytes"] for line in own}) == 1 else "grows"))
     for row in speeds:
         ms, plain = (times[row["model"], dtype, args.positions[0]] for dtype in (row["dtype"], "fp32"))
+        shares = [row["bytes_read"] / rate * 1e3 / t for rate, t in zip(times["bandwidth"], ms)]
         row.update(ms=statistics.median(ms), tokens_per_s=1e3 / statistics.median(ms),
+                   bound_share=statistics.median(shares) if row["bytes_read"] > 64e6 else None,
                    times_fp32=statistics.median(a / b for a, b in zip(plain, ms)))
-        bounds = [row["bytes_read"] / rate * 1e3 for rate in times["bandwidth"]]
-        big = row["bytes_read"] > 64e6
-        row["bound_share"] = statistics.median(b / t for b, t in zip(bounds, ms)) if big else None
-    loss = None
-    if not args.shape:
-        text, why = validation(models[0], 20000)
-        if why is None:
-            a, b = losses([models[0], every[NAMES[models[0].script.__name__], "int8"]], text)
-            change = [y - x for x, y in zip(a, b)]
-            loss = dict(fp32=statistics.mean(a), int8=statistics.mean(b), change=statistics.mean(change),
-                        change_error=statistics.stdev(change) / len(change) ** 0.5, pieces=len(a))
-    return dict(machine=dict(cpu=cpu(), threads=torch.get_num_threads(), torch=torch.__version__,
-                             load=os.getloadavg()[0]),
-                rounds=args.rounds, bandwidth=statistics.median(times["bandwidth"]), positions=lines, slopes=slopes,
-                speed=speeds, loss=loss, peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
-def cpu():
-    try:
-        return next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                    if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Showing
+    return dict(machine=models[0].script.hardware(torch.device("cpu"))["name"], threads=torch.get_num_threads(),
+                torch=torch.__version__, load=os.getloadavg()[0], rounds=args.rounds,
+                bandwidth=statistics.median(times["bandwidth"]), positions=lines, slopes=slopes, speed=speeds,
+                loss=loss if trained else None, peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def table(result):
     """The result in Markdown."""
-    at, machine, mb = {}, result["machine"], lambda n: f"{n / 1e6:,.1f}"
+    at, mb = {}, lambda n: f"{n / 1e6:,.1f}"
     for line in result["positions"]:
         at.setdefault(line["model"], []).append(line)
-    heads = [f"{line['position'] / 1024:g}k" for line in next(iter(at.values()))]
-    out = [f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}; medians of {result['rounds']} rounds"
-           f"; load {machine['load']:.1f}; matrix-vector product {result['bandwidth'] / 1e9:.1f} GB/s; "
-           f"process at most {mb(result['peak_rss'])} MB", "",
-           f"| fp32, ms per token at | {' | '.join(heads)} | slope, ms per 16k | time | state, MB | memory |",
-           "|---" * (len(heads) + 5) + "|"]
+    positions = sorted({line["position"] for line in result["positions"]})
+    out = [f"{result['machine']}, torch {result['torch']}; {result['rounds']} rounds; load {result['load']:.1f}; "
+           f"matrix-vector {result['bandwidth'] / 1e9:.1f} GB/s; process at most {mb(result['peak_rss'])} MB", "",
+           " | ".join(["| fp32, ms per token at", *(f"{p / 1024:g}k" for p in positions), "slope, ms per 16k", "time",
+                       "state, MB", "memory |"]),
+           "|---" * (len(positions) + 5) + "|"]
     for row in result["slopes"]:
         own = at[row["model"]]
-        sizes = [mb(line["state_bytes"]) for line in (own[:1] if row["memory"] == "constant" else (own[0], own[-1]))]
-        out.append(f"| {row['model']} | {' | '.join('{ms:.2f} ± {ms_error:.2f}'.format(**line) for line in own)} | "
-                   f"{row['ms_per_16k']:.3f} ± {row['error']:.3f} | {row['time']} | {' to '.join(sizes)} | "
-                   f"{row['memory']} |")
+        cells = [f"{line['ms']:.2f} ± {line['ms_error']:.2f}" for line in own] + ["-"] * (len(positions) - len(own))
+        slope = f"{row['ms_per_16k']:.3f} ± {row['error']:.3f}"
+        sizes = [mb(line["state_bytes"]) for line in (own[:1] if row["memory"] == "constant" else own[::len(own) - 1])]
+        out.append(f"| {' | '.join([row['model'], *cells, slope, row['time'], ' to '.join(sizes), row['memory']])} |")
     out += ["", "| | weights, MB | read a token, MB | ms | tokens/s | of the bound | times fp32 | prefill, tokens/s |",
             "|---" * 8 + "|"]
     for row in result["speed"]:
@@ -274,7 +251,7 @@ def table(result):
         rate = f"{row['prefill_tokens_per_s']:,.0f}" if row["prefill_tokens_per_s"] else ""
         out.append(f"| {row['model']} {row['dtype']} | {mb(row['weight_bytes'])} | {mb(row['bytes_read'])} | "
                    f"{row['ms']:.2f} | {row['tokens_per_s']:.1f} | {share} | {row['times_fp32']:.2f} | {rate} |")
-    said = "not measured (no validation data of a trained model)"
+    said = "not measured, for want of a trained model and its validation data"
     if loss := result["loss"]:
         said = (f"fp32 {loss['fp32']:.4f}, int8 {loss['int8']:.4f}, change {loss['change']:+.5f} ± "
                 f"{loss['change_error']:.5f} nats per token")
@@ -334,30 +311,29 @@ def show(result, folder, say):
 
 
 def parse(argv):
-    def count(low):
-        def read(word):
-            if not word.isdecimal() or int(word) < low:
-                raise argparse.ArgumentTypeError(f"{word} is not a whole number of at least {low}")
-            return int(word)
-        return read
+    def count(word):
+        if not word.isdecimal() or int(word) < 1:
+            raise argparse.ArgumentTypeError(f"{word} is not a whole number of at least 1")
+        return int(word)
 
     def positions(words):
-        found = [count(1)(word) for word in words.split(",")]
+        found = [count(word) for word in words.split(",")]
         if len(found) < 2 or found != sorted(set(found)):
             raise argparse.ArgumentTypeError(f"{words} is not a rising list such as 1024,4096")
         return found
 
-    parser = argparse.ArgumentParser("bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("bench.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"bench.py: {message} (all flags: python bench.py --help)\n")
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT")
     parser.add_argument("--shape", choices=("124m",), help="random weights of the fineweb models, no checkpoint")
     parser.add_argument("--positions", type=positions, default=POSITIONS, help="tokens [1024,4096,16384,65536]")
-    parser.add_argument("--rounds", type=count(3), default=20, help="measurements of everything [20]")
-    parser.add_argument("--chunk", type=count(2), default=512, help="tokens a piece of prefill [512]")
-    parser.add_argument("--read_seconds", type=count(1), default=60, help="of prefill, at most, a model [60]")
-    parser.add_argument("--threads", type=count(1), help="of torch [its own choice]")
+    parser.add_argument("--rounds", type=count, default=20, help="measurements of everything [20]")
+    parser.add_argument("--chunk", type=count, default=512, help="tokens a piece of prefill [512]")
+    parser.add_argument("--read_seconds", type=count, default=60, help="of prefill, at most, a model [60]")
+    parser.add_argument("--threads", type=count, help="of torch [its own choice]")
     parser.add_argument("--out", type=Path, help="folder of table.md, bench.csv, .json, .png [bench/<run or shape>]")
-    parser.add_argument("--write", type=Path, metavar="FILE", help=f"also put the table there, between {BEGIN} and {END}")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="also put the table between its markers there")
     args = parser.parse_args(argv)
     if (args.checkpoint is None) == (args.shape is None):
         parser.error("give a CHECKPOINT or --shape 124m")

@@ -430,8 +430,11 @@ class Int8:
         self.nbytes = self.rounded.nbytes + self.scale.nbytes
 
     def product(self, x):
-        """W x. Few rows of x: torch's weight-only product, x in bf16. Many: by W again in fp32."""
-        if x.numel() > 16 * x.size(-1):
+        """W x. Few rows of x: torch's weight-only product, x in bf16. Many: by W again in fp32.
+
+        torch 2.13's product reads beyond the rows' ends, and may crash, unless they are multiples of 16 long.
+        """
+        if x.numel() > 16 * x.size(-1) or x.size(-1) % 32:
             return linear(x, self.rounded.float() * self.scale[:, None])
         y = torch._weight_int8pack_mm(x.bfloat16().view(-1, x.size(-1)), self.rounded, self.scale)
         return y.float().view(*x.shape[:-1], -1)
