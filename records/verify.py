@@ -278,6 +278,9 @@ def agreement(record):
         curve=facts["curve"]["points"], final=facts["result"], end="finished", log_sha256=record.log.digest,
         command=result["command"])
     found = differences(logged, result)
+    told, count = facts.get("communication"), facts["hardware"]["count"]
+    if told and told.get("ranks") != count:
+        found.append(f"ranks: {told.get('ranks')} that communicate and {count} devices")
     if shlex.join(result["command"]) != record.log.command:
         found.append(f"command: {record.log.command[:60]!r} and {shlex.join(result['command'])[:60]!r}")
     need(not found, f"log.txt and result.json differ in {len(found)} places: " + "; ".join(found[:3]))
