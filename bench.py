@@ -15,8 +15,8 @@ not depend. Everything runs in one process, on the CPU, one stream.
 - Slope: each round's least-squares line of ms against position; their median. Flat: within 2 errors of 0, or within 1 %
   of the first context's ms per 16k tokens, and 2 errors are at most 5 %. It grows or falls beyond 3 errors and 1 %.
 - Bound: bytes of the weights a token reads over the bandwidth of torch's matrix-vector product (the faster of torch.mv
-  and linear() of recurrent.py) on 264 MB of fp32 matrices (2688, 768), measured in every round. Share: bound / ms, each
-  round's, the median; not for weights below 64 MB, which may stay in caches.
+  and linear() of recurrent.py) on 264 MB of fp32 matrices (2688, 768), measured right before the tokens in fp32 and
+  int8. Share: bound / ms, each round's, the median; not for weights below 64 MB, which may stay in caches.
 - Loss: 64 pieces of the validation data, token by token, the same ones in fp32 and int8.
 Table, CSV, plot and JSON, printed as the last line too, go to bench/<run> or --out.
 """
@@ -156,18 +156,18 @@ def token_ms(model, state, kept, position):
 
 
 def bandwidth():
-    """A job: bytes/s of a matrix-vector product over more weights than caches hold, the faster of two ways."""
+    """A job: (bytes/s of torch.mv, of linear()) over more weights than caches hold."""
     matrices, x = torch.randn(32, 2688, 768), torch.randn(768)
 
+    @torch.inference_mode()
     def job():
-        best = 0.0
+        found = []
         for product in (lambda W: torch.mv(W, x), lambda W: recurrent.linear(x[None], W)):
-            with torch.inference_mode():
-                start = time.perf_counter()
-                for W in matrices.unbind():
-                    product(W)
-                best = max(best, matrices.nbytes / (time.perf_counter() - start))
-        return best
+            start = time.perf_counter()
+            for W in matrices.unbind():
+                product(W)
+            found.append(matrices.nbytes / (time.perf_counter() - start))
+        return found
     return job
 
 
@@ -189,17 +189,19 @@ def losses(models, text):
 
 def bench(models, args, say):
     """The result, as plain JSON. models: in fp32; without --shape the first is the trained one."""
-    lines, speeds, slopes, jobs, trained = [], [], [], dict(bandwidth=bandwidth()), None if args.shape else models[0]
+    lines, speeds, slopes, jobs, rates = [], [], [], {}, bandwidth()
+    trained = None if args.shape else models[0]
     for model in models:
         name, text, why = names(model), *validation(model, 20000)
         if why and model is trained:
             say(f"Random tokens stand in for the text, loss is not measured: {why}")
         found, work, rate = states(model, text, args, say)
         for position, state, size in found:
-            jobs[name, "fp32", position] = token_ms(model, work, state, position)
+            jobs[name, position] = token_ms(model, work, state, position)
             lines.append(dict(model=name, dtype="fp32", position=position, state_bytes=size))
         small = model.quantize()
-        jobs[name, "int8", args.positions[0]] = token_ms(small, work, *found[0][1::-1])
+        three = rates, *(token_ms(m, work, *found[0][1::-1]) for m in (model, small))
+        jobs[name, "speed"] = lambda three=three: [job() for job in three]
         for m in (model, small):
             speeds.append(dict(model=name, dtype=m.dtype, weight_bytes=m.weight_bytes(),
                                bytes_read=m.weight_bytes(read=True), prefill_tokens_per_s=rate if m is model else None))
@@ -207,23 +209,25 @@ def bench(models, args, say):
             loss = None if why else losses([model, small], text)
     times = measure(jobs, args.rounds)
     for line in lines:
-        ms = times[line["model"], "fp32", line["position"]]
+        ms = times[line["model"], line["position"]]
         line.update(ms=statistics.median(ms), ms_error=error_of(ms))
     for name in dict.fromkeys(line["model"] for line in lines):
         own = [line for line in lines if line["model"] == name]
         at = [line["position"] for line in own]
-        slope, error = slope_of(at, list(zip(*(times[name, "fp32", p] for p in at))))
+        slope, error = slope_of(at, list(zip(*(times[name, p] for p in at))))
         slopes.append(dict(model=name, ms_per_16k=slope, error=error, time=verdict(slope, error, own[0]["ms"]),
                            memory="constant" if len({line["state_bytes"] for line in own}) == 1 else "grows"))
     for row in speeds:
-        ms, plain = (times[row["model"], dtype, args.positions[0]] for dtype in (row["dtype"], "fp32"))
-        shares = [row["bytes_read"] / rate * 1e3 / t for rate, t in zip(times["bandwidth"], ms)]
+        rate, plain, small = zip(*times[row["model"], "speed"])
+        ms = plain if row["dtype"] == "fp32" else small
+        shares = [row["bytes_read"] / max(pair) * 1e3 / t for pair, t in zip(rate, ms)]
         row.update(ms=statistics.median(ms), tokens_per_s=1e3 / statistics.median(ms),
                    bound_share=statistics.median(shares) if row["bytes_read"] > 64e6 else None,
                    times_fp32=statistics.median(a / b for a, b in zip(plain, ms)))
+    rate = [statistics.median(way) for way in zip(*(r for key in jobs if "speed" in key for r, _, _ in times[key]))]
     return dict(machine=models[0].script.hardware(torch.device("cpu"))["name"], threads=torch.get_num_threads(),
                 torch=torch.__version__, load=os.getloadavg()[0], rounds=args.rounds,
-                bandwidth=statistics.median(times["bandwidth"]), positions=lines, slopes=slopes, speed=speeds,
+                bandwidth=dict(zip(("mv", "linear"), rate)), positions=lines, slopes=slopes, speed=speeds,
                 loss=loss if trained else None, peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
@@ -234,7 +238,8 @@ def table(result):
         at.setdefault(line["model"], []).append(line)
     positions = sorted({line["position"] for line in result["positions"]})
     out = [f"{result['machine']}, torch {result['torch']}; {result['rounds']} rounds; load {result['load']:.1f}; "
-           f"matrix-vector {result['bandwidth'] / 1e9:.1f} GB/s; process at most {mb(result['peak_rss'])} MB", "",
+           "torch.mv {mv:.1f}, linear() {linear:.1f} GB/s; ".format(**{k: v / 1e9 for k, v in result["bandwidth"].items()})
+           + f"process at most {mb(result['peak_rss'])} MB", "",
            " | ".join(["| fp32, ms per token at", *(f"{p / 1024:g}k" for p in positions), "slope, ms per 16k", "time",
                        "state, MB", "memory |"]),
            "|---" * (len(positions) + 5) + "|"]

@@ -97,8 +97,10 @@ class Model:
     def prepare(self, name, t):
         """A weight as the forward pass takes it; vectors lose their dimensions of size 1."""
         t = t.squeeze() if t.dim() == 3 and t.size(0) == 1 else t
-        t = t.T if on_the_right(name) else t  # x @ w1 in training; here W is (rows out, rows in)
-        return t.to(self.device, self.type, copy=True).contiguous()  # bytes of a file lie askew: other sums
+        t = t.to(self.device, self.type, copy=True).contiguous()  # bytes of a file lie askew: other sums
+        if on_the_right(name):  # x @ w1 in training; here W is (rows out, rows in)
+            return t.T if name.endswith("2") else t.T.contiguous()  # short rows: columns first is twice as fast
+        return t
 
     def stack(self, p):
         """Change a block's weights to what saves small operations."""
@@ -203,8 +205,8 @@ class Model:
         return change
 
     def softcap(self, z):
-        z = z.float()
-        return self.config.softcap * torch.tanh(z / self.config.softcap) if self.config.softcap else z
+        z, cap = z.float(), self.config.softcap
+        return z.div_(cap).tanh_().mul_(cap) if cap else z
 
 
 class RWKV7(Model):
@@ -413,7 +415,7 @@ def linear(x, W, bias=None, then=None):
     """
     if isinstance(W, Int8):
         y = W.product(x) if bias is None else W.product(x).add_(bias)
-    elif ONEDNN and W.numel() >= 1 << 17 and x.dtype == torch.float32 and x.device.type == "cpu":
+    elif ONEDNN and x.is_cpu and x.dtype == torch.float32 and W.numel() >= 1 << 17 and W.is_contiguous():
         return torch.ops.mkldnn._linear_pointwise.default(x, W, bias, then or "none", [], "")
     else:
         y = F.linear(x, W, bias)
@@ -426,7 +428,7 @@ class Int8:
     def __init__(self, W):
         W = W.float()
         self.scale = (W.abs().amax(1) * (1.002 / 127)).clamp_min(1e-12).bfloat16()  # rounded down it is still enough
-        self.rounded = (W / self.scale[:, None]).round_().to(torch.int8)
+        self.rounded = (W / self.scale[:, None]).round_().to(torch.int8).contiguous()
         self.nbytes = self.rounded.nbytes + self.scale.nbytes
 
     def product(self, x):
@@ -434,7 +436,7 @@ class Int8:
 
         torch 2.13's product reads beyond the rows' ends, and may crash, unless they are multiples of 16 long.
         """
-        if x.numel() > 16 * x.size(-1) or x.size(-1) % 32:
+        if x.numel() > 16 * x.size(-1) or x.size(-1) % 32 or not x.is_cpu:
             return linear(x, self.rounded.float() * self.scale[:, None])
         y = torch._weight_int8pack_mm(x.bfloat16().view(-1, x.size(-1)), self.rounded, self.scale)
         return y.float().view(*x.shape[:-1], -1)

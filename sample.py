@@ -7,7 +7,7 @@
     python sample.py CHECKPOINT --eval data/pydocs  loss and bits per byte; the run's own val loss unless told otherwise
     python sample.py CHECKPOINT --bench             time a token at every context (bench.py has its flags)
 
-CHECKPOINT is a step's folder, a run's, its record's, the word latest, or a file of export.py or of RWKV's official kind.
+CHECKPOINT is a step's folder, a run's, its record's, the word latest, or a file: export.py's or an official x070 one.
 Text goes to stdout as it comes, all else to stderr. It begins with the document mark, as documents do in training, and
 ends where the model draws one.
 The logits pass, in this order, each step working on what the one before left (in brackets: what turns it off):
@@ -496,7 +496,7 @@ def parse(argv):
     add("--tokens", type=whole(2), default=256, metavar="N", help="--check: so many [256]")
     add("--eval_tokens", type=whole(1), metavar="N", help="--eval: the first there are [the run's --val_tokens]")
     add("--context", type=whole(0), metavar="N", help="--eval: tokens a sequence; 0: documents [the run's --seq_len]")
-    add("--dtype", choices=recurrent.DTYPES, default="fp32", help="of weights and activations [fp32]")
+    add("--dtype", choices=(*recurrent.DTYPES, "int8"), default="fp32", help="int8: the weights. --check: both others")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
     args = parser.parse_args(argv)
     if args.save_state and args.num_samples > 1:

@@ -106,7 +106,7 @@ def result_of(name):
 @pytest.fixture(scope="module")
 def result():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "bandwidth", lambda: lambda: 1e10)
+        patch.setattr(bench, "bandwidth", lambda: lambda: [1e10, 2e10])
         return result_of("train_rwkv7")
 
 
@@ -147,11 +147,13 @@ def test_files(result, tmp_path, capsys):
 
 
 def test_share_of_the_bound(monkeypatch):
-    monkeypatch.setattr(bench, "bandwidth", lambda: lambda: 2e9)
-    numbers = lambda job: [2e9] * 3 if job == "bandwidth" else [1.0, 2.0, 4.0] if "int8" in job else [4.0] * 3
+    rounds = [([1e9, 2e9], 4.0, 1.0), ([1e9, 2e9], 4.0, 2.0), ([2e9, 2e8], 4.0, 4.0)]
+    numbers = lambda job: rounds if "speed" in job else [4.0] * 3
     monkeypatch.setattr(bench, "measure", lambda jobs, rounds: {job: numbers(job) for job in jobs})
     monkeypatch.setattr(recurrent.Model, "weight_bytes", lambda self, read=False: 8e7 if self.dtype == "fp32" else 2e7)
-    fp32, int8 = (row for row in result_of("train_rwkv6")[0]["speed"] if row["model"] == "RWKV-6")
+    result, _ = result_of("train_rwkv6")
+    fp32, int8 = (row for row in result["speed"] if row["model"] == "RWKV-6")
+    assert result["bandwidth"] == dict(mv=1e9, linear=2e9)
     assert fp32["bound_share"] == pytest.approx(80e6 / 2e9 * 1e3 / 4) and int8["bound_share"] is None
     assert (fp32["times_fp32"], int8["times_fp32"]) == (1, statistics.median([4, 2, 1]))
 
