@@ -179,7 +179,7 @@ launch() {  # SCRIPT ARGS...
     if [ -n "$tiny" ] && [ -z "$data" ]; then
         "$PYTHON" data/pydocs.py
     fi
-    n=${NPROC:-$([ -n "$tiny" ] && echo 1 || count_gpus)}  # tiny steps are too small to be shared out
+    n=${NPROC:-$([ -n "$tiny" ] && echo 1 || count_gpus)}  # tiny's 2 sequences a step are done sooner by one
     case $n in *[!0-9]*) setup_say "NPROC=$n is not a number of processes"; return 1 ;; esac
     if [ "$n" -gt 1 ]; then
         WORLD_SIZE=$n "$PYTHON" "$@" --check >/dev/null || return  # bad input is one line here, n tracebacks below
