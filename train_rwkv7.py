@@ -2241,7 +2241,8 @@ def main(argv=None):
             record.close(f"failed: {type(error).__name__}: {error}")
         if isinstance(error, OSError):
             where = "" if error.filename or not record else f" (writing {record.path})"
-            stop(f"{error}{where}. Make room, set permissions or choose --records FOLDER; earlier runs are untouched.")
+            stop(f"{error}{where}. Make room, set permissions or choose --records FOLDER or --checkpoints FOLDER; "
+                 "earlier runs are untouched.")
         if isinstance(error, ValueError) and not record:
             stop(error)
         raise
