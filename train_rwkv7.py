@@ -1802,7 +1802,7 @@ def largest_device_bsz(model, args, device, fixed, sequence):
     held = 2 * sum(p.nbytes for p in model.parameters())  # parameters are there, gradients come
 
     def fits(n):
-        if device.type != "cuda":
+        if device.type in ("cpu", "mps"):
             return fixed + n * sequence <= memory_free(device)
         try:
             room = torch.empty(max(0, fixed - held), dtype=torch.uint8, device=device)
@@ -1818,10 +1818,11 @@ def largest_device_bsz(model, args, device, fixed, sequence):
     share, parts = -(-args.bsz // world_size()), 1
     while parts < share and not fits(-(-share // parts)):
         parts *= 2
-    parts = torch.tensor(parts, device=device)
     if world_size() > 1:
-        dist.all_reduce(parts, dist.ReduceOp.MAX)
-    return max(1, -(-share // parts.item()))
+        most = torch.tensor(parts, device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        parts = most.item()
+    return -(-share // parts)
 
 
 def set_up(args, rank, ranks=None):
