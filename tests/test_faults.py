@@ -96,7 +96,8 @@ def test_two_machines(shared, data, tmp_path):
     folders = [checkout(tmp_path / "a node", "train_rwkv7")]
     folders.append(folders[0] if shared else checkout(tmp_path / "b node", "train_rwkv7"))
     flags = tiny("train_rwkv7", data, tmp_path / "two", "--kernel", "cpu", "--name", "two")
-    done = cluster(folders, flags, CXX=str(program(tmp_path / "quick c++", f'exec "{GXX}" "$@" -O0')).replace(" ", "\\ "))
+    quick = program(tmp_path / "quick" / "c++", f'exec "{GXX}" "$@" -O0')
+    done = cluster(folders, flags, CXX=str(quick))
     assert [status for status, _, _ in done] == [0, 0], done
     builds = [len(re.findall("self-test: .* ok$", err, re.M)) for _, _, err in done]
     assert sum(builds) == 1 if shared else builds == [1, 1], done
@@ -145,8 +146,8 @@ def test_data_of_another_machine(data, tmp_path):
     for status, _, err in done:
         line, = said(err)
         assert status == 1 and re.fullmatch(
-            rf"train_gpt2.py: rank 1 on {here}: text/toy_train_000001.bin on {here} is not rank 0's text/toy_train_000001"
-            r".bin: sha256 [0-9a-f]{12}, there [0-9a-f]{12}\. Damaged, .*", line), err
+            rf"train_gpt2.py: rank 1 on {here}: text/toy_train_000001.bin on {here} is not rank 0's text/toy_train_"
+            r"000001.bin: sha256 [0-9a-f]{12}, there [0-9a-f]{12}\. Damaged, .*", line), err
     for path in (folders[1] / "text").glob("*_val_*"):
         path.unlink()
     done = cluster(folders, flags)
@@ -185,7 +186,7 @@ class Living(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("flags", (("--dtype", "mixed"), ("--dtype", "fp32", "--vocab_size", 3000), ("--dtype", "bf16")))
+@pytest.mark.parametrize("flags", (("--dtype=mixed",), ("--dtype=fp32", "--vocab_size=3000"), ("--dtype=bf16",)))
 def test_the_estimate_of_memory(script, flags, data, tmp_path):
     """Against the tensors alive at the peak of the second step, at its second micro-batch: the gradients of the first
     and the optimisers' states are there."""
@@ -194,7 +195,7 @@ def test_the_estimate_of_memory(script, flags, data, tmp_path):
     _, _, model, optimizers, counts = module.set_up(args, 0)
     tokens = torch.zeros(4, 32, dtype=torch.int64)
     module.train_step(model, optimizers, tokens, tokens, args)
-    states = [t for o in optimizers for state in o.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    states = [t for t in tree_leaves([o.state_dict()["state"] for o in optimizers]) if isinstance(t, torch.Tensor)]
     with Living([*model.parameters(), *states]) as living:
         module.train_step(model, optimizers, tokens, tokens, args)
     print(script, flags, f"{counts['memory']['estimate'] / living.peak:.3f} of the peak")
