@@ -39,7 +39,7 @@ except ImportError:  # Windows
     fcntl = None
 
 NEEDS = ("torch", "scipy", "matplotlib")
-RACE_OWN = ("--random_seed", "--name", "--records", "--check", "--print_params")  # flags that the race sets itself
+RACE_OWN = ("--random_seed", "--name", "--records", "--resume", "--check", "--print_params")  # the race sets these
 PLAN = ("contestants", "seeds", "track", "flags", "nproc", "target")  # what makes two races the same race
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@
 # Arguments: requirement files. Prints what this Python lacks, comma separated; fails if it lacks anything.
 # Only metadata is read, because importing torch takes seconds. Versions are free but for torch: its stable C++ API.
 at_hand='
-import re, shutil, sys
+import re, sys
 if sys.version_info < (3, 10):
     sys.exit("Python 3.10 or newer")
 from importlib.metadata import PackageNotFoundError, version
@@ -32,8 +32,7 @@ for path in sys.argv[1:]:
         try:
             found = version(name)
         except PackageNotFoundError:
-            if name != "ninja" or not shutil.which("ninja"):
-                lacks.append(name)
+            lacks.append(name)
             continue
         if name == "torch" and [int(n) for n in re.findall(r"\d+", found)[:2]] < [2, 11]:
             lacks.append("torch 2.11 or newer (has %s)" % found)

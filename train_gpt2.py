@@ -29,6 +29,7 @@ import platform
 import queue
 import re
 import shlex
+import shutil
 import signal
 import socket
 import stat
@@ -47,10 +48,12 @@ if __name__ == "__main__":
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # longer, OpenMP threads stall each other on a busy machine
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.adam import adam
 from tqdm import tqdm
 
 try:
@@ -141,7 +144,7 @@ def has_bf16(device):
 
 
 def resolve(args, world):
-    """Fix what "auto" means on this machine and deal the batch out. Raises ValueError with the way out."""
+    """Fix what "auto" means on this machine. Raises ValueError with the way out."""
     cuda = torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
         raise ValueError("--device cuda: torch sees no CUDA device. Use --track tiny --device cpu.")
@@ -164,16 +167,6 @@ def resolve(args, world):
         raise ValueError(f"--stop_after {args.stop_after} is more than --steps {args.steps}.")
     if args.random_seed >= 2**63:
         raise ValueError(f"--random_seed {args.random_seed} is too large: below 2^63.")
-    share, unit = args.bsz // world, world * min(
-        1 if args.device_bsz == "auto" else args.device_bsz, max(1, args.bsz // world))
-    if args.bsz % unit:
-        fits = [n for n in range(1, args.device_bsz + 1) if share % n == 0] if args.bsz % world == 0 else []
-        near = [n for n in (args.bsz // unit * unit, (args.bsz // unit + 1) * unit) if n]
-        raise ValueError(f"--bsz {args.bsz} cannot be reached with {world} device(s) x --device_bsz {unit // world}. "
-                         f"Nearest: --bsz {' or '.join(map(str, near))}"
-                         f"{f', or --device_bsz {fits[-1]}' if fits else ''}.")
-
-
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -189,6 +182,7 @@ class Hyperparameters(Flags):
     name: str = flag("name of the run in its record's folder (default: a short id)", "")
     random_seed: int = flag("seed of the starting weights", 1337)
     records: str = flag("folder that receives the record", "records")
+    checkpoints: str = flag("folder that receives the checkpoints", "checkpoints")
     # length and batch
     steps: int = flag("optimiser steps", fineweb=3242, tiny=4400)
     stop_after: int = flag("end after so many steps, without a result: to compare beginnings; 0: never", 0)
@@ -202,7 +196,9 @@ class Hyperparameters(Flags):
                       choices=("sequential", "cubic"))
     val_every: int = flag("steps between validations", fineweb=125, tiny=1100)
     val_tokens: int = flag("validation tokens, the first there are (tiny: at most)", fineweb=10485760, tiny=262144)
-    save_every: int = flag("steps between checkpoints, 0 for none", 0)
+    save_every: int = flag("steps between checkpoints; 0: only after the last step", 0)
+    keep: int = flag("checkpoints of the run that are kept, the newest; 0: all", 0)
+    resume: str = flag("checkpoint to go on from: auto (this run's newest, if any) or a folder", "")
     # model
     vocab_size: int = flag("token ids in use; tables are padded to a multiple of 128", fineweb=50257, tiny=257)
     layers: int = flag("blocks (L)", fineweb=12, tiny=2)
@@ -226,6 +222,7 @@ class Hyperparameters(Flags):
     # report
     check: bool = flag("only check flags, machine and data, for WORLD_SIZE ranks, and stop", False)
     print_params: bool = flag("print every parameter with its optimiser, rate, mean and sd, and stop", False)
+    norm_every: int = flag("steps between lines with the norm of the gradient, 0 for none", 100)
     usd_per_hour: float = flag("price of the whole machine in dollars an hour, for the cost in the record", 0.0)
 
 
@@ -386,7 +383,7 @@ def build_optimizers(model, args):
         groups[group_of(name)]["params"].append(p)
         groups[group_of(name)]["names"].append(name)
     muon = groups.pop("muon")
-    adam = torch.optim.Adam(list(groups.values()), betas=(0.9, args.adam_beta2), fused=True)
+    adam = Adam(list(groups.values()), betas=(0.9, args.adam_beta2))
     return [adam, Muon([muon], lr=args.muon_lr, scale=args.muon_scale)]
 
 
@@ -407,20 +404,206 @@ def newton_schulz(G, steps=5):
     return X
 
 
-class Muon(torch.optim.Optimizer):
+BUCKET = 2**24  # elements: large messages use the links well, several of them overlap with the backward
+SENT = collections.Counter()  # bytes this rank sends in a step, as in a ring of n: (n - 1) / n of the whole buffer of a
+# reduce-scatter or an all-gather, twice that for an all-reduce; what the library and the network add is not in it
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # torch 2.13's name, 2.11's
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def ranks():
+    """This rank and the number of all."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class Bucket:
+    """Parameters of one dtype as one flat buffer of a chunk a rank: what lies in a rank's chunk is its own to train.
+
+    owner: {parameter: rank}; each lies whole in its rank's chunk. Without it they lie end to end, across the borders.
+    pieces: {parameter: slice of it, flat} that are this rank's; places: {parameter: slice of the chunk} where they lie.
+    """
+
+    def __init__(self, params, owner=None):
+        self.rank, self.world = ranks()
+        self.params, self.pieces, self.places, filled, starts = params, {}, {}, [0] * self.world, []
+        for p in params:
+            r = owner[p] if owner else 0
+            starts.append(filled[r])
+            filled[r] += p.numel()
+        self.chunk = max(filled) if owner else -(-filled[0] // (128 * self.world)) * 128  # 128: aligned pieces
+        self.starts = [start + owner[p] * self.chunk if owner else start for p, start in zip(params, starts)]
+        for p, start in zip(params, self.starts):
+            first, last = (min(max(0, r * self.chunk - start), p.numel()) for r in (self.rank, self.rank + 1))
+            if first < last:
+                self.pieces[p], at = slice(first, last), start + first - self.rank * self.chunk
+                self.places[p] = slice(at, at + last - first)
+
+    def views(self, flat):
+        """Each parameter's place in a buffer, in its shape."""
+        return [flat[start:start + p.numel()].view(p.shape) for p, start in zip(self.params, self.starts)]
+
+    def send(self):
+        """Begin to sum the gradients over the ranks, each gets its chunk. A rank that has none adds zeros."""
+        self.flat = self.params[0].new_zeros(self.world * self.chunk)
+        there = [(view, p.grad) for view, p in zip(self.views(self.flat), self.params) if p.grad is not None]
+        if there:
+            torch._foreach_copy_(*map(list, zip(*there)))
+        for p in self.params:
+            p.grad = None
+        self.mine = self.flat.new_empty(self.chunk)
+        SENT["reduce-scatter"] += self.mine.nbytes * (self.world - 1)
+        self.work = REDUCE_SCATTER(self.mine, self.flat, async_op=True)
+
+    def gradients(self):
+        """{parameter: this rank's piece of its summed gradient, flat}."""
+        if self.world == 1:
+            return {p: p.grad.flatten() for p in self.params}
+        self.work.wait()
+        return {p: self.mine[place] for p, place in self.places.items()}
+
+    def gather(self, pieces, dtype):
+        """Of every rank's {parameter: piece} the whole: {parameter: tensor}."""
+        if self.world == 1:
+            return pieces
+        mine = self.params[0].new_zeros(self.chunk, dtype=dtype)
+        for p, place in self.places.items():
+            mine[place].view(pieces[p].shape).copy_(pieces[p])
+        flat = mine.new_empty(self.world * self.chunk)
+        SENT["all-gather"] += mine.nbytes * (self.world - 1)
+        ALL_GATHER(flat, mine)
+        return dict(zip(self.params, self.views(flat)))
+
+
+@contextlib.contextmanager
+def averaging(model, optimizers):
+    """Sum the (already weighted) gradients over the ranks while the last backward, in here, still runs.
+
+    A bucket is sent when its gradients are complete and all before it are sent, so that the order is the same on every
+    rank; what is left goes at the end: all of it where a rank has no sequence.
+    """
+    position = {p: i for i, p in enumerate(model.parameters())}
+    buckets = [bucket for optimizer in optimizers for bucket in optimizer.buckets if bucket.world > 1]
+    buckets.sort(key=lambda bucket: min(position[p] for p in bucket.params))  # the model's first are complete last
+    complete = set()
+
+    def ready(p):
+        complete.add(p)
+        while buckets and complete.issuperset(buckets[-1].params):
+            buckets.pop().send()
+
+    hooks = [p.register_post_accumulate_grad_hook(ready) for bucket in buckets for p in bucket.params]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    while buckets:
+        buckets.pop().send()
+
+
+class Sharded(torch.optim.Optimizer):
+    """An optimiser in which a rank trains its own pieces of the buckets and keeps the state, KEYS, of these only."""
+
+    def gradients(self):
+        return {p: g for bucket in self.buckets for p, g in bucket.gradients().items()}
+
+    def own(self, p, key):
+        """This rank's piece of the state, flat; zeros at first."""
+        state = self.state[p]
+        if key not in state:
+            piece = next(bucket.pieces[p] for bucket in self.buckets if p in bucket.pieces)
+            state[key] = torch.zeros_like(p.view(-1)[piece])
+        return state[key]
+
+    def named_buckets(self):
+        names = {p: name for group in self.param_groups for p, name in zip(group["params"], group["names"])}
+        return [(bucket, key, [f"{names[p]}.{key}" for p in bucket.params])
+                for bucket in self.buckets for key in self.KEYS]
+
+    @torch.no_grad()
+    def full_state(self):
+        """{"<parameter name>.<key>": whole tensor on the CPU} on rank 0, {} elsewhere. Every rank calls it."""
+        full = {}
+        for bucket, key, names in self.named_buckets():
+            whole = bucket.gather({p: self.own(p, key) for p in bucket.pieces}, bucket.params[0].dtype)
+            if bucket.rank == 0:
+                copies = (whole[p].view(p.shape).to("cpu", copy=True) for p in bucket.params)
+                full.update(zip(names, copies))
+        return full
+
+    @torch.no_grad()
+    def load_full_state(self, tensors):
+        """Take this rank's pieces of a full_state, of any number of ranks, that rank 0 gives. Every rank calls it."""
+        for bucket, key, names in self.named_buckets():
+            flat = bucket.params[0].new_zeros(bucket.world * bucket.chunk)
+            if bucket.rank == 0:
+                for name, view in zip(names, bucket.views(flat)):
+                    view.copy_(tensors[name])
+            if bucket.world > 1:
+                dist.broadcast(flat, 0)
+            for p, place in bucket.places.items():
+                self.state[p][key] = flat[bucket.rank * bucket.chunk:][place].clone()
+
+
+class Adam(Sharded):
+    """Adam (Kingma and Ba, 2015), fused. Elementwise: its buckets are cut between the ranks wherever the border falls.
+
+    The number of steps done, step, comes from the schedule as the rates do.
+    """
+
+    KEYS = "exp_avg", "exp_avg_sq"
+
+    def __init__(self, params, betas, eps=1e-8):
+        super().__init__(params, dict(betas=betas, eps=eps, step=0))
+        buckets = {}
+        for p in (p for group in self.param_groups for p in group["params"]):
+            buckets.setdefault(p if p.numel() >= BUCKET else p.dtype, []).append(p)
+        self.buckets = [Bucket(params) for params in buckets.values()]
+
+    @torch.no_grad()
+    def step(self):
+        grads = self.gradients()
+        pieces = {p: p.view(-1)[piece] for bucket in self.buckets for p, piece in bucket.pieces.items()}
+        for group in self.param_groups:
+            own = [p for p in group["params"] if p in grads]
+            steps = torch.full((len(own),), float(group["step"]), device=own[0].device).unbind() if own else []
+            adam(
+                [pieces[p] for p in own], [grads[p] for p in own],
+                *([self.own(p, key) for p in own] for key in self.KEYS), [], list(steps), fused=True, amsgrad=False,
+                beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=0.0, eps=group["eps"],
+                maximize=False)
+        for bucket in self.buckets:
+            if bucket.world > 1:
+                whole = bucket.gather(pieces, bucket.params[0].dtype)
+                torch._foreach_copy_(list(whole), list(whole.values()))
+
+
+class Muon(Sharded):
     """Momentum with Nesterov's look-ahead, orthogonalised by Newton-Schulz: W <- W - lr s NS(G + mu M), M <- mu M + G.
 
     params: matrices (rows, cols). scale: "spectral" s = sqrt(max(1, rows/cols)) or "rms" s = sqrt(max(rows, cols)).
-    Matrices of equal shape (up to transposition) go through Newton-Schulz as one batch. Every rank owns a share of each
-    batch and its momentum; the updates are gathered in one all_gather a step. Gradients must already be averaged.
+    Every rank owns matrices of about the same cost and their momentum. Its matrices of equal shape (up to
+    transposition) go through Newton-Schulz as one batch; then all ranks gather the updates.
     """
 
+    KEYS = "M",
     SCALES = dict(spectral=lambda rows, cols: max(1, rows / cols) ** 0.5, rms=lambda rows, cols: max(rows, cols) ** 0.5)
 
     def __init__(self, params, lr, momentum=0.95, scale="spectral"):
         super().__init__(params, dict(lr=lr, momentum=momentum, scale=scale))
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.dtype = torch.bfloat16 if has_bf16(self.param_groups[0]["params"][0].device) else torch.float32
+        flops = lambda p: min(p.shape) ** 2 * (2 * max(p.shape) + min(p.shape))  # of Newton-Schulz, up to a factor
+        buckets, elements, load = {}, 0, [0] * ranks()[1]
+        for p in (p for group in self.param_groups for p in group["params"]):
+            buckets.setdefault(elements // BUCKET, []).append(p)
+            elements += p.numel()
+        self.buckets = []
+        for params in buckets.values():
+            owner = {}
+            for p in sorted(params, key=flops, reverse=True):  # the dearest first, to whom has least to do
+                owner[p] = load.index(min(load))
+                load[owner[p]] += flops(p)
+            self.buckets.append(Bucket(params, owner))
 
     @staticmethod
     def batches(params):
@@ -433,34 +616,19 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         wide = lambda m: m if m.shape[0] <= m.shape[1] else m.mT
+        grads, updates = self.gradients(), {}
         for group in self.param_groups:
-            batches, local = self.batches(group["params"]), []
-            for (rows, cols), matrices in batches.items():
-                share = -(-len(matrices) // self.world)  # matrices a rank, the last rank's padded
-                own = matrices[self.rank * share:(self.rank + 1) * share]
-                out = matrices[0].new_zeros(share, rows, cols, dtype=self.dtype)
-                if own:
-                    grads = [p.grad for p in own]
-                    for p in own:
-                        if "M" not in self.state[p]:
-                            self.state[p]["M"] = torch.zeros_like(p)
-                    M = [self.state[p]["M"] for p in own]
-                    torch._foreach_mul_(M, group["momentum"])
-                    torch._foreach_add_(M, grads)
-                    G = torch._foreach_add(grads, M, alpha=group["momentum"])
-                    out[:len(own)] = newton_schulz(torch.stack([wide(g) for g in G]).to(self.dtype))
-                local.append(out)
-            if self.world > 1:
-                flat = torch.cat([out.flatten() for out in local])
-                gathered = flat.new_empty(self.world, flat.numel())
-                gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13's name, 2.11's
-                gather(gathered.view(-1), flat)
-                parts = gathered.split([out.numel() for out in local], dim=1)
-                local = [part.reshape(-1, *out.shape[1:]) for part, out in zip(parts, local)]
-            for matrices, updates in zip(batches.values(), local):
-                for p, update in zip(matrices, updates):
-                    s = self.SCALES[group["scale"]](*p.shape)
-                    p.add_((update if p.shape[0] <= p.shape[1] else update.mT).to(p.dtype), alpha=-group["lr"] * s)
+            for matrices in self.batches(p for p in group["params"] if p in grads).values():
+                G, M = [grads[p].view_as(p) for p in matrices], [self.own(p, "M").view_as(p) for p in matrices]
+                torch._foreach_mul_(M, group["momentum"])
+                torch._foreach_add_(M, G)
+                G = torch._foreach_add(G, M, alpha=group["momentum"])
+                out = newton_schulz(torch.stack([wide(g) for g in G]).to(self.dtype))
+                updates.update((p, O if O.shape == p.shape else O.mT) for p, O in zip(matrices, out))
+        updates = {p: whole for bucket in self.buckets for p, whole in bucket.gather(updates, self.dtype).items()}
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(updates[p].to(p.dtype), alpha=-group["lr"] * self.SCALES[group["scale"]](*p.shape))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -579,11 +747,12 @@ class DataLoader:
 
     Step s is tokens [s n, (s + 1) n] with n = bsz * seq_len, whatever the ranks and micro-batches; this rank gets
     sequences [first, last) of its bsz. In the cubic order the run's k-th sequence is chunk k^3 mod p of the stream.
+    start: the first step to read; what came before is not touched.
     next() -> inputs, targets, both int64 (last - first, seq_len), on the device.
     """
 
-    def __init__(self, stream, args, first, last):
-        self.stream, self.args, self.first, self.last = stream, args, first, last
+    def __init__(self, stream, args, first, last, start=0):
+        self.stream, self.args, self.first, self.last, self.start = stream, args, first, last, start
         self.queue = queue.Queue(maxsize=4)  # batches
         self.cuda = torch.cuda.current_device() if args.device == "cuda" else None
         threading.Thread(target=self._read_ahead, daemon=True).start()
@@ -592,11 +761,12 @@ class DataLoader:
         try:
             if self.cuda is not None:  # a new thread starts on GPU 0; pinning there would put a context on it
                 torch.cuda.set_device(self.cuda)
-            for step in range(self.args.steps):
+            for step in range(self.start, self.args.steps):
                 start, count, T = step * self.args.bsz + self.first, self.last - self.first, self.args.seq_len
                 cubic = (pow(k, 3, p) for k in range(start, start + count)) if (p := self.stream.prime) else None
-                tokens = torch.from_numpy(np.concatenate([self.stream.read(chunk * T, T + 1) for chunk in cubic])
-                                          if cubic else self.stream.read(start * T, count * T + 1))
+                tokens = torch.from_numpy(
+                    np.array([self.stream.read(chunk * T, T + 1) for chunk in cubic], dtype=np.int64).reshape(-1)
+                    if cubic else self.stream.read(start * T, count * T + 1))
                 self.queue.put(tokens if self.cuda is None else tokens.pin_memory())
         except Exception as error:  # a vanished disk must not look like an endless wait
             self.queue.put(error)
@@ -656,23 +826,33 @@ def environment():
         git_dirty=bool(shell("git", "status", "--porcelain", "--untracked-files=no")), packages=packages)
 
 
+def read_sources(paths):
+    """[({name, lines, sha256}, text)] of the files that make a run."""
+    name = lambda path: Path(os.path.relpath(path, Path(__file__).parent)).as_posix()
+    texts = [(name(path), path.read_text(encoding="utf-8")) for path in paths]
+    return [(dict(name=name, lines=text.count("\n"), sha256=sha256(text.encode())), text) for name, text in texts]
+
+
 class Record:
     """The run's folder: log.txt, line by line as things happen, and result.json, written last. Only rank 0 writes.
 
-    A folder without result.json belongs to a run that did not finish. Raises OSError.
+    A folder without result.json belongs to a run that did not finish. log: what a resumed run's log begins with, bytes.
+    checkpoint: the folder of the last one. Raises OSError.
 
     chain: sha256 over the lines so far. result.json, the log's last line but one and each point of the curve hold its
     value there, so that records/verify.py finds an edited, lost, added or moved line and about where. It proves no
     honesty: who edits can hash anew. It holds a record to the digests that others saw, in a commit for instance.
     """
 
-    def __init__(self, args, rank):
-        self.path, self.file, self.chain = None, None, hashlib.sha256()
+    def __init__(self, args, rank, log=b""):
+        self.path, self.log, self.file, self.checkpoint, self.chain = None, None, None, None, hashlib.sha256(log)
         if rank == 0:
             stamp = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
             self.path = Path(args.records) / f"{stamp}_{Path(__file__).stem}_{args.name or os.urandom(3).hex()}"
             self.path.mkdir(parents=True)  # never an old folder: nothing is overwritten
-            self.file = open(self.path / "log.txt", "x", encoding="utf-8", buffering=1, newline="\n")
+            self.log = self.path / "log.txt"
+            self.file = open(self.log, "x", encoding="utf-8", buffering=1, newline="\n")
+            self.file.write(log.decode())
 
     def line(self, text):
         if self.file:
@@ -680,17 +860,16 @@ class Record:
             self.file.write(text + "\n")
 
     def header(self, facts, sources):
-        """The log up to the first step: configuration, sources, facts as JSON. Fills facts["sources"]."""
-        self.line(f"config: {json.dumps(facts['config'])}\ncommand: {shlex.join(facts['command'])}")
-        facts["sources"] = []
-        for path in sources:
-            text = path.read_text(encoding="utf-8")
-            digest = hashlib.sha256(text.encode()).hexdigest()
-            name = Path(os.path.relpath(path, Path(__file__).parent)).as_posix()
-            facts["sources"].append(dict(name=name, lines=text.count("\n"), sha256=digest))
-            self.line(f"{'=' * 100}\nsource: {json.dumps(facts['sources'][-1])}\n{text.rstrip(chr(10))}")
-        self.line("=" * 100)
+        """The log up to the first step: configuration, sources, facts as JSON; of a resumed run one line of JSON."""
         page = facts["hardware"].pop("text")
+        if "resumed" in facts:
+            known = ("run", "command", "config", "environment", "hardware", "data")
+            self.line(f"resumed: {json.dumps(dict(facts['resumed'][-1], page=page, now={k: facts[k] for k in known}))}")
+            return
+        self.line(f"config: {json.dumps(facts['config'])}\ncommand: {shlex.join(facts['command'])}")
+        for about, text in sources:
+            self.line(f"{'=' * 100}\nsource: {json.dumps(about)}\n{text.rstrip(chr(10))}")
+        self.line("=" * 100)
         self.line(f"record: {json.dumps({key: facts[key] for key in ('schema', 'run', 'script', 'seed')})}")
         for key in ("environment", "hardware", "data", "model"):
             self.line(f"{key}: {json.dumps(facts[key])}")
@@ -703,7 +882,7 @@ class Record:
         with contextlib.suppress(OSError):
             self.file and self.file.close()
         self.file = None
-        return self.path and self.path / "log.txt"
+        return self.log
 
     def finish(self, result):
         """Close the log and write result.json atomically: the last act of a finished run."""
@@ -735,34 +914,241 @@ class Clock:
         return 1e3 * (self.seconds["train"] + running)
 
 
+class Diverged(ArithmeticError):
+    """A loss, gradient or parameter is no number any more."""
+
+
+SPIKE_STEPS, SPIKE_SD, SPIKE_NATS = 100, 6.0, 0.5
+
+
+def spike(loss, before):
+    """The words for a loss more than 6 sd and 0.5 nats above the mean of up to 100 before it (20 at least), or None."""
+    before = before[-SPIKE_STEPS:]
+    mean = math.fsum(before) / max(1, len(before))
+    if len(before) < 20 or loss <= mean + SPIKE_NATS:
+        return None
+    sd = math.sqrt(math.fsum((x - mean) ** 2 for x in before) / len(before))
+    return f"{loss:.4f} after {mean:.4f} with sd {sd:.4f}" if loss > mean + SPIKE_SD * sd else None
+
+
 class StepLines:
-    """The log's line of each step. Losses stay on the device until their copy has arrived: no step waits for one."""
+    """The log's lines of each step: the loss, a spike, every --norm_every steps the norm of the gradient.
 
-    def __init__(self, record, steps):
-        self.record, self.steps, self.pending, self.last = record, steps, collections.deque(), math.nan
-        self.losses = []  # as they are, for the line of all of them that ends the log: bitwise comparison of two runs
+    What a step reports (see train_step) stays on the device until its copy has arrived; the host runs one step ahead
+    there. stopping: a rank was asked to stop, which all ranks so learn after the same step. Raises Diverged.
+    """
 
-    def add(self, step, loss, train_ms):
-        event = torch.cuda.Event() if loss.is_cuda else None
+    def __init__(self, record, args, names, losses=()):
+        self.record, self.args, self.names, self.pending = record, args, names, collections.deque()
+        self.last, self.stopping = math.nan, False
+        self.losses = list(losses)  # as they are, for the line of all of them that ends the log: bitwise comparison
+
+    def add(self, step, report, train_ms):
+        event = torch.cuda.Event() if report.is_cuda else None
         if event:
-            loss = torch.empty_like(loss, device="cpu", pin_memory=True).copy_(loss, non_blocking=True)
+            report = torch.empty_like(report, device="cpu", pin_memory=True).copy_(report, non_blocking=True)
             event.record()
-        self.pending.append((step, loss, event, train_ms))
-        self.flush()
+        self.pending.append((step, report, event, train_ms))
+        self.flush(ahead=1 if event else 0)
 
-    def flush(self, wait=False):
-        """Write the lines whose losses have arrived; wait: all of them."""
-        while self.pending and (wait or self.pending[0][2] is None or self.pending[0][2].query()):
-            step, loss, event, train_ms = self.pending.popleft()
+    def flush(self, ahead=0):
+        """Write the lines of all steps but the last `ahead`."""
+        while len(self.pending) > ahead:
+            step, report, event, train_ms = self.pending.popleft()
             if event:
                 event.synchronize()
-            self.last = loss.item()
+            self.last, asked, *norms = report.tolist()
+            self.stopping |= asked > 0
+            name = f"step:{step}/{self.args.steps}"
+            self.record.line(f"{name} train_loss:{self.last:.4f} {timing(train_ms, step)}")
+            if not math.isfinite(self.last + sum(norms)):
+                bad = next((name for name, norm in zip(self.names, norms) if not math.isfinite(norm)), None)
+                self.fail(step, f"the loss is {self.last}" + (f", the gradient of {bad} not finite" if bad else ""))
+            if words := spike(self.last, self.losses):
+                self.record.line(f"{name} spike:{words}")
             self.losses.append(self.last)
-            self.record.line(f"step:{step}/{self.steps} train_loss:{self.last:.4f} {timing(train_ms, step)}")
+            if self.args.norm_every and step % self.args.norm_every == 0:
+                self.record.line(f"{name} grad_norm:{math.hypot(*norms):.4e}")
+
+    def fail(self, step, what):
+        raise Diverged(f"step {step} of {self.args.steps}: {what}. Last good checkpoint: "
+                       f"{self.record.checkpoint or 'none (--save_every)'}")
 
 
 def timing(train_ms, step):
     return f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(1, step):.2f}ms"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoint [shared]
+
+# checkpoints/<run>/step000100/ holds the model (fp32, plain names), what a resumed run needs besides it (none after the
+# last step) and checkpoint.json with the size and hash of each file. A folder of such a name is whole: it was renamed.
+STEP_FOLDER = re.compile(r"step\d{6,}")
+FREE = ("device_bsz", "data", "records", "checkpoints", "name", "save_every", "keep", "resume", "stop_after", "check",
+        "print_params", "usd_per_hour")  # flags that a resumed run may change; of the data the shards count
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def sync(path):
+    """Have a file's bytes or a folder's names on the disk, not only in memory."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def checkpoints_of(run):
+    """The folders of a run's checkpoints, by step."""
+    found = [path for path in Path(run).glob("step*") if STEP_FOLDER.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name[4:]))
+
+
+def save(args, record, model, optimizers, about, losses):
+    """Write a checkpoint, remove what --keep does not cover. Returns None or, on all ranks, why not: an OSError.
+
+    Every rank calls it, rank 0 writes. about: its facts; losses: of the steps so far, None when all is over.
+    """
+    training, failure = {}, None
+    for optimizer in optimizers if losses is not None else ():
+        training.update(optimizer.full_state())
+    if record.path:
+        folder, files = Path(args.checkpoints) / record.path.name, {}
+        final, part = folder / f"step{about['step']:06d}", folder / f"step{about['step']:06d}.part"
+        try:
+            pack = lambda all: safetensors.torch.save({name: t.cpu().contiguous() for name, t in all.items()})
+            files["model.safetensors"] = pack(model.state_dict())
+            if losses is not None:
+                training.update({"losses": torch.tensor(losses), "random.cpu": torch.get_rng_state()})
+                training.update({"random.cuda": torch.cuda.get_rng_state()} if args.device == "cuda" else {})
+                files.update({"training.safetensors": pack(training), "log.txt": record.log.read_bytes()})
+            about["files"] = {name: dict(bytes=len(data), sha256=sha256(data)) for name, data in files.items()}
+            about["sha256"] = sha256(json.dumps(about).encode())
+            part.mkdir(parents=True)
+            for name, data in (*files.items(), ("checkpoint.json", json.dumps(about, indent=1).encode())):
+                (part / name).write_bytes(data)
+                sync(part / name)
+            sync(part)
+            os.replace(part, final)
+            sync(folder)
+            record.checkpoint = final
+            for old in checkpoints_of(folder)[:-args.keep] if args.keep else ():
+                os.replace(old, part)  # half removed it would be half a checkpoint
+                shutil.rmtree(part, ignore_errors=True)
+        except OSError as error:
+            failure = OSError(error.errno, f"{error.strerror} (saving a checkpoint)", str(final))
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    failed = all_sum(torch.tensor(float(failure is not None), device=args.device))
+    return failure or (OSError(errno.EIO, "rank 0 could not save a checkpoint") if failed else None)
+
+
+def read_about(folder):
+    """checkpoint.json of a checkpoint. ValueError when it is not as it was written."""
+    try:
+        about = json.loads((folder / "checkpoint.json").read_bytes())
+        if about.pop("sha256") == sha256(json.dumps(about).encode()):
+            return about
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        pass
+    raise ValueError("its checkpoint.json is damaged or missing")
+
+
+def read_files(folder, about):
+    """{name: bytes} of a checkpoint's files. ValueError when one is not as it was written."""
+    files = {name: (folder / name).read_bytes() if (folder / name).is_file() else b"" for name in about["files"]}
+    if wrong := [name for name, data in files.items() if about["files"][name]["sha256"] != sha256(data)]:
+        raise ValueError(f"its {wrong[0]} is damaged or missing")
+    return files
+
+
+def not_resumable(about, args, sources, data):
+    """(the obstacle is its script or its flags, words for it) when a checkpoint's run cannot go on so; (False, "")."""
+    flags = [f"--{key} was {value}, is {getattr(args, key)}" for key, value in about["config"].items()
+             if key not in FREE and value != getattr(args, key, None)]
+    if flags or about["script"] != Path(__file__).name:
+        return True, "; ".join(flags) if about["script"] == Path(__file__).name else f"it is of {about['script']}"
+    if changed := [source["name"] for source in about["sources"] + sources
+                   if (source in about["sources"]) != (source in sources)]:
+        return False, f"{changed[0]} has changed since"
+    shards = lambda split: zip(*([shard["sha256"] for shard in all[split]] for all in (about["data"], data)))
+    if any(a != b for split in ("train", "val") for a, b in shards(split)):
+        return False, f"it was trained on other shards than those in {args.data}"
+    return False, "" if "training.safetensors" in about["files"] else "its run is finished"
+
+
+def find_checkpoint(args, sources, data):
+    """(folder, checkpoint.json, files) that --resume means, None: from the beginning. ValueError when it is refused."""
+    auto, given, found, finished = args.resume == "auto", Path(args.resume), [], set()
+    one = STEP_FOLDER.fullmatch(given.name) and int(given.name[4:])
+    run = given if checkpoints_of(given) or one else Path(args.checkpoints) / given.resolve().name
+    run = given.parent if one and given.is_dir() else run
+    pass_over = lambda folder, why: tqdm.write(f"--resume: {folder} is passed over: {why}")
+    for run in Path(args.checkpoints).glob("*") if auto else [run]:
+        for folder in (folder for folder in checkpoints_of(run) if not one or int(folder.name[4:]) <= one):
+            try:
+                found.append((folder, read_about(folder)))
+            except ValueError as why:
+                pass_over(folder, why)
+    for _, about in found:
+        if "training.safetensors" not in about["files"]:
+            finished.update([about["run"], *(part["run"] for part in about["resumed"])])
+    for folder, about in sorted(found, key=lambda pair: pair[1]["saved"], reverse=True):
+        another, why = not_resumable(about, args, sources, data)
+        if why and not auto:
+            raise ValueError(f"--resume {args.resume}: {folder} cannot go on: {why}.")
+        if another or auto and about["run"] in finished:
+            continue
+        try:
+            if not why:
+                return folder, about, read_files(folder, about)
+        except ValueError as damage:
+            why = damage
+        pass_over(folder, why)
+    if not auto:
+        raise ValueError(f"--resume {args.resume}: no whole checkpoint in {run}. Give a step's or a run's folder below "
+                         "--checkpoints, a record's folder, or auto.")
+    tqdm.write(f"--resume auto: nothing in {args.checkpoints} to go on with: from the beginning")
+
+
+def resume_point(args, rank, model, data):
+    """find_checkpoint's answer, as rank 0 sees it, on every rank; only rank 0 has the files."""
+    found, answer = None, [None, None]
+    if args.resume and rank == 0:
+        try:
+            sources = [about for about, _ in read_sources([Path(__file__), *model.sources])]
+            if found := find_checkpoint(args, sources, data):
+                answer[0] = found[:2]
+        except ValueError as error:
+            answer[1] = str(error)
+    if args.resume and world_size() > 1:
+        dist.broadcast_object_list(answer, device=torch.device(args.device))
+    if answer[1]:
+        raise ValueError(answer[1])
+    return found or answer[0] and (*answer[0], {})
+
+
+def restore(files, args, model, optimizers):
+    """Bring model, optimisers and random state to those of a checkpoint's files (rank 0's). Returns its losses."""
+    load = lambda name: safetensors.torch.load(files[f"{name}.safetensors"]) if files else {}
+    weights, training = load("model"), load("training")
+    random = {"random.cpu": torch.get_rng_state()}
+    random.update({"random.cuda": torch.cuda.get_rng_state()} if args.device == "cuda" else {})
+    for name, tensor in [*model.state_dict().items(), *random.items()]:
+        here = weights.get(name, training.get(name, tensor)).to(args.device)
+        if world_size() > 1:
+            dist.broadcast(here, 0)
+        tensor.copy_(here)
+    torch.set_rng_state(random["random.cpu"])
+    if args.device == "cuda":
+        torch.cuda.set_rng_state(random["random.cuda"])
+    for optimizer in optimizers:
+        names = {name for group in optimizer.param_groups for name in group["names"]}
+        optimizer.load_full_state({key: t for key, t in training.items() if key.rpartition(".")[0] in names})
+    return training["losses"].tolist() if files else []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -787,6 +1173,8 @@ def schedule(optimizers, step, args):
             group["lr"] = group["initial_lr"] * rate(step, args)
             if isinstance(optimizer, Muon):
                 group["momentum"] = momentum(step, args)
+            else:
+                group["step"] = step
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -798,14 +1186,39 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "GH200": 989e12, 
               "A800": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, from the makers' data sheets
 
 
+class Signals:
+    """SIGINT and SIGTERM: in the training loop the first asks for an end after the step; else the run ends at once.
+
+    A launcher and a batch system may each pass one on: what comes within a second counts once.
+    """
+
+    def __init__(self):
+        self.number, self.since, self.patient = 0, 0.0, False
+
+    def __call__(self, number, frame):
+        if self.number and time.monotonic() - self.since < 1:
+            return
+        first, self.number, self.since = not self.number, self.number or number, time.monotonic()
+        if not (first and self.patient):
+            raise KeyboardInterrupt
+
+
+signals = Signals()
+
+
 def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def share(count, rank):
+    """The sequences [first, last) of `count` that are this rank's: as evenly as it goes, none if there are too few."""
+    return count * rank // world_size(), count * (rank + 1) // world_size()
 
 
 PATIENCE = timedelta(minutes=30)  # with a rank that hangs; one that ends is noticed at once
 
 
-class Ranks:
+class Peers:
     """How ranks learn of each other's end, without waiting for a collective that cannot come: each holds a connection
     to rank 0, which the system closes whatever a process dies of (in 30 s if its machine is lost). Then, or when a rank
     says what is wrong, all of them end, and a line on every machine names the rank. store: torchrun's, for set-up."""
@@ -897,40 +1310,56 @@ class Ranks:
 def all_sum(tensor):
     """Sum over the ranks, in place."""
     if world_size() > 1:
+        SENT["all-reduce"] += 2 * tensor.nbytes * (world_size() - 1) // world_size()
         dist.all_reduce(tensor)
     return tensor
 
 
-def average_gradients(model):
-    """Sum the (already weighted) gradients over the ranks: one all_reduce a dtype."""
-    if world_size() == 1:
-        return
-    by_dtype = {}
-    for p in model.parameters():
-        by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
-    for grads in by_dtype.values():
-        flat = all_sum(torch.cat([g.flatten() for g in grads]))
-        torch._foreach_copy_(grads, [part.view_as(g) for g, part in zip(grads, flat.split([g.numel() for g in grads]))])
+@torch.no_grad()
+def gradient_norms(model, optimizers):
+    """Norm of each parameter's gradient of the global batch, fp32 (parameters,), on the device, without waiting for it.
+
+    The same on all ranks, in the order of model.parameters(). To be called between the backward and zero_grad.
+    """
+    grads = {p: g for optimizer in optimizers for p, g in optimizer.gradients().items()}
+    norms = dict(zip(grads, torch._foreach_norm(list(grads.values())))) if grads else {}
+    zero = torch.zeros((), device=next(model.parameters()).device)
+    return all_sum(torch.stack([norms.get(p, zero).float() for p in model.parameters()]).square()).sqrt()
 
 
 def train_step(model, optimizers, inputs, targets, args):
-    """One optimiser step on this rank's share (share, T). Returns the mean loss of the global batch, on the device."""
+    """One optimiser step on this rank's share (n, T), n >= 0.
+
+    Returns, on the device, the mean loss of the global batch, the number of ranks asked to stop and the norms of the
+    gradients (2 + parameters,).
+    """
+    SENT.clear()
     total = torch.zeros((), device=inputs.device)
-    for x, y in zip(inputs.split(args.device_bsz), targets.split(args.device_bsz)):
+    parts = max(1, -(-len(inputs) // args.device_bsz))  # micro-batches, as equal as it goes: few shapes to compile
+    batches = list(zip(inputs.tensor_split(parts), targets.tensor_split(parts))) if len(inputs) else []
+
+    def backward(x, y):
         loss = model(x, y) * (len(x) / args.bsz)
         loss.backward()
-        total += loss.detach()
-    average_gradients(model)
+        total.add_(loss.detach())
+
+    for x, y in batches[:-1]:
+        backward(x, y)
+    with averaging(model, optimizers):
+        for x, y in batches[-1:]:
+            backward(x, y)
+    norms = gradient_norms(model, optimizers)
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)
-    return all_sum(total)
+    asked = torch.full_like(total, float(signals.number > 0))
+    return torch.cat([all_sum(torch.stack([total, asked])), norms])
 
 
 def validation_set(stream, args, rank):
     """This rank's validation (inputs, targets) on the device, padded to whole micro-batches with targets -100."""
     sequences = min(args.val_tokens, len(stream) - 1) // args.seq_len
-    first, last = sequences * rank // world_size(), sequences * (rank + 1) // world_size()
+    first, last = share(sequences, rank)
     tokens = torch.from_numpy(stream.read(first * args.seq_len, (last - first) * args.seq_len + 1))
     pad = (0, 0, 0, -(last - first) % args.device_bsz)
     inputs, targets = (t.view(-1, args.seq_len) for t in (tokens[:-1], tokens[1:]))
@@ -939,14 +1368,17 @@ def validation_set(stream, args, rank):
 
 @torch.no_grad()
 def validate(model, val, args):
-    """Mean loss in nats a token over the validation sequences of all ranks."""
+    """Mean loss in nats a token over the validation sequences of all ranks; None when a rank was asked to stop."""
     wide = torch.float32 if args.device == "mps" else torch.float64  # of which MPS has none
-    total = torch.zeros(2, dtype=wide, device=args.device)  # sum of losses, number of targets
+    total = torch.zeros(3, dtype=wide, device=args.device)  # sum of losses, number of targets, ranks asked
     for x, y in zip(*(t.split(args.device_bsz) for t in val)) if len(val[0]) else ():  # more ranks than sequences
+        if signals.number:
+            break
         count = (y >= 0).sum()
-        total += torch.stack([model(x, y).to(wide) * count, count.to(wide)])
-    loss, count = all_sum(total).tolist()
-    return loss / count
+        total[:2] += torch.stack([model(x, y).to(wide) * count, count.to(wide)])
+    total[2] = float(signals.number > 0)
+    loss, count, asked = all_sum(total).tolist()
+    return None if asked else loss / count
 
 
 def state_hash(model):
@@ -958,8 +1390,9 @@ def state_hash(model):
     return digest.hexdigest()
 
 
-def warm_up(model, compiled, optimizers, val, share, args):
-    """Compile and allocate with steps on random tokens, then restore parameters, buffers, optimisers and random state.
+def warm_up(model, compiled, optimizers, val, count, args):
+    """Compile and allocate with `count` random sequences a step, then restore parameters, buffers, optimisers and
+    random state.
 
     Returns the state's hash; raises RuntimeError when it is not the one from before.
     """
@@ -968,11 +1401,11 @@ def warm_up(model, compiled, optimizers, val, share, args):
     saved_optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
     rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state() if args.device == "cuda" else None
     generator = torch.Generator().manual_seed(args.random_seed)
+    validate(compiled, [torch.zeros_like(t[:args.device_bsz]) for t in val], args)
     for step in range(2):
         schedule(optimizers, step, args)
-        tokens = torch.randint(args.vocab_size, (share, args.seq_len + 1), generator=generator).to(args.device)
+        tokens = torch.randint(args.vocab_size, (count, args.seq_len + 1), generator=generator).to(args.device)
         train_step(compiled, optimizers, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), args)
-    validate(compiled, [torch.zeros_like(t[:args.device_bsz]) for t in val], args)
     model.load_state_dict(saved)
     for optimizer, state in zip(optimizers, saved_optimizers):
         optimizer.load_state_dict(state)
@@ -982,20 +1415,6 @@ def warm_up(model, compiled, optimizers, val, share, args):
     if state_hash(model) != before or any(optimizer.state for optimizer in optimizers):
         raise RuntimeError("the warm-up left a trace in the model or its optimisers; a run must not start from it")
     return before
-
-
-def save(model, args, record, step, data):
-    """checkpoints/<run>/step<step>.pt: model, config, step and the data's tokenizer, written atomically by rank 0."""
-    if record.path:
-        path = Path("checkpoints") / record.path.name / f"step{step:06d}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            tokenizer = {key: (data["manifest"] or {}).get(key) for key in ("tokenizer", "tokenizer_sha256")}
-            torch.save(dict(model=model.state_dict(), config=asdict(args), step=step, **tokenizer), f"{path}.part")
-        except RuntimeError as error:  # torch's word for a full disk
-            os.remove(f"{path}.part")
-            raise OSError(errno.ENOSPC, str(error).splitlines()[0], str(path)) from error
-        os.replace(f"{path}.part", path)
 
 
 def check_cover(model, optimizers):
@@ -1076,32 +1495,27 @@ def keep_memory():
             ctypes.CDLL(None).mallopt(option, value)
 
 
-def banners(args, device):
-    """What is special about this device, a line each."""
-    if device.type == "cuda" and torch.version.hip:
-        yield f"ROCm {torch.version.hip}: UNTESTED here; the torch forms are used, no kernel of ours runs on it"
-    elif device.type == "cuda" and not has_bf16(device):
+def banner(args, device):
+    """What is special about this device, or None."""
+    if device.type == "mps" or device.type == "cuda" and torch.version.hip:
+        return f"{'ROCm' if torch.version.hip else 'MPS'}: UNTESTED here, through the forms in torch alone"
+    if device.type == "cuda" and not has_bf16(device):
         name, arch = torch.cuda.get_device_name(device), "sm_%d%d" % torch.cuda.get_device_capability(device)
-        yield (f"{name} ({arch}) has no bf16, which sm_80 and newer have: training in {args.dtype}, several times "
-               "slower, and no match for records in bf16")
-    elif device.type == "mps":
-        yield "MPS: UNTESTED here; what torch lacks on it: PYTORCH_ENABLE_MPS_FALLBACK=1, or --device cpu"
+        return (f"{name} ({arch}) has no bf16, which sm_80 and newer have: training in {args.dtype}, several times "
+                "slower, and no match for records in bf16")
+    return None
 
 
-def out_of_memory(error):
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error)) is not None)
-
-
-def advice(args):
-    """What to try when memory is short."""
-    share = -(-args.bsz // world_size())
-    now = share if args.device_bsz == "auto" else min(args.device_bsz, share)
-    if now == 1:
-        return (f"out of memory on {args.device} with one sequence of {args.seq_len} tokens at a time. Take a device "
-                "with more memory, a shorter --seq_len or a smaller model.")
-    return (f"out of memory on {args.device} with {now} sequences at a time. Next to try: --device_bsz {now // 2} (the "
-            "same losses, more micro-batches), or --device_bsz auto, which finds what fits.")
+def out_of_memory(error, args):
+    """What to try next if it is memory that ran out, else None."""
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not (
+            isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))):
+        return None
+    most = -(-args.bsz // world_size())
+    now = most if args.device_bsz == "auto" else min(args.device_bsz, most)
+    way_out = "Take a device with more memory, a shorter --seq_len or a smaller model" if now == 1 else (
+        f"Next to try: --device_bsz {now // 2} (the same losses, more micro-batches), or --device_bsz auto")
+    return f"out of memory on {args.device} with {now} sequence(s) of {args.seq_len} tokens at a time. {way_out}."
 
 
 def memory_needed(model, optimizers, args):
@@ -1121,8 +1535,8 @@ def memory_needed(model, optimizers, args):
     one, two = keeps(1), keeps(2)
     with torch.no_grad():
         logits = model.logits(torch.zeros(1, 1, dtype=torch.int64, device=args.device)).nbytes * args.seq_len
-    states = sum(p.nbytes * (1 if isinstance(o, Muon) else 2) for o in optimizers
-                 for group in o.param_groups for p in group["params"])
+    states = sum((piece.stop - piece.start) * p.element_size() * len(optimizer.KEYS) for optimizer in optimizers
+                 for bucket in optimizer.buckets for p, piece in bucket.pieces.items())
     return 2 * sum(own.values()) + states + 2 * one - two, two - one + 2 * logits
 
 
@@ -1130,15 +1544,13 @@ def memory_free(device):
     """Bytes a process can have on the device, about; on a CPU its share of what the machine has left."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    known = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.M) if os.path.exists(
-        "/proc/meminfo") else None
-    return int(known[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if known else math.inf
+    text = Path("/proc/meminfo").read_text() if os.path.exists("/proc/meminfo") else ""
+    known = re.search(r"^MemAvailable:\s*(\d+) kB|\Z", text, re.M)[1]
+    return int(known) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if known else math.inf
 
 
 def largest_device_bsz(model, args, device, fixed, sequence):
-    """What --device_bsz auto comes to: a rank's share in 1, 2, 4 ... equal parts, the first that fit on every rank. On
+    """What --device_bsz auto comes to: the largest share in 1, 2, 4 ... equal parts, until they fit on every rank. On
     a GPU by trying, with room set aside for the optimisers' states; elsewhere by the estimate."""
     form = torch.compile(model, fullgraph=True, dynamic=False) if args.compile and args.device == "cuda" else model
     held = 2 * sum(p.nbytes for p in model.parameters())  # parameters are there, gradients come
@@ -1157,17 +1569,16 @@ def largest_device_bsz(model, args, device, fixed, sequence):
         finally:
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-    share, parts = -(-args.bsz // world_size()), 1
-    while parts < share and not fits(-(-share // parts)):
+    most, parts = -(-args.bsz // world_size()), 1
+    while parts < most and not fits(-(-most // parts)):
         parts *= 2
     if world_size() > 1:
-        most = torch.tensor(parts, device=device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        parts = most.item()
-    return -(-share // parts)
+        parts = torch.tensor(parts, device=device)
+        dist.all_reduce(parts, dist.ReduceOp.MAX)
+    return -(-most // int(parts))
 
 
-def set_up(args, rank, ranks=None):
+def set_up(args, rank, peers=None):
     """Device, data, model and optimisers, checked before anything is written or timed. Raises ValueError, OSError."""
     local_rank, alone = int(os.environ.get("LOCAL_RANK", 0)), world_size() == 1 or args.check
     say = tqdm.write if rank == 0 else lambda text: None
@@ -1184,8 +1595,8 @@ def set_up(args, rank, ranks=None):
     if not alone:
         on_gpu = dict(backend="nccl", device_id=device) if args.device == "cuda" else dict(backend="gloo")
         dist.init_process_group(**on_gpu, timeout=PATIENCE, rank=rank, world_size=world_size(),
-                                store=ranks and ranks.store)
-    data = None if args.print_params else open_data(args, rank, ranks and ranks.store)
+                                store=peers and peers.store)
+    data = None if args.print_params else open_data(args, rank, peers and peers.store)
     torch.manual_seed(args.random_seed)
     model = build_model(args)
     model.to(device)
@@ -1200,7 +1611,7 @@ def set_up(args, rank, ranks=None):
                          "Make --width, --layers or --ffn_ratio smaller.")
     counts = dict(parameters=sum(sizes.values()), active=active)
     if not args.check and not args.print_params:
-        for text in banners(args, device):
+        if text := banner(args, device):
             say(text)
         fixed, sequence = memory_needed(model, optimizers, args)
         if args.device_bsz == "auto":
@@ -1213,38 +1624,57 @@ def set_up(args, rank, ranks=None):
     return device, data, model, optimizers, counts
 
 
-def run(args, rank, record, clock, data, model, optimizers, counts):
-    """Warm-up, training and validation, and the record of it."""
-    (train, val, described), share, tokens_a_step = data, args.bsz // world_size(), args.bsz * args.seq_len
+def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
+    """Warm-up, training and validation, and the record of it. start: resume_point's answer."""
+    (train, val, described), tokens_a_step, (first, last) = data, args.bsz * args.seq_len, share(args.bsz, rank)
     say = tqdm.write if rank == 0 else lambda text: None
+    facts, done, curve, losses = None, 0, [], []
     if rank == 0:
+        sources = read_sources([Path(__file__), *model.sources])
         facts = dict(
             schema=SCHEMA, run=record.path.name, script=Path(__file__).name, seed=args.random_seed, config=asdict(args),
             command=[Path(__file__).name, *sys.argv[1:]], environment=environment(), hardware=hardware(clock.device),
-            data=described, model=dict(counts, flops_per_token=model.flops_per_token(counts["active"])))
-        record.header(facts, [Path(__file__), *model.sources])
+            data=described, model=dict(counts, flops_per_token=model.flops_per_token(counts["active"])),
+            sources=[about for about, _ in sources])
+        if start:
+            part = {key: start[1][key] for key in ("run", "step", "began", "saved")}
+            facts["resumed"] = [*start[1]["resumed"], part]
+        record.header(facts, sources)
     say(f"{counts['parameters']:,} parameters, {counts['active']:,} active per token; {args.steps} steps of "
         f"{tokens_a_step:,} tokens on {world_size()} x {args.device} in {args.dtype}")
 
     clock.switch("warm-up")
     val_batches = validation_set(val, args, rank)
     compiled = torch.compile(model, fullgraph=True, dynamic=False) if args.compile and args.device == "cuda" else model
-    digest = warm_up(model, compiled, optimizers, val_batches, share, args)
-    loader = DataLoader(train, args, rank * share, (rank + 1) * share)
+    digest = warm_up(model, compiled, optimizers, val_batches, last - first, args)
+    if start:
+        done, curve, record.checkpoint = start[1]["step"], start[1]["curve"], start[0]
+        losses = restore(start[2], args, model, optimizers)
+        say(f"resumed from {start[0]}: after step {done} of {args.steps}")
+    loader = DataLoader(train, args, first, last, done)
     gc.collect()
     clock.switch("rest")
     record.line(f"warm-up: 2 steps and a validation batch of random tokens in {clock.seconds['warm-up']:.1f} s; model, "
                 f"optimisers and random state restored; sha256 of the parameters before and after: {digest}")
+    if world_size() > 1:
+        record.line(f"communication: {json.dumps(dict(ranks=world_size(), bytes_sent_a_step=SENT))}")  # in warm-up
     say(f"ready after {clock.seconds['rest'] + clock.seconds['warm-up']:.1f} s, none of them counted as training")
 
-    lines, curve, reference = StepLines(record, args.steps), [], reference_curve(args, described)
-    bar = tqdm(total=args.steps, unit="step", file=sys.stdout, disable=rank != 0, dynamic_ncols=True,
+    for phase, seconds in start[1]["clock"].items() if start else ():
+        clock.seconds[phase] += seconds
+    names = [name for name, _ in model.named_parameters()]
+    lines, reference = StepLines(record, args, names, losses), reference_curve(args, described)
+    stopping, failure, signals.patient = False, None, True
+    bar = tqdm(total=args.steps, initial=done, unit="step", file=sys.stdout, disable=rank != 0, dynamic_ncols=True,
                mininterval=0.2 if sys.stdout.isatty() else 10)
-    for step in range(args.steps + 1):
-        if step % args.val_every == 0 or step == args.steps:
+    for step in range(done, args.steps + 1):
+        due = (step % args.val_every == 0 or step == args.steps) and not (curve and curve[-1]["step"] == step)
+        if due and not stopping:
             clock.switch("validation")
-            lines.flush(wait=True)
+            lines.flush()
             loss = validate(compiled, val_batches, args)
+            stopping = loss is None
+        if due and not stopping:
             record.line(f"step:{step}/{args.steps} val_loss:{loss:.4f} {timing(clock.train_ms(), step)}")
             curve.append(dict(step=step, val_loss=loss, train_ms=clock.train_ms(), tokens=step * tokens_a_step,
                               log_sha256=record.chain.hexdigest()))
@@ -1253,23 +1683,36 @@ def run(args, rank, record, clock, data, model, optimizers, counts):
             known = f", reference {mean:.4f} ± {band:.4f}: {inside}" if step in reference else ""
             spent = f"{clock.train_ms() / 1e3:.1f} s of training"
             say(f"step {step}/{args.steps}  validation loss {loss:.4f}{known}  {spent}")
-        if args.save_every and step and (step % args.save_every == 0 or step == args.steps):
+        last = stopping or step >= (args.stop_after or args.steps)
+        if step and (last or args.save_every and step % args.save_every == 0):
             clock.switch("saving")
-            save(model, args, record, step, described)
-        if step == (args.stop_after or args.steps):
+            lines.flush()
+            if bad := [name for name, t in model.state_dict().items() if not t.isfinite().all()]:
+                lines.fail(step, f"{bad[0]} is not finite")
+            about = checkpoint_facts(facts, step, clock, curve, record) if rank == 0 else None
+            finished = step == args.steps and not stopping
+            failure = save(args, record, model, optimizers, about, None if finished else lines.losses)
+            if failure and not finished:
+                raise failure
+        if last:
             break
         if clock.phase != "train":
             clock.switch("train")
         schedule(optimizers, step, args)
         lines.add(step + 1, train_step(compiled, optimizers, *loader.next(), args), clock.train_ms())
+        stopping = lines.stopping
         bar.set_postfix_str(f"loss {lines.last:.3f}", refresh=False)
         bar.update()
     bar.close()
     clock.switch("rest")
-    lines.flush(wait=True)
+    signals.patient = False
+    if failure:
+        record.line(f"checkpoint: {failure}")
     losses = base64.b64encode(np.array(lines.losses, "<f4").tobytes()).decode()
     record.line(f"losses: {json.dumps(dict(float32=losses))}")
 
+    if stopping:
+        raise KeyboardInterrupt(f" after step {step} of {args.steps}, checkpoint {record.checkpoint}")
     if step < args.steps:
         log = record.close(f"stopped after step {step} of {args.steps}")
         say(f"stopped after step {step} of {args.steps}: a beginning to compare with, not a result; the log: {log}")
@@ -1280,6 +1723,17 @@ def run(args, rank, record, clock, data, model, optimizers, counts):
         record.line(f"result: {json.dumps(result['final'])}")
         record.finish(result)
         farewell(result, record)
+        if failure:
+            stop(f"the record is whole, but there is no checkpoint of the last step: {failure}")
+
+
+def checkpoint_facts(facts, step, clock, curve, record):
+    """What checkpoint.json says besides its files."""
+    about = {key: facts[key] for key in ("script", "run", "config", "sources", "data")}
+    tokenizer = {key: (facts["data"]["manifest"] or {}).get(key) for key in ("tokenizer", "tokenizer_sha256")}
+    return dict(about, format=1, step=step, source_sha256=facts["sources"][0]["sha256"], **tokenizer, began=clock.began,
+                saved=time.time(), clock=clock.seconds, curve=curve, log_sha256=record.chain.hexdigest(),
+                resumed=facts.get("resumed", []))
 
 
 def report(facts, clock, curve, val, train_tokens, args):
@@ -1321,28 +1775,38 @@ def farewell(result, record):
 
 
 def main(argv=None):
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signals.__init__()
+    signal.signal(signal.SIGINT, signals)
+    signal.signal(signal.SIGTERM, signals)
     clock, args = Clock(), Hyperparameters.parse(argv)
     rank, record = int(os.environ.get("RANK", 0)), None
-    ranks = Ranks(rank, alone=world_size() == 1 or args.check)
+    peers = Peers(rank, alone=world_size() == 1 or args.check)
     try:
-        clock.device, data, model, optimizers, counts = set_up(args, rank, ranks)
+        clock.device, data, model, optimizers, counts = set_up(args, rank, peers)
         if args.print_params:
             return print_parameters(model, optimizers) if rank == 0 else None
         if args.check:
             return None
-        ranks.record = record = Record(args, rank)
-        run(args, rank, record, clock, data, model, optimizers, counts)
-    except KeyboardInterrupt:
-        ranks.failed("interrupted")
-        log = record.close("interrupted") if record else None
-        print(f"\n{Path(__file__).name}: interrupted{f'; the log so far: {log}' if log else ''}", file=sys.stderr)
-        raise SystemExit(130)
+        start = resume_point(args, rank, model, data[2])
+        peers.record = record = Record(args, rank, start[2]["log.txt"] if start and rank == 0 else b"")
+        run(args, rank, record, clock, data, model, optimizers, counts, start)
+    except KeyboardInterrupt as interrupt:
+        if not interrupt.args:  # else all ranks end after the same step
+            peers.failed("interrupted")
+        number = signal.Signals(signals.number or signal.SIGTERM)  # the rank that the signal did not reach follows
+        log = record.close(f"interrupted by {number.name}{interrupt}") if record else None
+        if rank == 0:
+            print(f"\n{Path(__file__).name}: interrupted{interrupt}{f'; the log so far: {log}' if log else ''}",
+                  file=sys.stderr)
+        raise SystemExit(128 + number)
+    except Diverged as error:
+        peers.failed(error)
+        log = record.close(f"failed: {error}")
+        stop(f"{error}; the log: {log}")
     except Exception as error:
-        short = out_of_memory(error) and advice(args)
+        short = out_of_memory(error, args)
         plain = isinstance(error, (OSError, ValueError))
-        ranks.failed(short or (str(error) if plain else f"{type(error).__name__}: {error}"))
+        peers.failed(short or (str(error) if plain else f"{type(error).__name__}: {error}"))
         if record:
             record.close(f"failed: {short or f'{type(error).__name__}: {error}'}")
         if short:
@@ -1354,7 +1818,7 @@ def main(argv=None):
             stop(error)
         raise
     finally:
-        ranks.leave()
+        peers.leave()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -18,14 +18,13 @@ import shutil
 import struct
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_rwkv7", "train_rwkv6")  # those that are there are asked about their kernels
 NVCC_PLACES = ("/usr/local/cuda/bin/nvcc",)
-PACKAGES = ("torch", "numpy", "tqdm", "huggingface_hub")
+PACKAGES = ("torch", "numpy", "tqdm", "safetensors", "huggingface_hub")
 
 
 def shell(*command):
@@ -58,14 +57,13 @@ def first_line(error):
 # The machine
 
 
-def tool(names, pattern, *more_places):
+def tool(names, pattern):
     """{path, version} of the first program found under one of the names, or {}."""
     for name in filter(None, names):
-        for place in (name, *(os.path.join(place, os.path.basename(name)) for place in filter(None, more_places))):
-            if path := shutil.which(place):
-                said = shell(path, "--version")
-                found = re.search(pattern, said)
-                return dict(path=path, version=found[1] if found else (said.splitlines() or ["version unknown"])[0])
+        if path := shutil.which(name):
+            said = shell(path, "--version")
+            found = re.search(pattern, said)
+            return dict(path=path, version=found[1] if found else (said.splitlines() or ["version unknown"])[0])
     return {}
 
 
@@ -73,8 +71,7 @@ def tools():
     cuda_home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = [os.path.join(cuda_home, "bin", "nvcc")] if cuda_home else []
     compiler = os.environ.get("CXX", "").split(" ")[0] or "c++"
-    return {"nvcc": tool([*nvcc, "nvcc", *NVCC_PLACES], r"release ([\d.]+)"), "C++": tool([compiler], r"^(.*)"),
-            "ninja": tool(["ninja"], r"([\d.]+)", sysconfig.get_path("scripts"))}
+    return {"nvcc": tool([*nvcc, "nvcc", *NVCC_PLACES], r"release ([\d.]+)"), "C++": tool([compiler], r"^(.*)")}
 
 
 def packages():

@@ -28,7 +28,8 @@ import stats  # noqa: E402  (beside this file, which may be imported from elsewh
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = "<!-- results: python records/report.py --write -->", "<!-- end of results -->"
-OWN = ("name", "random_seed", "records", "usd_per_hour", "data", "save_every", "val_every")  # do not make another row
+OWN = ("name", "random_seed", "records", "usd_per_hour", "data", "save_every", "val_every", "checkpoints",
+       "keep", "resume", "norm_every")  # do not make another row
 MACHINE = ("device", "dtype", "compile", "kernel", "fast_cuda", "wind_cuda", "device_bsz", "check", "print_params")
 POINTS = 200  # of a training curve on a page: averages over so many stretches
 STEP = re.compile(r"^step:(\d+)/\d+ train_loss:(\S+) train_time:(\d+)ms ", re.M)

@@ -40,10 +40,13 @@ BAND, BAND_STEPS = 0.01, 20  # nats by which a replayed loss may be off on anoth
 ACTIVE_LIMIT, TARGET, FINEWEB_VAL = 124_000_000, 3.28, 10_485_760  # the rules of track fineweb
 NUMBER = r"(\d+\.\d{4}|nan|inf)"
 STEP = re.compile(rf"step:(\d+)/(\d+) (train|val)_loss:{NUMBER} train_time:(\d+)ms step_avg:(\d+\.\d\d)ms")
+NOTE = re.compile(r"step:(\d+)/(\d+) (spike|grad_norm):(.*)")
+SPIKE_STEPS, SPIKE_SD, SPIKE_NATS = 100, 6.0, 0.5  # a loss so far above the mean of those before it gets a line
 TAIL = ("losses", "curve", "clock", "wall", "result")  # the log's last lines but two, each key: JSON
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # environment variables that a replay does not pass on, and those
 STEERING = ("OMP_", "MKL_", "CUBLAS_", "NCCL_", "PYTORCH_", "NVIDIA_TF32_")  # that it takes from the record only
 FACTS = ("record", "environment", "hardware", "data", "model")
+PART = ("config", "environment", "hardware", "data")  # what another part of a resumed run may have otherwise
 SAFE = re.compile(r"(train_\w+\.py|cuda(/\w[\w-]*)*/\w[\w.-]*)", re.ASCII)  # sources go nowhere else
 
 PROBE = """
@@ -114,11 +117,16 @@ def near(a, b, relative=1e-9):
 
 
 class Log:
-    """log.txt taken apart: facts {key: JSON}, sources [(header, text)], steps [(line number, match)], command, warm_up,
-    page (of the hardware), digest, end. Raises Failed with the number of the first line that is not what it must be."""
+    """log.txt taken apart: facts {key: JSON}, sources [(header, text)], steps and notes [(line number, match)],
+    warm_ups, command, page (of the hardware), digest. Raises Failed with the number of the first wrong line.
+
+    A resumed run has parts: resumed holds the lines that begin the later ones, parts the facts of each; facts and
+    command are of the last.
+    """
 
     def __init__(self, text):
         self.lines, self.at, self.facts, self.sources, self.steps = text.split("\n"), 0, {}, [], []
+        self.notes, self.resumed, self.warm_ups, self.parts = [], [], [], []
         need(self.lines.pop() == "", f"line {len(self.lines) + 1} is cut off: the log is truncated")
         self.fact("config")
         self.command = self.take("command: ")
@@ -135,20 +143,52 @@ class Log:
             need(self.at < len(self.lines), f"after line {page}: no rule line ends the page on the hardware")
         self.page = self.lines[page:self.at]
         self.take(RULE)
-        self.warm_up = self.take("warm-up: ")
-        while match := STEP.fullmatch(self.peek()):
-            self.at += 1
-            self.steps.append((self.at, match))
+        self.begin_part()
+        while True:
+            if match := STEP.fullmatch(self.peek()):
+                self.at += 1
+                self.steps.append((self.at, match))
+            elif match := NOTE.fullmatch(self.peek()):
+                self.at += 1
+                self.notes.append((self.at, match))
+            elif self.peek().startswith("resumed: "):
+                self.resume()
+            else:
+                break
 
     def finish(self):
         """The lines after the last step, in a finished run's log."""
         last = f"step {self.steps[-1][1][1]}" if self.steps else "the warm-up"
         need(self.at < len(self.lines), f"the log ends after {last}: truncated, or of a run that was killed")
+        if self.peek().startswith("checkpoint: "):  # why the last one could not be saved
+            self.at += 1
         for key in TAIL:
             self.fact(key)
         self.digest = self.take("sha256: ")
         self.take("end: finished")
         need(self.at == len(self.lines), f"line {self.at + 1} comes after the end")
+
+    def begin_part(self):
+        self.parts.append(dict(self.facts, command=self.command))
+        self.warm_ups.append(self.take("warm-up: "))
+        if self.peek().startswith("communication: "):  # of runs on several ranks
+            self.fact("communication")
+
+    def resume(self):
+        """The line that begins a later part of the run: it follows from the one before."""
+        line, number = self.fact("resumed", keep=False), self.at
+        done = [int(match[1]) for _, match in self.steps if match[3] == "train"]
+        now = line.get("now")
+        need(isinstance(now, dict) and {*PART, "run", "command"} <= now.keys() and isinstance(now["command"], list),
+             f"line {number}: it does not say how the run was resumed")
+        need(line.get("step") == (done or [0])[-1], f"line {number}: resumed after step {line.get('step')}, the steps "
+                                                    f"before it end with {(done or [0])[-1]}")
+        run = self.facts["record"].get("run")
+        need(line.get("run") == run, f"line {number}: resumed from {line.get('run')}, the lines before are of {run}")
+        self.facts.update({key: now[key] for key in PART}, record=dict(self.facts["record"], run=now["run"]))
+        self.command = shlex.join(map(str, now["command"]))
+        self.resumed.append(line)
+        self.begin_part()
 
     def peek(self, more=0):
         return self.lines[self.at + more] if self.at + more < len(self.lines) else ""
@@ -275,6 +315,9 @@ def agreement(record):
         **{key: facts[key] for key in ("environment", "hardware", "data", "model", "clock", "wall")},
         curve=facts["curve"]["points"], final=facts["result"], end="finished", log_sha256=record.log.digest,
         command=result["command"])
+    if record.log.resumed:
+        logged["resumed"] = [{key: line.get(key) for key in ("run", "step", "began", "saved")}
+                             for line in record.log.resumed]
     found = differences(logged, result)
     if shlex.join(result["command"]) != record.log.command:
         found.append(f"command: {record.log.command[:60]!r} and {shlex.join(result['command'])[:60]!r}")
@@ -315,7 +358,40 @@ def steps(record):
         before = ms
     need(len(record.log.steps) == len(expected),
          f"{len(record.log.steps)} lines of steps and validations where {len(expected)} are due")
-    return f"{config['steps']:,} steps and {len(curve)} validations, times rising, losses as their exact values"
+    parts = "".join(f", resumed after step {line['step']:,}" for line in record.log.resumed)
+    return f"{config['steps']:,} steps and {len(curve)} validations, times rising, losses as their exact values{parts}"
+
+
+def spike(loss, before):
+    """The words for a loss more than 6 sd and 0.5 nats above the mean of up to 100 before it (20 at least), or None."""
+    before = before[-SPIKE_STEPS:]
+    mean = math.fsum(before) / max(1, len(before))
+    if len(before) < 20 or loss <= mean + SPIKE_NATS:
+        return None
+    sd = math.sqrt(math.fsum((x - mean) ** 2 for x in before) / len(before))
+    return f"{loss:.4f} after {mean:.4f} with sd {sd:.4f}" if loss > mean + SPIKE_SD * sd else None
+
+
+def notes(record):
+    """After a step's line, where they are due and only there: a spike, by its rule, and the norm of the gradient."""
+    config, losses = record.result["config"], record.log.losses()
+    every, there, due = config.get("norm_every"), {number: match for number, match in record.log.notes}, []
+    for number, match in record.log.steps if every is not None else ():
+        if match[3] == "train":
+            step = int(match[1])
+            if words := spike(losses[step - 1], losses[:step - 1]):
+                due.append((number + 1, step, "spike", words))
+            if every and step % every == 0:
+                due.append((number + 1 + bool(words), step, "grad_norm", None))
+    for number, step, kind, words in due:
+        match = there.pop(number, [None] * 5)
+        need((match[1], match[2], match[3]) == (str(step), str(config["steps"]), kind),
+             f"line {number}: the {kind} of step {step} is missing")
+        need(match[4] == words if words else re.fullmatch(r"\d\.\d{4}e[+-]\d\d", match[4]),
+             f"line {number}: the {kind} of step {step} is {match[4]!r}, not {words or 'a number'}")
+    need(not there, f"line {min(there, default=0)}: {there and there[min(there)][3]} where none is due")
+    spikes = sum(kind == "spike" for _, _, kind, _ in due)
+    return f"{spikes} spikes, {len(due) - spikes} norms of the gradient, where they are due"
 
 
 def schedule(record):
@@ -366,13 +442,17 @@ def clock(record):
          f"{parts['train']} s of training by the clock, {final} s in final, {last} ms at the last validation")
     times = [point["train_ms"] for point in result["curve"]]
     need(times == sorted(times) and times[0] == 0, f"training times of the validations: {times}")
-    total, passed = sum(parts.values()), wall["ended"] - wall["began"]
-    need(abs(total - passed) <= 1 + 1e-3 * passed,
+    earlier = record.result.get("resumed", [])
+    times = [moment for part in earlier for moment in (part["began"], part["saved"])] + [wall["began"], wall["ended"]]
+    need(times == sorted(times), f"the parts of the run begin and end at {times}")
+    total, passed = sum(parts.values()), sum(times[1::2]) - sum(times[::2])
+    need(abs(total - passed) <= 1 + len(earlier) + 1e-3 * passed,
          f"the phases add up to {total:.1f} s, but {passed:.1f} s passed by the system's clock (edited, or the machine "
          "slept, or its clock was set)")
     stamp = datetime.strptime(result["run"][:20], "%Y-%m-%dT%H-%M-%SZ").replace(tzinfo=timezone.utc).timestamp()
     need(wall["began"] - 1 <= stamp <= wall["ended"], f"the run's name says {result['run'][:20]}, its clock otherwise")
-    need(f"in {parts['warm-up']:.1f} s" in record.log.warm_up and re.search(r": [0-9a-f]{64}$", record.log.warm_up),
+    warm_ups = [re.search(r" in (\d+\.\d) s; .*: [0-9a-f]{64}$", line) for line in record.log.warm_ups]
+    need(all(warm_ups) and abs(sum(float(line[1]) for line in warm_ups) - parts["warm-up"]) < 0.0501 * len(warm_ups),
          f"the warm-up's line is not one of {parts['warm-up']:.1f} s with the hash of the parameters")
     return f"{total:.1f} s in phases, {passed:.1f} s by the system's clock, {parts['train']:.1f} s of them training"
 
@@ -507,7 +587,8 @@ def rules(record):
     return f"of track {config['track']} are kept"
 
 
-CHECKS = (log, chain, agreement, steps, schedule, figures, clock, sources, commit, command, model, data, tokens, rules)
+CHECKS = (log, chain, agreement, steps, notes, schedule, figures, clock, sources, commit, command, model, data, tokens,
+          rules)
 
 
 def judge(check, record):
@@ -573,20 +654,22 @@ def ask(group):
 def replay(record, count, data_folder, devices):
     """(verdict, text): run the first `count` steps again, in a fresh folder, and compare loss by loss."""
     need(not record.trouble, record.trouble)
-    result, config = record.result, record.result["config"]
+    result, first = record.result, record.log.parts[0]  # of a resumed run: how it began
+    config = first["config"]
     need(count <= config["steps"], f"--replay {count}: the run has {config['steps']} steps")
     folder = Path(tempfile.mkdtemp(prefix="replay-"))
     record.extract(folder)
     data_folder = Path(data_folder) if data_folder else next(
         (path for path in (Path(config["data"]), ROOT / config["data"]) if path.exists()), Path(config["data"]))
-    devices = devices or result["hardware"]["count"]
+    devices = devices or first["hardware"]["count"]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={devices}"] if devices > 1 else []
     flags = dict(stop_after=count, data=data_folder.resolve(), records=folder / "records", name="replay", save_every=0,
                  device=config["device"], dtype=config["dtype"])
-    line = [*launch, str(folder / result["script"]), *result["command"][1:],
+    flags.update(dict(checkpoints=folder / "checkpoints", resume="") if "resume" in config else {})
+    line = [*launch, str(folder / result["script"]), *shlex.split(first["command"])[1:],
             *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
     env = {k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith(STEERING)}
-    env.update(result["environment"]["variables"], OMP_NUM_THREADS=str(result["environment"]["threads"]))
+    env.update(first["environment"]["variables"], OMP_NUM_THREADS=str(first["environment"]["threads"]))
     print(f"  replay in {folder}: {shlex.join(['python', *line])}", flush=True)
     done = subprocess.run([sys.executable, *line], cwd=folder, env=env, stdout=sys.stderr)
     logs = list((folder / "records").glob("*/log.txt"))
@@ -603,13 +686,15 @@ def compare(record, again, count):
         shards = [[(s["name"], s["sha256"]) for s in facts["data"][split]] for facts in (again.facts, record.result)]
         need(shards[0] == shards[1][:len(shards[0])], f"the {split} shards here are other ones: no losses to compare")
     need(len(here) == count == len(there), f"{len(here)} losses of {count} steps")
-    unlike = ("stop_after", "data", "records", "name", "save_every")
+    unlike = ("stop_after", "data", "records", "name", "save_every", "checkpoints", "keep", "resume")
     facts = lambda all: dict(
         {f"environment.{key}": all["environment"][key] for key in ("torch", "cuda", "driver", "nvcc", "compiler", "isa",
                                                                   "threads")},
         **{f"config.{key}": value for key, value in all["config"].items() if key not in unlike},
         **{f"hardware.{key}": all["hardware"][key] for key in ("name", "count")})
-    other = [key for key, value in facts(record.result).items() if facts(again.facts).get(key, None) != value]
+    begins = [0] + [line["step"] for line in record.log.resumed]
+    parts = [part for part, begin in zip(record.log.parts, begins) if begin < count]
+    other = [key for part in parts for key, value in facts(part).items() if facts(again.facts).get(key, None) != value]
     where = f"another machine or other versions ({', '.join(other)})" if other else "the same machine and versions"
     recorded = {point["step"]: point["val_loss"] for point in record.result["curve"] if point["step"] <= count}
     recorded = {point["step"]: point["val_loss"] for point in record.result["curve"] if point["step"] <= count}

@@ -42,7 +42,7 @@ def test_here(tmp_path):
     import torch
     assert lines["python"] == "%d.%d.%d" % sys.version_info[:3] and lines["numpy"] == numpy.__version__
     assert lines["torch"].startswith(torch.__version__) and "sees 0 GPUs" in lines["torch"]
-    assert {"system", "nvcc", "C++", "ninja", "driver", "fineweb", "tiny", "cuda/build", "records"} <= set(lines)
+    assert {"system", "nvcc", "C++", "driver", "fineweb", "tiny", "cuda/build", "records"} <= set(lines)
     assert any(name.startswith("wkv7 ") for name in lines)
     assert str(ROOT) not in done.stdout
 
@@ -73,10 +73,9 @@ def test_without_a_tool(tmp_path, monkeypatch):
     """An empty PATH: nothing is found, nothing fails."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(doctor, "NVCC_PLACES", ())
-    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: str(tmp_path))
     for name in ("CUDA_HOME", "CUDA_PATH", "CXX"):
         monkeypatch.delenv(name, raising=False)
-    assert doctor.tools() == {"nvcc": {}, "C++": {}, "ninja": {}} and doctor.driver() == {}
+    assert doctor.tools() == {"nvcc": {}, "C++": {}} and doctor.driver() == {}
     assert doctor.shell("git", "--version") == ""
 
 
@@ -84,11 +83,9 @@ def test_tools_are_found_where_they_are_said_to_be(tmp_path, monkeypatch):
     program(tmp_path / "path", "nvcc", "echo 'Cuda compilation tools, release 11.8, V11.8.89'")
     program(tmp_path / "path", "c++", "echo 'c++ (GCC) 9.1.0'; echo more")
     program(tmp_path / "path", "clang++-17", "echo 'clang version 17.0.1'")
-    program(tmp_path / "scripts", "ninja", "echo 1.11.1")
     (tmp_path / "home" / "bin").mkdir(parents=True)
     program(tmp_path / "home" / "bin", "nvcc", "echo 'Cuda compilation tools, release 12.4, V12.4.1'")
     monkeypatch.setenv("PATH", f"{tmp_path / 'path'}:/bin:/usr/bin")
-    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: str(tmp_path / "scripts"))
     for name in ("CUDA_HOME", "CUDA_PATH", "CXX"):
         monkeypatch.delenv(name, raising=False)
     found = doctor.tools()
@@ -98,8 +95,6 @@ def test_tools_are_found_where_they_are_said_to_be(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "clang++-17 -m64")
     assert doctor.tools()["nvcc"] == dict(path=str(tmp_path / "home" / "bin" / "nvcc"), version="12.4")
     assert doctor.tools()["C++"]["version"] == "clang version 17.0.1"
-    monkeypatch.setenv("PATH", str(tmp_path / "path"))
-    assert doctor.tools()["ninja"] == dict(path=str(tmp_path / "scripts" / "ninja"), version="1.11.1")
 
 
 def test_driver_and_gpus_without_torch(tmp_path, monkeypatch):
@@ -155,7 +150,7 @@ def machine(**changes):
         date="2026-01-02", commit="abc1234", platform="Linux", python="3.11.7", cores=16,
         memory=dict(total=2**35, free=None), disk=dict(total=2**40, free=2**39),
         packages={**dict.fromkeys(doctor.PACKAGES, "1.0"), "torch": "2.13.0"},
-        tools=dict(nvcc=dict(path="/usr/local/cuda/bin/nvcc", version="12.4"), ninja={}), driver=GPU,
+        tools=dict(nvcc=dict(path="/usr/local/cuda/bin/nvcc", version="12.4")), driver=GPU,
         torch=dict(built_for="CUDA 12.4", sees=GPU["gpus"], obstacle=""),
         kernels=[kernel("torch"), kernel("cuda"), kernel("fast")],
         data=[dict(FOLDER, track="fineweb", folder="data/fineweb10B", make="python data/cached_fineweb10B.py 17"),

@@ -17,6 +17,7 @@ import types
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from helpers import ROOT, SCRIPTS, command, environment, make_corpus, only_record, run_here, run_script, tiny, tree
 
@@ -144,8 +145,8 @@ def test_data(finished):
 def test_model(finished):
     model = finished.facts["model"]
     assert model == finished.result["model"]
-    checkpoint = torch.load(finished.folder / "checkpoints" / finished.path.name / "step000006.pt", weights_only=True)
-    sizes = {name: tensor.numel() for name, tensor in checkpoint["model"].items()}
+    weights = load_file(finished.folder / "checkpoints" / finished.path.name / "step000006" / "model.safetensors")
+    sizes = {name: tensor.numel() for name, tensor in weights.items()}
     assert model["parameters"] == sum(sizes.values())
     looked_up = 0 if finished.script == "train_rwkv6" else 384 * 32  # whose embedding is the head too
     assert model["active"] == sum(sizes.values()) - looked_up, "all but the embedding: 257 ids padded to 384, 32 wide"
@@ -233,16 +234,32 @@ def test_warm_up_line(finished):
 
 def test_checkpoints(finished):
     folder = finished.folder / "checkpoints" / finished.path.name
-    assert sorted(path.name for path in folder.iterdir()) == ["step000004.pt", "step000006.pt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["step000004", "step000006"]
     for step in (4, 6):
-        checkpoint = torch.load(folder / f"step{step:06d}.pt", weights_only=True)
-        assert checkpoint.keys() == {"model", "config", "step", "tokenizer", "tokenizer_sha256"}
-        assert all(checkpoint[key] == MANIFEST[key] for key in ("tokenizer", "tokenizer_sha256"))
-        assert checkpoint["step"] == step and checkpoint["config"] == finished.result["config"]
+        path = folder / f"step{step:06d}"
+        about = json.loads((path / "checkpoint.json").read_text())
+        more = ["log.txt", "training.safetensors"] if step == 4 else []
+        assert {p.name for p in path.iterdir()} == {"checkpoint.json", "model.safetensors", *more}
+        contents = {p.name: p.read_bytes() for p in path.iterdir() if p.name != "checkpoint.json"}
+        assert about["files"] == {name: dict(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+                                  for name, content in contents.items()}
+        assert all(about[key] == MANIFEST[key] for key in ("tokenizer", "tokenizer_sha256"))
+        assert about["config"] == finished.result["config"] and about["run"] == finished.path.name
+        assert (about["format"], about["script"], about["step"]) == (1, f"{finished.script}.py", step)
+        assert about["source_sha256"] == finished.result["sources"][0]["sha256"]
+    log = (folder / "step000004" / "log.txt").read_text()
+    assert finished.log.startswith(log) and re.search(r"step:4/6 val_loss:.*\n\Z", log)
+    weights = load_file(path / "model.safetensors")
     script = importlib.import_module(finished.script)
-    model = script.build_model(script.Hyperparameters(**checkpoint["config"]))
-    assert list(checkpoint["model"]) == [name for name, _ in model.named_parameters()]
-    model.load_state_dict(checkpoint["model"])
+    model = script.build_model(script.Hyperparameters(**about["config"]))
+    assert sorted(weights) == sorted(name for name, _ in model.named_parameters())
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    model.load_state_dict(weights)
+    training, each = load_file(folder / "step000004" / "training.safetensors"), {"losses", "random.cpu"}
+    matrices = {name for name, p in model.named_parameters() if f"{name}.M" in training}
+    assert matrices and training.keys() == each | {f"{name}.M" for name in matrices} | {
+        f"{name}.{key}" for name, _ in model.named_parameters() if name not in matrices
+        for key in ("step", "exp_avg", "exp_avg_sq")}
     args = script.Hyperparameters.parse(finished.flags)
     stream = script.TokenStream(finished.data, "val", 353, "352 validation tokens")
     loss = script.validate(model, script.validation_set(stream, args, 0), args)
@@ -297,10 +314,14 @@ def test_a_killed_run_leaves_its_log(tmp_path):
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 def test_an_interrupted_run_says_so(tmp_path, number):
     status, stderr, log, path = end_in_the_middle("train_gpt2", tmp_path, number)
-    assert status == 130
+    assert status == 128 + number
     message, = stderr.strip().splitlines()
-    assert message == f"train_gpt2.py: interrupted; the log so far: {path}/log.txt"
-    assert log.endswith("\nend: interrupted\n")
+    checkpoint, = (tmp_path / "checkpoints" / path.name).iterdir()
+    step = int(checkpoint.name[4:])
+    reason = f"after step {step} of 20000, checkpoint {checkpoint}"
+    assert message == f"train_gpt2.py: interrupted {reason}; the log so far: {path}/log.txt"
+    assert log.endswith(f"\nend: interrupted by {number.name} {reason}\n")
+    assert f"\nstep:{step}/20000 train_loss" in log and f"\nstep:{step + 1}/" not in log
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -391,26 +412,25 @@ def test_clock_with_a_watch_of_its_own(monkeypatch):
 
 
 def test_lines_wait_for_no_loss():
-    """The line of a step is written when its loss has arrived, in order; a flush that waits writes the rest."""
+    """On a GPU the host runs one step ahead; the line of a step is written when its copy has arrived, in order."""
     script = importlib.import_module("train_gpt2")
     written = []
-    lines = script.StepLines(types.SimpleNamespace(line=written.append), 9)
+    record = types.SimpleNamespace(line=written.append)
+    lines = script.StepLines(record, types.SimpleNamespace(steps=9, norm_every=2), ("a", "b"))
 
     class Event:
-        arrived = waited = False
-        query = lambda self: self.arrived
+        waited = False
 
         def synchronize(self):
             self.waited = True
 
     first, second = Event(), Event()
-    lines.pending.extend([(1, torch.tensor(2.0), first, 10.0), (2, torch.tensor(1.0), second, 25.0)])
-    second.arrived = True
-    lines.flush()
-    assert written == [], "step 1 comes first"
-    first.arrived = True
-    second.arrived = False
-    lines.flush()
+    lines.pending.extend([(1, torch.tensor([2.0, 0.0, 3.0, 4.0]), first, 10.0),
+                          (2, torch.tensor([1.0, 2.0, 3.0, 4.0]), second, 25.0)])
+    lines.flush(ahead=1)
     assert written == ["step:1/9 train_loss:2.0000 train_time:10ms step_avg:10.00ms"] and lines.last == 2.0
-    lines.flush(wait=True)
-    assert written[1:] == ["step:2/9 train_loss:1.0000 train_time:25ms step_avg:12.50ms"] and second.waited
+    assert first.waited and not second.waited and not lines.stopping
+    lines.flush()
+    assert written[1:] == ["step:2/9 train_loss:1.0000 train_time:25ms step_avg:12.50ms",
+                           "step:2/9 grad_norm:5.0000e+00"] and second.waited
+    assert lines.stopping and lines.losses == [2.0, 1.0], "two ranks were asked to stop"

@@ -97,7 +97,7 @@ def test_validation_sequences_of_any_number_of_ranks(data, monkeypatch):
         assert torch.equal(torch.cat([y for _, y in kept]).flatten(), expected[1:])
 
         totals = []  # (sum, count) of every rank, as they go into the sum over all of them
-        monkeypatch.setattr(script, "all_sum", lambda total: totals.append(total.clone()) or total.new_ones(2))
+        monkeypatch.setattr(script, "all_sum", lambda total: totals.append(total.clone()) or torch.tensor([1, 1, 0]))
 
         def mean_target(inputs, targets):
             assert len(inputs) == device_bsz and (targets >= 0).any(), "its mean would be no number"
@@ -105,8 +105,8 @@ def test_validation_sequences_of_any_number_of_ranks(data, monkeypatch):
 
         for part in parts:
             script.validate(mean_target, part, args)
-        total, count = sum(totals).tolist()
-        assert count == 32 * sequences and math.isclose(total, expected[1:].sum().item(), rel_tol=1e-12)
+        total, count, asked = sum(totals).tolist()
+        assert asked == 0 and count == 32 * sequences and math.isclose(total, expected[1:].sum().item(), rel_tol=1e-12)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -128,8 +128,9 @@ def test_train_loss_is_the_global_batch_mean(script, data, tmp_path):
         seen = {}
         for optimizer in optimizers:
             optimizer.step = lambda: seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
-        loss = module.train_step(model, optimizers, x, y, args)
-        assert math.isclose(loss.item(), expected.item(), rel_tol=1e-6), device_bsz
+        loss, asked, *norms = module.train_step(model, optimizers, x, y, args).tolist()
+        assert math.isclose(loss, expected.item(), rel_tol=1e-6) and asked == 0, device_bsz
+        assert norms == pytest.approx([g.norm().item() for g in by_hand.values()], rel=3e-5, abs=1e-8)
         worst = 0.0
         assert all(p.grad is None for p in model.parameters()), "gradients are left over for the next step"
         for name, g in by_hand.items():
@@ -139,7 +140,7 @@ def test_train_loss_is_the_global_batch_mean(script, data, tmp_path):
             error = (seen[name] - g).norm() / g.norm()
             worst = max(worst, error)
             assert g.norm() > 0 and error < 2e-5, f"{name}: gradient {error:.1e} off with micro-batches of {device_bsz}"
-        print(script, device_bsz, f"loss {abs(loss.item() / expected.item() - 1):.1e}, gradients {worst:.1e}")
+        print(script, device_bsz, f"loss {abs(loss / expected.item() - 1):.1e}, gradients {worst:.1e}")
 
 
 def snapshot(model, optimizers):
@@ -348,6 +349,6 @@ def test_check_looks_at_everything_and_writes_nothing(script, data, tmp_path):
     flags = tiny(script, data, tmp_path / "records", "--check")
     done = run_script(script, *flags, WORLD_SIZE="2")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not (tmp_path / "records").exists()
-    for wrong, named in (("--bsz=3", "2 device(s)"), ("--headsz=24", "headsz 24"), (f"--data={tmp_path}", "no train")):
+    for wrong, named in (("--steps=0", "--steps 0"), ("--headsz=24", "headsz 24"), (f"--data={tmp_path}", "no train")):
         done = run_script(script, *flags, wrong, WORLD_SIZE="2")
         assert done.returncode == 1 and named in done.stderr and done.stderr.count("\n") == 1, done.stderr
