@@ -234,7 +234,8 @@ class Hyperparameters(Flags):
 # Kernel build [shared]
 #
 # Kernels are built once into cuda/build/, by local rank 0, with plain calls of the compilers (no ninja). The section
-# after this one names the OPERATOR and its KERNELS, and defines register_kernel(kernel) and self_test(kernel).
+# after this one names the OPERATOR, its OPERANDS, KERNELS and LIMITS, and defines kept_like(kernel, r), what a forward
+# keeps for its backward, register_kernel(kernel) and self_test(kernel).
 
 CUDA_FOLDER = Path(__file__).absolute().parent / "cuda"
 LOADED_KERNELS = {"torch"}
@@ -514,6 +515,81 @@ def load_kernel(kernel, required=False):
     return "torch"
 
 
+def register_recurrence(kernel):
+    """Make <kernel>_forward(*OPERANDS, s0) -> (y, kept, sT) known to torch.compile, <kernel>_backward its backward."""
+    namespace, n = getattr(torch.ops, OPERATOR), len(OPERANDS)
+    forward, backward = (getattr(namespace, f"{kernel}_{way}").default for way in ("forward", "backward"))
+    states = KERNELS[kernel].states  # a kernel without takes and gives neither s0, sT nor their gradients
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.set_materialize_grads(False)
+
+    def backward_of(ctx, dy, _, dsT=None):  # what is kept for the backward has no gradient of its own
+        *inputs, kept = ctx.saved_tensors
+        if dy is None and dsT is None:
+            return (None,) * len(inputs)
+        dy = torch.zeros_like(inputs[0]) if dy is None else dy.contiguous()
+        grads = backward(*inputs, kept, dy, *[None if dsT is None else dsT.contiguous()] * states)
+        return *grads[:n], *[grads[-1] if inputs[-1] is not None else None] * states
+
+    def state_like(r):
+        B, T, H, N = r.shape
+        return r.new_empty(B, H, N, N, dtype=torch.promote_types(r.dtype, torch.float32))
+
+    def fake_forward(*inputs):
+        r = inputs[0]
+        return r.new_empty(r.shape), kept_like(kernel, r), *[state_like(r)] * states
+
+    def fake_backward(*inputs):
+        r = inputs[0]
+        ds0 = [state_like(r) if inputs[n] is not None else state_like(r).new_empty(0)] if states else []
+        return *(x.new_empty(x.shape) for x in inputs[:n]), *ds0
+
+    torch.library.register_fake(forward, fake_forward)
+    torch.library.register_fake(backward, fake_backward)
+    torch.library.register_autograd(forward, backward_of, setup_context=setup_context)
+    LOADED_KERNELS.add(kernel)
+
+
+def check_operands(inputs, kernel, state, final):
+    """Raise ValueError unless `kernel` is loaded and takes `inputs`, those of OPERANDS that are (B, T, H, N)."""
+    r, about = inputs[0], KERNELS.get(kernel)
+    if r.dim() != 4 or not r.numel() or not r.is_floating_point() or any(
+            (x.shape, x.dtype, x.device) != (r.shape, r.dtype, r.device) for x in inputs):
+        raise ValueError(f"{OPERATOR}: {' '.join(OPERANDS[:len(inputs)])} must be (B, T, H, N), not empty, of one "
+                         "floating dtype and device; got "
+                         + ", ".join(f"{tuple(x.shape)} {x.dtype} {x.device}" for x in inputs))
+    if kernel not in LOADED_KERNELS:
+        raise ValueError(f"{OPERATOR}: kernel {kernel!r} is not loaded (loaded: {', '.join(sorted(LOADED_KERNELS))})")
+    B, T, H, N = r.shape
+    if N not in about.head_sizes:
+        sizes = ", ".join(map(str, about.head_sizes))
+        raise ValueError(f"{OPERATOR}: head size {N} is not one of {sizes} ({about.flag})")
+    if r.dtype == torch.float64 and r.dtype not in about.dtypes or about.device not in (None, r.device.type):
+        takes = " or ".join(str(x)[6:] for x in about.dtypes)
+        raise ValueError(f"{OPERATOR}: {about.flag} computes in {takes} on {about.device}; "
+                         f"got {str(r.dtype)[6:]} on {r.device}")
+    if (final or state is not None) and not about.states:
+        raise ValueError(f"{OPERATOR}: {about.flag} starts from the zero state and gives no final one; "
+                         "use --kernel torch")
+    if state is not None and (state.shape, state.device) != ((B, H, N, N), r.device):
+        raise ValueError(f"{OPERATOR}: the state must be {(B, H, N, N)} on {r.device}; got {tuple(state.shape)} on "
+                         f"{state.device}")
+
+
+def errors_of(kernel, names, cases):
+    """{tensor: (relative error, limit)} of y and its gradients. cases: pairs of (y, leaves, dy), one in float64 and one
+    by the kernel."""
+    wrong, size = torch.zeros(len(names)), torch.zeros(len(names))
+    for case in cases:
+        right, mine = ([x.detach().double().cpu() for x in (y, *torch.autograd.grad(y, leaves, dy))]
+                       for y, leaves, dy in case)
+        wrong += torch.tensor([(x - true).square().sum() for true, x in zip(right, mine)])
+        size += torch.tensor([true.square().sum() for true in right])
+    return {name: pair for name, *pair in zip(names, (wrong / size).sqrt().tolist(), LIMITS[kernel])}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # WKV-6 operator
 # Per sequence and head, state S (row = value, column = key), S_0 = 0, decay d = exp(-exp(w)), u a vector for each head:
@@ -521,7 +597,7 @@ def load_kernel(kernel, required=False):
 # r, k, v, w, y and their gradients are (B, T, H, N), u and du (H, N). w has no bounds: a product of decays may well be
 # 0 and have no reciprocal. The state and every sum are fp32 whatever the dtype of the inputs.
 
-OPERATOR = "wkv6"
+OPERATOR, OPERANDS = "wkv6", ("r", "k", "v", "w", "u")
 HEAD_SIZES = (16, 32, 64, 96, 128, 192)
 ON_GPU = ("primitives.cuh", "launch.cuh", "binding.h", "wkv6/wkv6.h", "wkv6/wkv6_binding.cpp")
 KERNELS = dict(
@@ -655,42 +731,7 @@ def kept_like(kernel, r):
     return r.new_empty(shape, dtype=dtype)
 
 
-def register_kernel(kernel):
-    """Make wkv6::<kernel>_forward -> (y, kept, final state) known to torch.compile, <kernel>_backward its backward."""
-    forward, backward = (getattr(torch.ops.wkv6, f"{kernel}_{way}").default for way in ("forward", "backward"))
-    states = KERNELS[kernel].states  # a kernel without takes and gives neither s0, sT nor their gradients
-
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs, output[1])
-        ctx.set_materialize_grads(False)
-
-    def backward_of(ctx, dy, _, dsT=None):  # what is kept for the backward has no gradient of its own
-        *inputs, kept = ctx.saved_tensors
-        if dy is None and dsT is None:
-            return (None,) * len(inputs)
-        dy = torch.zeros_like(inputs[0]) if dy is None else dy.contiguous()
-        grads = backward(*inputs, kept, dy, *[None if dsT is None else dsT.contiguous()] * states)
-        return *grads[:5], *[grads[-1] if inputs[-1] is not None else None] * states
-
-    def state_like(r):
-        B, T, H, N = r.shape
-        return r.new_empty(B, H, N, N, dtype=torch.promote_types(r.dtype, torch.float32))
-
-    def fake_forward(*inputs):
-        r = inputs[0]
-        return r.new_empty(r.shape), kept_like(kernel, r), *[state_like(r)] * states
-
-    def fake_backward(*inputs):
-        r = inputs[0]
-        ds0 = [state_like(r) if inputs[5] is not None else state_like(r).new_empty(0)] if states else []
-        return *(x.new_empty(x.shape) for x in inputs[:5]), *ds0
-
-    torch.library.register_fake(forward, fake_forward)
-    torch.library.register_fake(backward, fake_backward)
-    torch.library.register_autograd(forward, backward_of, setup_context=setup_context)
-    LOADED_KERNELS.add(kernel)
-
-
+register_kernel = register_recurrence
 register_kernel("torch")
 
 
@@ -698,28 +739,13 @@ def wkv6(r, k, v, w, u, kernel="torch", state=None, final=False):
     """y, by a kernel that load_kernel has loaded, from the state given, (B, H, N, N), or zero; with `final` also the
     state after the last token. Differentiable in all inputs. Any T; any strides. bf16 and fp32 go to --kernel cuda as
     they are; --fast_cuda rounds fp32 to bf16; y has the dtype of r; u and the states are fp32 inside."""
-    inputs, about = (r, k, v, w), KERNELS.get(kernel)
-    if r.dim() != 4 or not r.numel() or not r.is_floating_point() or any(
-            (x.shape, x.dtype, x.device) != (r.shape, r.dtype, r.device) for x in inputs):
-        raise ValueError("wkv6: r k v w must be (B, T, H, N), not empty, of one floating dtype and device; got "
-                         + ", ".join(f"{tuple(x.shape)} {x.dtype} {x.device}" for x in inputs))
+    inputs = r, k, v, w
+    check_operands(inputs, kernel, state, final)
     if u.shape != r.shape[2:] or not u.is_floating_point() or u.device != r.device:
         raise ValueError(f"wkv6: u must be (H, N), {tuple(r.shape[2:])} here, floating and on {r.device}; got "
                          f"{tuple(u.shape)} {u.dtype} {u.device}")
-    if kernel not in LOADED_KERNELS:
-        raise ValueError(f"wkv6: kernel {kernel!r} is not loaded (loaded: {', '.join(sorted(LOADED_KERNELS))})")
-    (B, T, H, N), dtype = r.shape, r.dtype if r.dtype in about.dtypes else about.dtypes[-1]
-    if N not in about.head_sizes:
-        raise ValueError(f"wkv6: head size {N} is not one of {', '.join(map(str, about.head_sizes))} ({about.flag})")
-    if r.dtype == torch.float64 != dtype or about.device not in (None, r.device.type):
-        takes = " or ".join(str(x)[6:] for x in about.dtypes)
-        raise ValueError(f"wkv6: {about.flag} computes in {takes} on {about.device}; "
-                         f"got {str(r.dtype)[6:]} on {r.device}")
-    if (final or state is not None) and not about.states:
-        raise ValueError(f"wkv6: {about.flag} starts from the zero state and gives no final one; use --kernel torch")
-    if state is not None and (state.shape, state.device) != ((B, H, N, N), r.device):
-        raise ValueError(f"wkv6: the state must be {(B, H, N, N)} on {r.device}; got {tuple(state.shape)} on "
-                         f"{state.device}")
+    about, T = KERNELS[kernel], r.size(1)
+    dtype = r.dtype if r.dtype in about.dtypes else about.dtypes[-1]
     wide = torch.promote_types(dtype, torch.float32)
     inputs = [x.to(dtype).contiguous() for x in inputs]
     pad = (0, 0, 0, 0, 0, -T % about.multiple)
@@ -738,19 +764,16 @@ def wkv6(r, k, v, w, u, kernel="torch", state=None, final=False):
 @torch.enable_grad()
 def self_test(kernel):
     """{tensor: (relative error, limit)} against the recurrence in float64, on random inputs in the kernel's dtype."""
-    about, wrong, size = KERNELS[kernel], torch.zeros(6), torch.zeros(6)
+    about, cases = KERNELS[kernel], []
     for N in {64, 128}.intersection(about.head_sizes_here()):
         generator = torch.Generator().manual_seed(0)
         inputs = [torch.randn(1, 88, 2, N, generator=generator).to(about.dtypes[0]) for _ in range(5)]
         inputs.insert(4, torch.randn(2, N, generator=generator))  # r k v w u dy
         exact = [x.double().requires_grad_() for x in inputs]
-        mine, results = [x.to(about.device, copy=True).requires_grad_() for x in inputs], []
-        for y, (*leaves, dy) in ((wkv6_recurrent(*exact[:5])[0], exact), (wkv6(*mine[:5], kernel), mine)):
-            results.append([x.detach().double().cpu() for x in (y, *torch.autograd.grad(y, leaves, dy))])
-        wrong += torch.tensor([(x - right).square().sum() for right, x in zip(*results)])
-        size += torch.tensor([right.square().sum() for right in results[0]])
-    errors = (wrong / size).sqrt().tolist()
-    return {name: pair for name, *pair in zip(("y", "dr", "dk", "dv", "dw", "du"), errors, LIMITS[kernel])}
+        mine = [x.to(about.device, copy=True).requires_grad_() for x in inputs]
+        forms = wkv6_recurrent(*exact[:5])[0], wkv6(*mine[:5], kernel)
+        cases.append([(y, leaves, dy) for y, (*leaves, dy) in zip(forms, (exact, mine))])
+    return errors_of(kernel, ("y", "dr", "dk", "dv", "dw", "du"), cases)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

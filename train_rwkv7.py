@@ -248,7 +248,8 @@ class Hyperparameters(Flags):
 # Kernel build [shared]
 #
 # Kernels are built once into cuda/build/, by local rank 0, with plain calls of the compilers (no ninja). The section
-# after this one names the OPERATOR and its KERNELS, and defines register_kernel(kernel) and self_test(kernel).
+# after this one names the OPERATOR, its OPERANDS, KERNELS and LIMITS, and defines kept_like(kernel, r), what a forward
+# keeps for its backward, register_kernel(kernel) and self_test(kernel).
 
 CUDA_FOLDER = Path(__file__).absolute().parent / "cuda"
 LOADED_KERNELS = {"torch"}
@@ -528,6 +529,81 @@ def load_kernel(kernel, required=False):
     return "torch"
 
 
+def register_recurrence(kernel):
+    """Make <kernel>_forward(*OPERANDS, s0) -> (y, kept, sT) known to torch.compile, <kernel>_backward its backward."""
+    namespace, n = getattr(torch.ops, OPERATOR), len(OPERANDS)
+    forward, backward = (getattr(namespace, f"{kernel}_{way}").default for way in ("forward", "backward"))
+    states = KERNELS[kernel].states  # a kernel without takes and gives neither s0, sT nor their gradients
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.set_materialize_grads(False)
+
+    def backward_of(ctx, dy, _, dsT=None):  # what is kept for the backward has no gradient of its own
+        *inputs, kept = ctx.saved_tensors
+        if dy is None and dsT is None:
+            return (None,) * len(inputs)
+        dy = torch.zeros_like(inputs[0]) if dy is None else dy.contiguous()
+        grads = backward(*inputs, kept, dy, *[None if dsT is None else dsT.contiguous()] * states)
+        return *grads[:n], *[grads[-1] if inputs[-1] is not None else None] * states
+
+    def state_like(r):
+        B, T, H, N = r.shape
+        return r.new_empty(B, H, N, N, dtype=torch.promote_types(r.dtype, torch.float32))
+
+    def fake_forward(*inputs):
+        r = inputs[0]
+        return r.new_empty(r.shape), kept_like(kernel, r), *[state_like(r)] * states
+
+    def fake_backward(*inputs):
+        r = inputs[0]
+        ds0 = [state_like(r) if inputs[n] is not None else state_like(r).new_empty(0)] if states else []
+        return *(x.new_empty(x.shape) for x in inputs[:n]), *ds0
+
+    torch.library.register_fake(forward, fake_forward)
+    torch.library.register_fake(backward, fake_backward)
+    torch.library.register_autograd(forward, backward_of, setup_context=setup_context)
+    LOADED_KERNELS.add(kernel)
+
+
+def check_operands(inputs, kernel, state, final):
+    """Raise ValueError unless `kernel` is loaded and takes `inputs`, those of OPERANDS that are (B, T, H, N)."""
+    r, about = inputs[0], KERNELS.get(kernel)
+    if r.dim() != 4 or not r.numel() or not r.is_floating_point() or any(
+            (x.shape, x.dtype, x.device) != (r.shape, r.dtype, r.device) for x in inputs):
+        raise ValueError(f"{OPERATOR}: {' '.join(OPERANDS[:len(inputs)])} must be (B, T, H, N), not empty, of one "
+                         "floating dtype and device; got "
+                         + ", ".join(f"{tuple(x.shape)} {x.dtype} {x.device}" for x in inputs))
+    if kernel not in LOADED_KERNELS:
+        raise ValueError(f"{OPERATOR}: kernel {kernel!r} is not loaded (loaded: {', '.join(sorted(LOADED_KERNELS))})")
+    B, T, H, N = r.shape
+    if N not in about.head_sizes:
+        sizes = ", ".join(map(str, about.head_sizes))
+        raise ValueError(f"{OPERATOR}: head size {N} is not one of {sizes} ({about.flag})")
+    if r.dtype == torch.float64 and r.dtype not in about.dtypes or about.device not in (None, r.device.type):
+        takes = " or ".join(str(x)[6:] for x in about.dtypes)
+        raise ValueError(f"{OPERATOR}: {about.flag} computes in {takes} on {about.device}; "
+                         f"got {str(r.dtype)[6:]} on {r.device}")
+    if (final or state is not None) and not about.states:
+        raise ValueError(f"{OPERATOR}: {about.flag} starts from the zero state and gives no final one; "
+                         "use --kernel torch")
+    if state is not None and (state.shape, state.device) != ((B, H, N, N), r.device):
+        raise ValueError(f"{OPERATOR}: the state must be {(B, H, N, N)} on {r.device}; got {tuple(state.shape)} on "
+                         f"{state.device}")
+
+
+def errors_of(kernel, names, cases):
+    """{tensor: (relative error, limit)} of y and its gradients. cases: pairs of (y, leaves, dy), one in float64 and one
+    by the kernel."""
+    wrong, size = torch.zeros(len(names)), torch.zeros(len(names))
+    for case in cases:
+        right, mine = ([x.detach().double().cpu() for x in (y, *torch.autograd.grad(y, leaves, dy))]
+                       for y, leaves, dy in case)
+        wrong += torch.tensor([(x - true).square().sum() for true, x in zip(right, mine)])
+        size += torch.tensor([true.square().sum() for true in right])
+    return {name: pair for name, *pair in zip(names, (wrong / size).sqrt().tolist(), LIMITS[kernel])}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # WKV-7 operator
 # Per sequence and head, state S (row = value, column = key), S_0 = 0, decay d = exp(-e^{-1/2} sigmoid(w)) > 0.545:
@@ -535,7 +611,7 @@ def load_kernel(kernel, required=False):
 # r, w, k, v, a, b, y and the gradients are (B, T, H, N). w is the decay before its activation, since d is too close to
 # 1 for bf16; the state and every sum are fp32 whatever the dtype of the inputs.
 
-OPERATOR = "wkv7"
+OPERATOR, OPERANDS = "wkv7", ("r", "w", "k", "v", "a", "b")
 HEAD_SIZES = (16, 32, 64, 96, 128, 192)
 ON_GPU = ("primitives.cuh", "launch.cuh", "binding.h", "wkv7/wkv7.h", "wkv7/wkv7_binding.cpp")
 CHUNKED = ("tiles.cuh", "wkv7/chunk.cuh", "wkv7/chunk_backward.cuh")
@@ -658,44 +734,6 @@ def kept_like(kernel, r):
     return r.new_empty(shape, dtype=dtype)
 
 
-def register_kernel(kernel):
-    """Make wkv7::<kernel>_forward -> (y, kept, final state) known to torch.compile, <kernel>_backward its backward."""
-    if kernel == "wind":
-        return register_wind()
-    forward, backward = (getattr(torch.ops.wkv7, f"{kernel}_{way}").default for way in ("forward", "backward"))
-    states = KERNELS[kernel].states  # a kernel without takes and gives neither s0, sT nor their gradients
-
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs, output[1])
-        ctx.set_materialize_grads(False)
-
-    def backward_of(ctx, dy, _, dsT=None):  # what is kept for the backward has no gradient of its own
-        *inputs, kept = ctx.saved_tensors
-        if dy is None and dsT is None:
-            return (None,) * len(inputs)
-        dy = torch.zeros_like(inputs[0]) if dy is None else dy.contiguous()
-        grads = backward(*inputs, kept, dy, *[None if dsT is None else dsT.contiguous()] * states)
-        return *grads[:6], *[grads[-1] if inputs[-1] is not None else None] * states
-
-    def state_like(r):
-        B, T, H, N = r.shape
-        return r.new_empty(B, H, N, N, dtype=torch.promote_types(r.dtype, torch.float32))
-
-    def fake_forward(*inputs):
-        r = inputs[0]
-        return r.new_empty(r.shape), kept_like(kernel, r), *[state_like(r)] * states
-
-    def fake_backward(*inputs):
-        r = inputs[0]
-        ds0 = [state_like(r) if inputs[6] is not None else state_like(r).new_empty(0)] if states else []
-        return *(x.new_empty(x.shape) for x in inputs[:6]), *ds0
-
-    torch.library.register_fake(forward, fake_forward)
-    torch.library.register_fake(backward, fake_backward)
-    torch.library.register_autograd(forward, backward_of, setup_context=setup_context)
-    LOADED_KERNELS.add(kernel)
-
-
 def register_wind():
     """Make wkv7::wind_forward(r, w, k, v, a, g, parameters) -> (out, kept) and its backward known to torch.compile."""
     forward, backward = (getattr(torch.ops.wkv7, f"wind_{way}").default for way in ("forward", "backward"))
@@ -720,6 +758,10 @@ def register_wind():
     LOADED_KERNELS.add("wind")
 
 
+def register_kernel(kernel):
+    register_wind() if kernel == "wind" else register_recurrence(kernel)
+
+
 register_kernel("torch")
 
 
@@ -727,27 +769,12 @@ def wkv7(r, w, k, v, a, b, kernel="torch", state=None, final=False):
     """y, by a kernel that load_kernel has loaded, from the state given, (B, H, N, N), or zero; with `final` also the
     state after the last token. Differentiable in all inputs. Any T; any strides. bf16 and fp32 go to --kernel cuda as
     they are; --fast_cuda rounds fp32 to bf16; the results have the dtype of r, the states are fp32."""
-    inputs, about = (r, w, k, v, a, b), KERNELS.get(kernel)
-    if r.dim() != 4 or not r.numel() or not r.is_floating_point() or any(
-            (x.shape, x.dtype, x.device) != (r.shape, r.dtype, r.device) for x in inputs):
-        raise ValueError("wkv7: r w k v a b must be (B, T, H, N), not empty, of one floating dtype and device; got "
-                         + ", ".join(f"{tuple(x.shape)} {x.dtype} {x.device}" for x in inputs))
-    if kernel not in LOADED_KERNELS:
-        raise ValueError(f"wkv7: kernel {kernel!r} is not loaded (loaded: {', '.join(sorted(LOADED_KERNELS))})")
-    (B, T, H, N), dtype = r.shape, r.dtype if r.dtype in about.dtypes else about.dtypes[-1]
     if kernel == "wind":
         raise ValueError("wkv7: --wind_cuda is the whole time mixing, time_mix(), not this operator alone")
-    if N not in about.head_sizes:
-        raise ValueError(f"wkv7: head size {N} is not one of {', '.join(map(str, about.head_sizes))} ({about.flag})")
-    if r.dtype == torch.float64 != dtype or about.device not in (None, r.device.type):
-        takes = " or ".join(str(x)[6:] for x in about.dtypes)
-        raise ValueError(f"wkv7: {about.flag} computes in {takes} on {about.device}; "
-                         f"got {str(r.dtype)[6:]} on {r.device}")
-    if (final or state is not None) and not about.states:
-        raise ValueError(f"wkv7: {about.flag} starts from the zero state and gives no final one; use --kernel torch")
-    if state is not None and (state.shape, state.device) != ((B, H, N, N), r.device):
-        raise ValueError(f"wkv7: the state must be {(B, H, N, N)} on {r.device}; got {tuple(state.shape)} on "
-                         f"{state.device}")
+    inputs = r, w, k, v, a, b
+    check_operands(inputs, kernel, state, final)
+    about, T = KERNELS[kernel], r.size(1)
+    dtype = r.dtype if r.dtype in about.dtypes else about.dtypes[-1]
     inputs = [x.to(dtype).contiguous() for x in inputs]
     pad = (0, 0, 0, 0, 0, -T % about.multiple)
     if pad[-1]:  # with d = 1 and the rest 0, which leaves the state as it is
@@ -790,7 +817,7 @@ def time_mix(r, w, k, v, a, g, parameters, kernel="torch"):
 @torch.enable_grad()
 def self_test(kernel):
     """{tensor: (relative error, limit)} against the recurrence in float64, on random inputs in the kernel's dtype."""
-    about, wrong, size, wind = KERNELS[kernel], torch.zeros(7), torch.zeros(7), kernel == "wind"
+    about, wind, cases = KERNELS[kernel], kernel == "wind", []
     for N in {64, 128}.intersection(about.head_sizes_here()):
         generator = torch.Generator().manual_seed(0)
         normal = lambda *shape: torch.randn(*shape, generator=generator)
@@ -799,18 +826,15 @@ def self_test(kernel):
         inputs = (r, w, k, v, kappa * N ** 0.5, alpha) if wind else (r, w, k, v, -kappa, kappa * alpha.sigmoid())
         inputs = [x.to(about.dtypes[0]) for x in (*inputs, dy)]
         exact = [x.double().requires_grad_() for x in inputs]
-        mine, results = [x.to(about.device, copy=True).requires_grad_() for x in inputs], []
+        mine = [x.to(about.device, copy=True).requires_grad_() for x in inputs]
         if wind:
             forms = [time_mix(*inputs[:6], [x.to(inputs[0].device, type) for x in p], form) for inputs, type, form in
                      ((exact, torch.float64, "torch"), (mine, torch.float32, kernel))]
         else:
             forms = wkv7_recurrent(*exact[:6])[0], wkv7(*mine[:6], kernel)
-        for y, (*leaves, dy) in zip(forms, (exact, mine)):
-            results.append([x.detach().double().cpu() for x in (y, *torch.autograd.grad(y, leaves, dy))])
-        wrong += torch.tensor([(x - right).square().sum() for right, x in zip(*results)])
-        size += torch.tensor([right.square().sum() for right in results[0]])
+        cases.append([(y, leaves, dy) for y, (*leaves, dy) in zip(forms, (exact, mine))])
     names = ("out", "dr", "dw", "dk", "dv", "da", "dg") if wind else ("y", "dr", "dw", "dk", "dv", "da", "db")
-    return {name: pair for name, *pair in zip(names, (wrong / size).sqrt().tolist(), LIMITS[kernel])}
+    return errors_of(kernel, names, cases)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

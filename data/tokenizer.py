@@ -1,19 +1,27 @@
-"""The tokenizers of data/text.py and data/fineweb.py: bytes, and GPT-2's byte pairs (needs tiktoken).
+"""The tokenizers of data/text.py, data/fineweb.py and sample.py: bytes, GPT-2's byte pairs (needs tiktoken), and those
+of a vocabulary file.
 
     tokenizer = load("gpt2")                      fetches GPT-2's ranks, or finds them where tiktoken keeps them
     tokenizer = load("gpt2", "r50k_base.tiktoken")      reads them from a file: no network
+    tokenizer = from_file("r50k_base.tiktoken")   the same, slowly where there is no tiktoken; RWKV's own vocabulary too
     tokenizer.encode("text") -> uint16 array, without the document mark; what looks like a mark in the text is text
+    tokenizer.lengths() -> how many bytes each id stands for
 
 A vocabulary file has tiktoken's form, one "base64 rank" a line, and may hold any byte-level vocabulary of GPT-2's kind.
 The sha256 of a tokenizer is that of its vocabulary in this form, in the order of the ranks; data and checkpoints
-carry it (manifest.json). The document mark is the id after the last rank.
+carry it (manifest.json). The document mark is the id after the last rank; RWKV's own vocabulary has it at 0.
 """
 
+import ast
 import base64
 import binascii
 import hashlib
+import itertools
+import math
 import pathlib
 import re
+import sys
+import unicodedata
 
 import numpy as np
 
@@ -57,6 +65,9 @@ class Bytes:
         ids = np.asarray(ids)
         return ids[ids < 256].astype(np.uint8).tobytes()
 
+    def lengths(self):
+        return np.repeat([1, 0], [256, 1])
+
 
 class BytePairs:
     """GPT-2's way of splitting text into words, then byte pairs merged in the order of their ranks."""
@@ -65,19 +76,87 @@ class BytePairs:
     SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
     def __init__(self, tokens, name):
-        self.document_mark, self.vocab_size = len(tokens), len(tokens) + 1
+        self.tokens, self.document_mark, self.vocab_size = tokens, len(tokens), len(tokens) + 1
         self.sha256 = hashlib.sha256(canonical(tokens)).hexdigest()
         self.name = "gpt2" if self.sha256 == GPT2_SHA256 else name
-        ranks, mark = {token: i for i, token in enumerate(tokens)}, {"<|endoftext|>": self.document_mark}
-        self.bpe = need("tiktoken").Encoding(self.name, pat_str=self.SPLIT, mergeable_ranks=ranks, special_tokens=mark)
+        self.ranks = {token: i for i, token in enumerate(tokens)}
+        self.prepare()
+
+    def prepare(self):
+        self.bpe = need("tiktoken").Encoding(self.name, pat_str=self.SPLIT, mergeable_ranks=self.ranks,
+                                             special_tokens={"<|endoftext|>": self.document_mark})
 
     def encode(self, text):
         return self.bpe.encode_to_numpy(text, disallowed_special=()).astype("<u2")
 
     def decode(self, ids):
         """-> bytes; the document marks vanish."""
-        ids = np.asarray(ids)
-        return self.bpe.decode_bytes(ids[ids != self.document_mark].tolist())
+        return b"".join(self.tokens[i] for i in np.asarray(ids).tolist() if i != self.document_mark)
+
+    def lengths(self):
+        return np.array([*map(len, self.tokens), 0])
+
+
+class SlowBytePairs(BytePairs):
+    """The same without tiktoken: quick enough for a prompt."""
+
+    def prepare(self):
+        """SPLIT for Python's re, which knows no \\p{} and counts four control characters more as blanks."""
+        kinds = [list(map(ord, "\t\n\v\f\r\x85")), [], []]  # blanks, letters, digits
+        for code in range(sys.maxunicode + 1):
+            kind = "ZLN".find(unicodedata.category(chr(code))[0])
+            if kind >= 0:
+                kinds[kind].append(code)
+        ranges = lambda codes: "".join(  # of neighbours, which keep their distance from their index
+            f"\\U{run[0]:08x}-\\U{run[-1]:08x}" for run in (
+                [code for _, code in group] for _, group in itertools.groupby(enumerate(codes), lambda x: x[1] - x[0])))
+        s, letters, digits = map(ranges, kinds)
+        self.split = re.compile(rf"'(?:[sdmt]|ll|ve|re)| ?[{letters}]+| ?[{digits}]+| ?[^{s}{letters}{digits}]+|"
+                                rf"[{s}]+\Z|[{s}]+(?![^{s}])|[{s}]")
+
+    def encode(self, text):
+        ids = []
+        for word in self.split.findall(text):
+            parts = [bytes([byte]) for byte in word.encode()]
+            while len(parts) > 1:
+                pairs = [self.ranks.get(x + y, math.inf) for x, y in zip(parts, parts[1:])]
+                i = pairs.index(min(pairs))
+                if pairs[i] == math.inf:
+                    break
+                parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            ids += [self.ranks[part] for part in parts]
+        return np.array(ids, "<u2")
+
+
+class Longest:
+    """RWKV's own tokenizer (rwkv_vocab_v20230424.txt): at each place the longest token that fits. Mark: id 0."""
+
+    name, document_mark = "rwkv_world", 0
+
+    def __init__(self, tokens):
+        """tokens: [bytes], the index being the id; b"" at 0 and where an id is not in use."""
+        self.tokens, self.vocab_size = tokens, len(tokens)
+        self.sha256 = hashlib.sha256(canonical(tokens)).hexdigest()
+        self.ids = {token: i for i, token in enumerate(tokens) if token}
+        self.sizes = {}  # of the tokens that start with a byte, the longest first
+        for size in sorted({len(token) for token in self.ids}, reverse=True):
+            for byte in {token[0] for token in self.ids if len(token) == size}:
+                self.sizes.setdefault(byte, []).append(size)
+
+    def encode(self, text):
+        data, at, ids = text.encode(), 0, []
+        while at < len(data):
+            token = next(t for size in self.sizes[data[at]] if (t := data[at:at + size]) in self.ids)
+            ids.append(self.ids[token])
+            at += len(token)
+        return np.array(ids, "<u2")
+
+    def decode(self, ids):
+        """-> bytes; the document marks vanish."""
+        return b"".join(self.tokens[i] for i in np.asarray(ids).tolist())
+
+    def lengths(self):
+        return np.array([*map(len, self.tokens)])
 
 
 def read_vocabulary(data, where):
@@ -102,6 +181,49 @@ def read_vocabulary(data, where):
     return tokens
 
 
+def read_longest(data, where):
+    """[bytes] of the content of a file of RWKV's own kind: a line is the id, a Python string or bytes, its length."""
+    tokens = {0: b""}
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            try:
+                i, text = line.decode().strip().split(" ", 1)
+                text, size = text.rsplit(" ", 1)
+                token = ast.literal_eval(text)
+                token = token.encode() if isinstance(token, str) else bytes(token)
+                if int(i) in tokens or len(token) != int(size):
+                    raise ValueError
+                tokens[int(i)] = token
+            except (ValueError, SyntaxError, TypeError):
+                raise Failure(f'{where} line {number} is not "id token length". Fetch it again.') from None
+    if not {bytes([i]) for i in range(256)} <= set(tokens.values()) or max(tokens) > LARGEST_ID:
+        raise Failure(f"{where} lacks some single bytes or has ids beyond {LARGEST_ID}. Fetch it again.")
+    return [tokens.get(i, b"") for i in range(max(tokens) + 1)]
+
+
+def from_file(path):
+    """The tokenizer of a vocabulary file: ranks in tiktoken's form, or RWKV's own."""
+    data = read_file(path)
+    if re.match(rb"\s*\d+ b?['\"]", data):
+        return Longest(read_longest(data, path))
+    tokens, name = read_vocabulary(data, path), name_of(path)
+    try:
+        return BytePairs(tokens, name)
+    except Failure:  # no tiktoken
+        return SlowBytePairs(tokens, name)
+
+
+def read_file(path):
+    try:
+        return pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise Failure(f"cannot read the vocabulary {path}: {error.strerror or error}") from None
+
+
+def name_of(path):
+    return re.sub(r"[^\w.-]+", "_", pathlib.Path(path).stem)
+
+
 def load(name="bytes", vocab=None):
     """The tokenizer `name` (bytes or gpt2). vocab: file with the ranks, for gpt2 on a machine without network."""
     if name == "bytes":
@@ -112,11 +234,7 @@ def load(name="bytes", vocab=None):
         raise Failure(f"no tokenizer is called {name}: bytes or gpt2 (with --vocab FILE any vocabulary of its kind)")
     need("tiktoken")
     if vocab:
-        try:
-            data = pathlib.Path(vocab).read_bytes()
-        except OSError as error:
-            raise Failure(f"cannot read the vocabulary {vocab}: {error.strerror or error}") from None
-        return BytePairs(read_vocabulary(data, vocab), re.sub(r"[^\w.-]+", "_", pathlib.Path(vocab).stem))
+        return BytePairs(read_vocabulary(read_file(vocab), vocab), name_of(vocab))
     from tiktoken.load import load_tiktoken_bpe
     try:
         ranks = load_tiktoken_bpe(GPT2_URL, expected_hash=GPT2_SHA256)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from helpers import ROOT
-from test_wkv7 import FAMILIES, NAMES, errors, make, run
+from grading import errors
+from test_wkv7 import FAMILIES, NAMES, make, run
 import test_wkv7_wind as mixing
 from train_rwkv7 import KERNELS as ABOUT, load_kernel, wkv7, wkv7_recurrent
 

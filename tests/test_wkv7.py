@@ -1,11 +1,14 @@
 """WKV-7: every form against the float64 recurrence (forward, six gradients), and its limits."""
 
+import functools
 import math
 
 import numpy
 import pytest
 import torch
 
+import grading
+from grading import check
 from train_rwkv7 import HEAD_SIZES, load_kernel, wkv7, wkv7_recurrent
 
 NAMES = ("y", "dr", "dw", "dk", "dv", "da", "db")
@@ -60,38 +63,7 @@ def make(family, B=2, T=100, H=3, N=64, seed=0):
     return (r, w, k, v, -kappa, kappa * alpha), dy
 
 
-def run(form, inputs, dy):
-    """y and the six gradients. `form` is a kernel, or "reference" for the recurrence in float64."""
-    dtype = torch.float64 if form == "reference" else inputs[0].dtype
-    leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in inputs]
-    y = wkv7_recurrent(*leaves)[0] if form == "reference" else wkv7(*leaves, kernel=form)
-    y.backward(dy.to(y.dtype))
-    return dict(zip(NAMES, (y.detach(), *(x.grad for x in leaves))))
-
-
-def errors(results, reference):
-    """Relative L2 error of each tensor: over all of it, and the largest of any head of any sequence. A head whose
-    gradient is zero (the first token has no state) is held against the size of its dr instead."""
-    found = {}
-    for name in NAMES:
-        x, ref = results[name].double(), reference[name].double()
-        assert x.shape == ref.shape
-        assert torch.isfinite(x).all(), f"{name} is not finite"
-        wrong, size = (x - ref).norm(dim=(1, 3)), ref.norm(dim=(1, 3))  # (B, H)
-        size = torch.where(size == 0, reference["dr"].norm(dim=(1, 3)), size)
-        assert (wrong[size == 0] == 0).all(), f"{name} is not zero where it must be"
-        found[name] = (wrong.norm() / size.norm()).item()
-        found[f"{name} per head"] = (wrong / size)[size > 0].max().item()
-    return found
-
-
-def check(results, reference, gate, what=""):
-    """Every error within `gate`, and of any single head within 1.5 times that."""
-    found = errors(results, reference)
-    print(what, {name: f"{error:.1e}" for name, error in found.items()})
-    assert len(found) == 2 * len(NAMES)
-    over = {name: error for name, error in found.items() if not error <= gate * (1.5 if "per head" in name else 1)}
-    assert not over, f"{what}: relative errors above {gate:.1e}: " + ", ".join(f"{n} {e:.1e}" for n, e in over.items())
+run = functools.partial(grading.run, wkv7, wkv7_recurrent, NAMES)  # (form, inputs, dy)
 
 
 def test_recurrence_is_the_equation():

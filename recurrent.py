@@ -1,0 +1,528 @@
+"""The trained models run one token after the other: RWKV-7 and RWKV-6 as RNNs, the GPT with a cache of keys and values.
+
+    model = load("latest")                        # or a checkpoint's folder, a run's, a record's, an x070 .pth
+    state = model.new_state()                     # a plain value: clone(), branch(n), save(file)
+    logits = model(tokens, state)                 # (B, T) int64 -> (B, T, V) fp32; the state moves on by T tokens
+
+One token (T = 1) is the recurrent step: for RWKV constant time and memory wherever it stands. More at once (a prompt)
+take the chunked parallel form of training, with the state carried in and out. Both are written here, apart from the
+scripts, of which only the WKV operators are used; model.parallel() is the training script's own module with the same
+weights, and `python sample.py CHECKPOINT --check` holds the three forms against each other. No command line: import it.
+"""
+
+import functools
+import hashlib
+import importlib
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+CHECKPOINTS = Path("checkpoints")
+SCRIPTS = ("train_gpt2.py", "train_rwkv6.py", "train_rwkv7.py")
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# State
+
+
+class State:
+    """What a model keeps of the tokens it has read: tensors by name, their dimension 1 the batch, and the position.
+
+    A plain value: two states share no memory, nothing of it lies elsewhere. model(tokens, state) changes it in place.
+    """
+
+    def __init__(self, tensors, position=0):
+        self.tensors, self.position = tensors, position
+
+    def clone(self):
+        return State({name: t.clone() for name, t in self.tensors.items()}, self.position)
+
+    def branch(self, n):
+        """A state of batch n from one of batch 1: n continuations of one prompt that was read once."""
+        return State({name: t.repeat_interleave(n, dim=1) for name, t in self.tensors.items()}, self.position)
+
+    def bytes(self):
+        """Memory of the state in bytes."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def save(self, file, model, **more):
+        """Write the state to a safetensors file, atomically, with what model.load_state() checks; more: plain facts."""
+        facts = dict(model.identity(), position=self.position, **more)
+        part = Path(f"{file}.part")
+        tensors = {name: t.cpu().contiguous() for name, t in self.tensors.items()}
+        safetensors.torch.save_file(tensors, part, metadata=dict(state=json.dumps(facts)))
+        part.replace(file)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+#
+# B sequences, T tokens, C channels, H heads, N channels a head, L blocks, as in the training scripts. Activations and
+# matrices have the model's dtype; the WKV state is fp32.
+
+
+def rms(x):
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Model:
+    """A trained model for generation: self(tokens, state). weights: {plain name: tensor}."""
+
+    def __init__(self, config, weights, dtype="fp32", device="cpu", about=None, script=None):
+        self.config, self.about, self.script = config, about or {}, script
+        self.dtype, self.device, self.trained = dtype, torch.device(device), weights
+        self.type = DTYPES[dtype]
+        self.C, self.N, self.L = config.width, config.headsz, config.layers
+        self.H = self.C // self.N
+        self.W = {name: self.prepare(name, t) for name, t in weights.items()}
+
+    def prepare(self, name, t):
+        """A weight as the forward pass takes it; vectors lose their dimensions of size 1."""
+        t = t.squeeze() if t.dim() == 3 and t.size(0) == 1 else t
+        return t.to(self.device, self.type, copy=True).contiguous()  # bytes of a file lie askew: other sums
+
+    @property
+    def vocab_size(self):
+        """Token ids in use; the logits' last dimension is padded beyond it."""
+        return self.config.vocab_size
+
+    @property
+    def step(self):
+        return self.about.get("step")
+
+    @functools.cached_property
+    def hash(self):
+        """sha256 over the names and bytes of the trained weights."""
+        return weights_hash(self.trained)
+
+    def identity(self):
+        """What a saved state must agree in."""
+        return dict(script=self.script.__name__, model_sha256=self.hash, dtype=self.dtype,
+                    tokenizer=self.about.get("tokenizer"), tokenizer_sha256=self.about.get("tokenizer_sha256"))
+
+    def parallel(self):
+        """The training script's own module with these weights and dtype: logits(tokens), (B, T) -> (B, T, V)."""
+        args = type(self.config)(**{f.name: getattr(self.config, f.name) for f in fields(self.config)})
+        args.dtype, args.device = self.dtype, self.device.type
+        if hasattr(args, "kernel"):
+            args.kernel, args.fast_cuda = "torch", False
+        if hasattr(args, "wind_cuda"):
+            args.wind_cuda = False
+        with torch.device("meta"):  # no time for starting values that are thrown away
+            module = self.script.build_model(args)
+            for name, t in self.trained.items():  # low ranks and vocabularies of official files go by other rules
+                owner, _, leaf = name.rpartition(".")
+                if getattr(module.get_submodule(owner), leaf).shape != t.shape:
+                    setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(torch.empty(t.shape)))
+        kinds = {name: t.dtype for name, t in module.state_dict().items()}
+        weights = {name: t.to(self.device, kinds[name], copy=True) for name, t in self.trained.items()}
+        module.load_state_dict(weights, assign=True)
+        return module.eval()
+
+    def load_state(self, file):
+        """A state saved by State.save and the facts saved with it. Raises ValueError when it is not this model's."""
+        try:
+            with safetensors.safe_open(file, "pt") as opened:
+                facts = json.loads((opened.metadata() or {})["state"])
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{file} is no saved state ({error}). Make one: sample.py --save_state FILE.") from None
+        for key, mine in self.identity().items():
+            if facts.get(key) != mine:
+                raise ValueError(f"{file} is a state of another model: its {key} is {facts.get(key)}, "
+                                 f"this one's {mine}.")
+        fresh = self.new_state(1).tensors
+        for name in {*fresh, *tensors}:
+            mine, its = (t[name].shape if name in t else None for t in (fresh, tensors))
+            if mine is None or its is None or self.shape_key(mine) != self.shape_key(its):
+                raise ValueError(f"{file} does not fit: its tensor {name} is {its and tuple(its)}, "
+                                 f"here {mine and tuple(mine)}.")
+        return State({name: t.to(self.device) for name, t in tensors.items()}, facts["position"]), facts
+
+    @staticmethod
+    def shape_key(shape):
+        """The part of a state tensor's shape that must agree: not the batch."""
+        return shape[0], *shape[2:]
+
+    def prefill(self, tokens, state, chunk=512):
+        """Read tokens (B, T), any T >= 1, in pieces of `chunk`. Returns the logits after the last, (B, 1, V)."""
+        for part in tokens.split(chunk, dim=1):
+            logits = self(part, state, last=True)
+        return logits
+
+    @torch.inference_mode()
+    def __call__(self, tokens, state, last=False):
+        """Logits (B, T, V) fp32 after each of the tokens (B, T) int64, or (B, 1, V) after the last. Moves state on."""
+        z = self.forward(tokens.to(self.device), state, last)
+        state.position += tokens.size(1)
+        return z
+
+    def shifted(self, x, before):
+        """x_{t-1} for x (B, T, C), x_0 being what came before, (B, C), which then becomes the last of x."""
+        y = torch.cat((before[:, None], x[:, :-1]), 1)
+        before.copy_(x[:, -1])
+        return y
+
+    def softcap(self, z):
+        z = z.float()
+        return self.config.softcap * torch.tanh(z / self.config.softcap) if self.config.softcap else z
+
+
+class RWKV7(Model):
+    """S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T, y_t = S_t r_t a head: state (H, N, N) a block."""
+
+    def new_state(self, batch=1):
+        """S of the heads and the last inputs of time and channel mixing, all 0."""
+        zeros = functools.partial(torch.zeros, device=self.device)
+        return State(dict(wkv=zeros(self.L, batch, self.H, self.N, self.N),
+                          att_x=zeros(self.L, batch, self.C, dtype=self.type),
+                          ffn_x=zeros(self.L, batch, self.C, dtype=self.type)))
+
+    def forward(self, tokens, state, last):
+        W, C = self.W, self.C
+        norm = lambda x, name: F.layer_norm(x, (C,), W[f"{name}.weight"], W[f"{name}.bias"])
+        x = F.embedding(tokens, W["emb.weight"])  # (B, T, C)
+        x = x0 = rms(x) if self.config.rms_norm else norm(x, "blocks.0.ln0")
+        v_first = None
+        for l in range(self.L):
+            if self.config.x0_lambdas:
+                l0, l1 = W[f"blocks.{l}.lambdas"]
+                x = l0 * x + l1 * x0
+            y, v_first = self.time_mix(l, norm(x, f"blocks.{l}.ln1"), v_first, state)
+            x = x + y
+            x = x + self.channel_mix(l, norm(x, f"blocks.{l}.ln2"), state)
+        x = x[:, -1:] if last else x
+        return self.softcap(linear(rms(x) if self.config.rms_norm else norm(x, "ln_out"), W["head.weight"]))
+
+    def time_mix(self, l, x, v_first, state):
+        p, (B, T, C) = Names(self.W, f"blocks.{l}.att."), x.shape
+        xx = self.shifted(x, state.tensors["att_x"][l]) - x
+        r, w, k, v, a, g = (torch.addcmul(x, xx, p[f"x_{j}"]) for j in "rwkvag")  # (B, T, C) each
+        if v_first is not None:
+            mix = torch.sigmoid(p["v0"] + linear(linear(v, p["v1"]), p["v2"]))
+        w = p["w0"] + linear(torch.tanh(linear(w, p["w1"])), p["w2"])
+        alpha = torch.sigmoid(p["a0"] + linear(linear(a, p["a1"]), p["a2"]))
+        g = linear(torch.sigmoid(linear(g, p["g1"])), p["g2"])
+        r, k, v = (linear(t, p[f"{name}.weight"]) for t, name in ((r, "receptance"), (k, "key"), (v, "value")))
+        if v_first is None:
+            v_first = v
+        else:
+            v = torch.lerp(v, v_first, mix)
+        heads = lambda t: t.view(B, T, self.H, self.N)
+        kappa = F.normalize(heads(k * p["k_k"]).float(), dim=-1, eps=1e-12).to(x.dtype)
+        k = k * (1 + (alpha - 1) * p["k_a"])
+        r, w, k, v, alpha = map(heads, (r, w, k, v, alpha))
+        S = state.tensors["wkv"][l]
+        if T == 1:
+            y = self.step7(*(t[:, 0].float() for t in (r, w, k, v, -kappa, kappa * alpha)), S).to(x.dtype)
+        else:
+            y, S_T = self.script.wkv7(r, w, k, v, -kappa, kappa * alpha, state=S, final=True)
+            S.copy_(S_T)
+        y = F.group_norm(y.reshape(B * T, C), self.H, p["ln_x.weight"], p["ln_x.bias"], eps=64e-5)
+        y = heads(y) + (r * k * p["r_k"]).sum(-1, keepdim=True) * v
+        return linear(y.view(B, T, C) * g, p["output.weight"]), v_first
+
+    @staticmethod
+    def step7(r, w, k, v, a, b, S):
+        """One token: r w k v a b (B, H, N) fp32, S (B, H, N, N), changed in place. Returns y (B, H, N)."""
+        d = torch.exp(-0.6065306597126334 * torch.sigmoid(w))  # exp(-e^{-1/2} sigmoid(w))
+        u = S @ a[..., None]  # (B, H, N, 1)
+        S.mul_(d[..., None, :]).add_(torch.cat((u, v[..., None]), -1) @ torch.stack((b, k), -2))
+        return (S @ r[..., None])[..., 0]
+
+    def channel_mix(self, l, x, state):
+        p = Names(self.W, f"blocks.{l}.ffn.")
+        k = torch.addcmul(x, self.shifted(x, state.tensors["ffn_x"][l]) - x, p["x_k"])
+        return linear(torch.relu(linear(k, p["key.weight"])).square(), p["value.weight"])
+
+    def prepare(self, name, t):
+        t = super().prepare(name, t)
+        return t.T.contiguous() if on_the_right(name) else t  # x @ w1 in training; here W is (rows out, rows in)
+
+
+class RWKV6(Model):
+    """y_t = S_{t-1} r_t + (sum r u k) v_t, S_t = S_{t-1} diag(exp(-exp(w_t))) + v_t k_t^T: state (H, N, N) a block."""
+
+    def new_state(self, batch=1):
+        """S of the heads and the last input of time mixing, all 0."""
+        zeros = functools.partial(torch.zeros, device=self.device)
+        return State(dict(wkv=zeros(self.L, batch, self.H, self.N, self.N),
+                          att_x=zeros(self.L, batch, self.C, dtype=self.type)))
+
+    def prepare(self, name, t):
+        if name.endswith("att.u"):
+            return t.to(self.device, torch.float32)
+        t = super().prepare(name, t)
+        if name.endswith("att.B"):
+            return t.mT.contiguous()  # (5, C, 32)
+        return t.T.contiguous() if on_the_right(name) else t
+
+    def forward(self, tokens, state, last):
+        W, C = self.W, self.C
+        norm = lambda x, name: F.layer_norm(x, (C,), W[f"{name}.weight"], W[f"{name}.bias"])
+        x = self.config.emb_scale * F.embedding(tokens, W["emb.weight"])  # (B, T, C)
+        for l in range(self.L):
+            x = x + self.time_mix(l, norm(x, f"blocks.{l}.ln1"), state)
+            k = linear(norm(x, f"blocks.{l}.ln2"), W[f"blocks.{l}.ffn.key.weight"])
+            x = x + linear(torch.relu(k).square(), W[f"blocks.{l}.ffn.value.weight"])
+        return linear(norm(x[:, -1:] if last else x, "ln_out"), W["emb.weight"]).float()
+
+    def time_mix(self, l, x, state):
+        p, (B, T, C) = Names(self.W, f"blocks.{l}.att."), x.shape
+        xx = self.shifted(x, state.tensors["att_x"][l]) - x
+        m = torch.tanh(linear(torch.addcmul(x, xx, p["x_x"]), p["A"])).view(B * T, 5, 32).transpose(0, 1)
+        m = torch.bmm(m, p["B"].mT).view(5, B, T, C)
+        w, k, v, r, g = (torch.addcmul(x, xx, p[f"x_{j}"] + m_j) for j, m_j in zip("wkvrg", m))  # (B, T, C) each
+        r, k, v = (linear(t, p[f"{name}.weight"]) for t, name in ((r, "receptance"), (k, "key"), (v, "value")))
+        g = linear(torch.tanh(linear(g, p["g1"])), p["g2"])
+        w = p["w0"] + linear(torch.tanh(linear(w, p["w1"])), p["w2"])
+        k = k * torch.exp(w.clamp(max=0))
+        r, k, v, w = (t.view(B, T, self.H, self.N) for t in (r, k, v, w))
+        S = state.tensors["wkv"][l]
+        if T == 1:
+            y = self.step6(*(t[:, 0].float() for t in (r, k, v, w)), p["u"], S).to(x.dtype)
+        else:
+            y, S_T = self.script.wkv6(r, k, v, w, p["u"], state=S, final=True)
+            S.copy_(S_T)
+        y = F.group_norm(y.reshape(B * T, C), self.H, p["ln_x.weight"], p["ln_x.bias"], eps=64e-5)
+        return linear(y.view(B, T, C) * g, p["output.weight"])
+
+    @staticmethod
+    def step6(r, k, v, w, u, S):
+        """One token: r k v w (B, H, N) fp32, u (H, N), S (B, H, N, N), changed in place. Returns y (B, H, N)."""
+        y = (S @ r[..., None])[..., 0] + (r * u * k).sum(-1, keepdim=True) * v
+        S.mul_(torch.exp(-torch.exp(w))[..., None, :]).add_(v[..., :, None] * k[..., None, :])
+        return y
+
+
+class GPT2(Model):
+    """softmax(q k^T / sqrt(N)) v over all tokens so far, whose keys and values are kept: a state that grows."""
+
+    def new_state(self, batch=1):
+        """No keys and values yet, (L, B, H, tokens, N) each; room is made by doubling."""
+        empty = lambda: torch.zeros(self.L, batch, self.H, 0, self.N, dtype=self.type, device=self.device)
+        return State(dict(k=empty(), v=empty()))
+
+    @staticmethod
+    def shape_key(shape):
+        return shape[0], shape[2], shape[4]
+
+    def forward(self, tokens, state, last):
+        W, T, room = self.W, tokens.size(1), state.tensors["k"].size(3)
+        end = state.position + T
+        if end > room:
+            more = (0, 0, 0, max(64, 2 * room, end) - room)
+            state.tensors = {name: F.pad(t, more) for name, t in state.tensors.items()}
+        n = torch.arange(0, self.N, 2, device=self.device, dtype=torch.float32)
+        t = torch.arange(state.position, end, device=self.device, dtype=torch.float32)
+        angle = torch.outer(t, 10000 ** (-n / self.N))[:, None]
+        rotary = angle.cos().to(self.type), angle.sin().to(self.type)  # (T, 1, N/2)
+        x = x0 = rms(F.embedding(tokens, W["wte.weight"]))  # (B, T, C)
+        v_first = None
+        for l in range(self.L):
+            l0, l1 = W[f"blocks.{l}.lambdas"]
+            x = l0 * x + l1 * x0
+            y, v_first = self.attention(l, rms(x), v_first, rotary, state)
+            x = x + y
+            k = linear(rms(x), W[f"blocks.{l}.mlp.key.weight"])
+            x = x + linear(torch.relu(k).square(), W[f"blocks.{l}.mlp.value.weight"])
+        return self.softcap(linear(rms(x[:, -1:] if last else x), W["head.weight"]))
+
+    def attention(self, l, x, v_first, rotary, state):
+        p, (B, T, C), start = Names(self.W, f"blocks.{l}.att."), x.shape, state.position
+        q, k, v = (linear(x, p[f"{name}.weight"]).view(B, T, self.H, self.N) for name in ("query", "key", "value"))
+        v_first = v if v_first is None else v_first
+        v = torch.lerp(v, v_first, p["mix"])
+        q, k = (self.rotate(rms(t), *rotary) for t in (q, k))
+        keys, values = (state.tensors[name][l, :, :, :start + T] for name in "kv")  # (B, H, tokens, N)
+        keys[:, :, start:], values[:, :, start:] = k.transpose(1, 2), v.transpose(1, 2)
+        past = None if T == 1 else torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=past)  # (B, H, T, N)
+        return linear(y.transpose(1, 2).reshape(B, T, C), p["output.weight"]), v_first
+
+    @staticmethod
+    def rotate(x, cos, sin):
+        x1, x2 = x.chunk(2, dim=-1)
+        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+def weights_hash(weights):
+    """sha256 over the names and bytes of {name: tensor}."""
+    digest = hashlib.sha256()
+    for name, t in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(t.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class Names:
+    """The weights whose names begin with a prefix."""
+
+    def __init__(self, weights, prefix):
+        self.weights, self.prefix = weights, prefix
+
+    def __getitem__(self, name):
+        return self.weights[self.prefix + name]
+
+
+def on_the_right(name):
+    """Whether a matrix of the RWKV scripts stands on the right of its product, x @ W."""
+    return name.rpartition(".")[2] in ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2", "A")
+
+
+def linear(x, W):
+    """W x for W (rows out, rows in)."""
+    return F.linear(x, W)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def find(path):
+    """The folder of a checkpoint from "latest", the folder itself, that of its run, or that of the run's record; or a
+    file, of export.py or an official one, as it is."""
+    steps = lambda folder: sorted(p.parent for p in folder.glob("step[0-9]*/checkpoint.json") if p.parent.suffix == "")
+    if str(path) == "latest":
+        found = [p for run in CHECKPOINTS.glob("*") for p in steps(run)]
+        if not found:
+            raise ValueError(f"no checkpoint in {CHECKPOINTS.absolute()}. Train one: ./run_rwkv7.sh --track tiny")
+        return max(found, key=lambda p: (p / "checkpoint.json").stat().st_mtime)
+    path = Path(path)
+    if path.name == "model.safetensors" and (path.parent / "checkpoint.json").is_file():
+        return path.parent
+    if path.is_file() or (path / "checkpoint.json").is_file():
+        return path
+    for run in (path, CHECKPOINTS / path.absolute().name):
+        if found := steps(run):
+            return found[-1]
+    there = "no checkpoint is in it" if path.is_dir() else "no such folder or file"
+    raise ValueError(f"{path}: {there}, nor is there one of that name in {CHECKPOINTS}/. "
+                     "Give a step's folder, a run's, its record's, an exported or official file, or the word latest.")
+
+
+def read(folder):
+    """(about, weights) of a checkpoint's folder, every file held against the digest of checkpoint.json. ValueError."""
+    try:
+        about = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        if about["format"] != 1 or about["script"] not in SCRIPTS:
+            raise ValueError(f"format {about['format']}, script {about['script']}")
+        file, expected = folder / "model.safetensors", about["files"]["model.safetensors"]
+        with open(file, "rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else (
+                hashlib.sha256(opened.read()).hexdigest())
+        if digest != expected["sha256"]:
+            raise ValueError(f"{file.name} has {file.stat().st_size} bytes and another sha256 than when it was written")
+        return about, safetensors.torch.load_file(file)
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        said = f"no {error} in checkpoint.json" if isinstance(error, KeyError) else error
+        raise ValueError(f"{folder} is damaged: {said}. Take another step of the run, or train again.") from None
+
+
+def read_file(path):
+    """(about, weights) of one file: an official x070 .pth or .safetensors, or what export.py wrote. ValueError."""
+    facts = {}
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, "pt") as opened:
+                facts = opened.metadata() or {}
+            weights = safetensors.torch.load_file(path)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what follows as an error
+                weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        strange = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(f"{path} holds a Python object ({strange[1]}), whose loading could run code; only tables of "
+                         "tensors are read. Save its state_dict() alone." if strange else
+                         f"{path} is damaged, or no file of tensors. Fetch or export it again.") from None
+    except (OSError, EOFError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+        said = f"{type(error).__name__} {error}".splitlines()[0][:120]
+        raise ValueError(f"{path} is damaged, or no file of tensors ({said}). Fetch or export it again.") from None
+    if "checkpoint" not in facts:
+        config, weights = official(path, weights)
+        return dict(script="train_rwkv7.py", config=asdict(config), step=None), weights
+    try:
+        about = json.loads(facts["checkpoint"])
+        if about["format"] != 1 or about["script"] not in SCRIPTS:
+            raise ValueError(f"format {about['format']}, script {about['script']}")
+        if weights_hash(weights) != about["model_sha256"]:
+            raise ValueError("its weights have another sha256 than when it was written")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Export it again.") from None
+    return about, weights
+
+
+def official(path, found):
+    """(Hyperparameters, weights) of the tensors of a file in RWKV's own layout. Shapes tell the sizes. ValueError."""
+    def few(names):
+        return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+    if not isinstance(found, dict) or not all(isinstance(name, str) and isinstance(t, torch.Tensor)
+                                              for name, t in found.items()):
+        raise ValueError(f"{path} is no table of tensors by name. Save its state_dict() alone.")
+    for sign, family in ((".att.time_maa_", "RWKV-6 (x060)"), (".att.gate.weight", "RWKV-5 (x052)"),
+                         (".att.time_decay", "RWKV-4 or RWKV-5 (x052 or older)")):
+        if any(sign in name for name in found):
+            raise ValueError(f"{path} is of {family}; only RWKV-7 (x070) is read.")
+    if not any(name.startswith("blocks.") and name.endswith(".att.x_r") for name in found):
+        raise ValueError(f"{path} holds no RWKV-7: none of x070's names, such as blocks.0.att.x_r, is among its "
+                         f"{len(found)} ({few(sorted(found))}).")
+
+    def shape(name):  # or a stand-in for one that is missing or strange, which is said below
+        t = found.get(name, torch.empty(0))
+        return t.shape if t.dim() == 2 and t.numel() else (64, 64)
+
+    (V, C), (_, N), (hidden, _) = map(shape, ("emb.weight", "blocks.0.att.r_k", "blocks.0.ffn.key.weight"))
+    script = importlib.import_module("train_rwkv7")
+    layers = len({name.split(".")[1] for name in found if re.match(r"blocks\.\d+\.", name)})
+    config = script.Hyperparameters(x070=True, layers=layers, vocab_size=V, width=C, headsz=N if C % N == 0 else C,
+                                    ffn_ratio=hidden / C, device="cpu", dtype="fp32", kernel="torch")
+    with torch.device("meta"):
+        expected = {name: t.shape for name, t in script.RWKV7(config, "torch").state_dict().items()}
+    missing = [name for name in expected if name not in found]
+    unused = [f"blocks.0.att.v{i}" for i in range(3)]  # in many files, though layer 0 mixes no v in
+    extra = [name for name in found if name not in expected and name not in unused]
+    if missing or extra:
+        said = [f"{what} {few(names)}" for what, names in (("lacks", missing), ("has besides it", extra)) if names]
+        raise ValueError(f"{path} is not plain x070: it {' and '.join(said)}.")
+    for name, like in expected.items():
+        right = list(like)
+        if name in ("emb.weight", "head.weight"):
+            right[0] = V
+        elif ".ffn.key." in name or ".ffn.value." in name:
+            right = [hidden, C] if ".key." in name else [C, hidden]
+        elif on_the_right(name):
+            rank = (0, *found[f"{name[:-1]}1"].shape)[-1]
+            right = [C, rank] if name[-1] == "1" else [rank, C]
+        t = found[name]
+        if [n for n in t.shape if n > 1] != [n for n in right if n > 1] or not t.is_floating_point():
+            raise ValueError(f"{path} is not plain x070: its {name} is {tuple(t.shape)} {str(t.dtype)[6:]}, "
+                             f"not {tuple(right)} of floats.")
+        expected[name] = t.reshape(right)  # some files have lost the dimensions of size 1
+    if N not in script.HEAD_SIZES:
+        raise ValueError(f"{path} has heads of {N} channels; known are {', '.join(map(str, script.HEAD_SIZES))}.")
+    return config, expected
+
+
+def load(path, dtype="fp32", device="cpu"):
+    """The model of a checkpoint (find() says what path may be), in fp32 or bf16. Raises ValueError."""
+    found = find(path)
+    about, weights = read_file(found) if found.is_file() else read(found)
+    script = importlib.import_module(about["script"][:-len(".py")])
+    known = {f.name for f in fields(script.Hyperparameters)}
+    config = script.Hyperparameters(**{key: value for key, value in about["config"].items() if key in known})
+    family = dict(train_gpt2=GPT2, train_rwkv6=RWKV6, train_rwkv7=RWKV7)[script.__name__]
+    try:
+        return family(config, weights, dtype, device, about, script)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit {about['script']}: {error}.") from None
