@@ -2266,13 +2266,13 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
             spent = f"{clock.train_ms() / 1e3:.1f} s of training"
             say(f"step {step}/{args.steps}  validation loss {loss:.4f}{known}  {spent}")
         last = stopping or step >= (args.stop_after or args.steps)
-        if step and (last or args.save_every and step % args.save_every == 0):
+        finished = step == args.steps and not stopping
+        if finished or step > done and (last or args.save_every and step % args.save_every == 0):
             clock.switch("saving")
             lines.flush()
             if bad := [name for name, t in model.state_dict().items() if not t.isfinite().all()]:
                 lines.fail(step, f"{bad[0]} is not finite")
             about = checkpoint_facts(facts, step, clock, curve, record) if rank == 0 else None
-            finished = step == args.steps and not stopping
             failure = save(args, record, model, optimizers, about, None if finished else lines.losses)
             if failure and not finished:
                 raise failure

@@ -354,9 +354,10 @@ def pages(paths, out=None):
 def overview(parent, results):
     """records/README.md."""
     counted = {run["folder"] for runs in group(results).values() for run in runs}
+    resumed = lambda r: "".join(f", resumed after step {part['step']} of {part['run']}" for part in r.get("resumed", ()))
     runs = [(r["folder"], r["script"], r["seed"], f"{r['final']['val_loss']:.4f}", f"{r['final']['train_seconds']:.1f}",
-             "counted" if r["folder"] in counted else "this seed has an earlier run" if
-             math.isfinite(r["final"]["val_loss"]) else "diverged") for r in results]
+             ("counted" if r["folder"] in counted else "this seed has an earlier run" if
+              math.isfinite(r["final"]["val_loss"]) else "diverged") + resumed(r)) for r in results]
     runs += [(folder, "", "", "", "", end) for folder, end in unfinished(parent)]
     tracks = sorted({r["config"]["track"] for r in results if r.get("curve")})
     parts = ["# Records", "One folder a run, or a race with its runs inside. Made by `python records/report.py "

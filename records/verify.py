@@ -686,7 +686,7 @@ def compare(record, again, count):
         shards = [[(s["name"], s["sha256"]) for s in facts["data"][split]] for facts in (again.facts, record.result)]
         need(shards[0] == shards[1][:len(shards[0])], f"the {split} shards here are other ones: no losses to compare")
     need(len(here) == count == len(there), f"{len(here)} losses of {count} steps")
-    unlike = ("stop_after", "data", "records", "name", "save_every", "checkpoints", "keep", "resume")
+    unlike = ("stop_after", "data", "records", "name", "save_every", "checkpoints", "keep", "resume", "usd_per_hour")
     facts = lambda all: dict(
         {f"environment.{key}": all["environment"][key] for key in ("torch", "cuda", "driver", "nvcc", "compiler", "isa",
                                                                   "threads")},

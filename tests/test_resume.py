@@ -1,0 +1,570 @@
+"""Interruptions: resumed runs and the unbroken one, signals, kill -9, damaged checkpoints, losses that are no numbers."""
+
+import importlib
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import ROOT, SCRIPTS, command, environment, make_corpus, one_thread, only_record, run_here, tiny
+
+spec = importlib.util.spec_from_file_location("verify", ROOT / "records" / "verify.py")
+verify = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(verify)
+
+GPT2 = "train_gpt2"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("data"), train=(700, 900, 1500))
+
+
+@pytest.fixture
+def go(data, tmp_path, monkeypatch):
+    """go(*flags): a run of ten steps in this process. Returns (its folder, log, result.json or None)."""
+    module = importlib.import_module(GPT2)
+    facts, count = module.environment(), iter(range(99))
+    monkeypatch.setattr(module, "environment", lambda: dict(facts))  # spares its time
+
+    def run(*flags, script=GPT2, ends=None):
+        records = tmp_path / f"records{next(count)}"
+        flags = tiny(script, data, records, "--steps", 10, "--norm_every", 3, *flags)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])  # what the record gives as its command
+        if ends is None:
+            run_here(script, *flags)
+        else:
+            with pytest.raises(SystemExit) as ended:
+                run_here(script, *flags)
+            assert ended.value.code == ends
+        return only_record(records) if records.exists() else None
+
+    return run
+
+
+def losses(log):
+    return re.search(r"^losses: (.*)$", log, re.M)[1]
+
+
+def curve(result):
+    return [(point["step"], point["val_loss"]) for point in result["curve"]]
+
+
+def weights(folder, tmp_path, step=10):
+    return (tmp_path / "checkpoints" / folder.name / f"step{step:06d}" / "model.safetensors").read_bytes()
+
+
+def whole(run):
+    """{step: checkpoint.json} of a run's checkpoints, all of whose files must be as they were written."""
+    module = importlib.import_module(GPT2)
+    found = {}
+    for folder in module.checkpoints_of(run):
+        about = module.read_about(folder)
+        module.read_files(folder, about)
+        assert folder.name == f"step{about['step']:06d}"
+        assert {path.name for path in folder.iterdir()} == {"checkpoint.json", *about["files"]}
+        found[about["step"]] = about
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Resumed and unbroken
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_in_three_parts_is_the_unbroken_run(script, go, tmp_path, capsys):
+    """Bitwise: losses, validations, the model. The record says so, counts all the time and is verified, code and all."""
+    _, log, unbroken = go(script=script)
+    first, stopped, _ = go("--stop_after", 3, script=script)
+    second, _, none = go("--stop_after", 8, "--resume", "auto", script=script)
+    last, again, result = go("--resume", "auto", "--usd_per_hour", 3.0, "--keep", 1, script=script)
+    assert losses(again) == losses(log) and curve(result) == curve(unbroken) and none is None
+    folders = list((tmp_path / "checkpoints").iterdir())
+    whole_run, = [path for path in folders if path.name not in (first.name, second.name, last.name)]
+    assert weights(last, tmp_path) == weights(whole_run, tmp_path)
+    assert [(part["run"], part["step"]) for part in result["resumed"]] == [(first.name, 3), (second.name, 8)]
+    assert again.startswith(stopped[:stopped.index("losses: ")]), "it begins with the log up to the checkpoint"
+    assert len(re.findall(r"^resumed: \{", again, re.M)) == 2 and "resumed" not in unbroken
+    assert result["config"]["resume"] == "auto" and result["final"]["usd"] > 0 and result["run"] == last.name
+    part = json.loads((tmp_path / "checkpoints" / second.name / "step000008" / "checkpoint.json").read_text())
+    assert result["clock"]["train"] > part["clock"]["train"] > 0, "the training time of all parts"
+    assert result["final"]["train_seconds"] == result["clock"]["train"]
+    status = verify.main([str(last)])
+    out = capsys.readouterr().out
+    assert status == 0 and "resumed after step 3, resumed after step 8" in out and "3 norms of the gradient" in out, out
+
+
+def test_its_record_replays(go, capsys):
+    go("--stop_after", 4)
+    last, *_ = go("--resume", "auto", "--usd_per_hour", 2.0)
+    done = subprocess.run([sys.executable, ROOT / "records" / "verify.py", "--replay", "6", last], text=True,
+                          env=environment(), capture_output=True, timeout=200)
+    assert done.returncode == 0 and "6 steps and 4 validations are equal bit for bit, on the same" in done.stdout, done
+
+
+def forged(record, change):
+    """The resumed line changed, digests made anew."""
+    text, result = (record / "log.txt").read_text(), json.loads((record / "result.json").read_text())
+    line, = re.findall(r"^resumed: (.*)$", text, re.M)
+    value = json.loads(line)
+    change(value, result)
+    text = text.replace(line, json.dumps(value))
+    text = text[:text.rindex("sha256: ")]
+    for point in result["curve"]:
+        row = re.search(rf"^step:{point['step']}/10 val_loss:.*\n", text, re.M)
+        point["log_sha256"] = verify.hashlib.sha256(text[:row.end()].encode()).hexdigest()
+    text = re.sub(r"^curve: .*$", lambda _: f"curve: {json.dumps(dict(points=result['curve']))}", text, flags=re.M)
+    result["log_sha256"] = verify.hashlib.sha256(text.encode()).hexdigest()
+    (record / "log.txt").write_text(f"{text}sha256: {result['log_sha256']}\nend: finished\n")
+    (record / "result.json").write_text(json.dumps(result))
+
+
+def test_what_a_resumed_record_says_is_checked(go, tmp_path, capsys):
+    def check(change, *names):
+        folder = shutil.copytree(record, tmp_path / str(len(names)) / record.name, dirs_exist_ok=True)
+        forged(folder, change)
+        verify.main([str(folder), "--no-code"])
+        out = capsys.readouterr().out
+        failed = set(re.findall(r"^  FAILED +(\S+)", out, re.M))
+        assert failed >= set(names) and "chain" not in failed and bool(failed) == bool(names), out
+
+    go("--stop_after", 4)
+    record, *_ = go("--resume", "auto")
+    check(lambda line, result: None)
+    check(lambda line, result: line.update(step=5), "log")
+    check(lambda line, result: line.update(run="another"), "log")
+    check(lambda line, result: line["now"].update(run="another"), "agreement")
+    check(lambda line, result: line["now"]["hardware"].update(name="B200"), "agreement")
+    check(lambda line, result: line.pop("now"), "log")
+    check(lambda line, result: (line.update(saved=line["saved"] + 9), result["resumed"][0].update(saved=line["saved"])),
+          "clock")
+    check(lambda line, result: (line.update(saved=line["began"]), result["resumed"][0].update(saved=line["saved"]),
+                                line["now"]["config"].update(stop_after=5), result["config"].update(stop_after=5)),
+          "schedule")
+
+
+def test_the_loader_starts_at_the_step(data):
+    module = importlib.import_module(GPT2)
+    for order in ("sequential", "cubic"):
+        args = module.Hyperparameters.parse(tiny(GPT2, data, "r", "--steps", 6, "--order", order, "--epochs", 3))
+        stream = lambda: module.TokenStream(data, "train", 769, "6 steps", 3, 32 if order == "cubic" else 0)
+        late, early, read = stream(), module.DataLoader(stream(), args, 1, 3), []
+        plain = late.read
+        late.read = lambda position, count: read.append(position) or plain(position, count)
+        loader = module.DataLoader(late, args, 1, 3, 4)
+        batches = [early.next() for _ in range(6)][4:]
+        for batch in batches:
+            assert all(torch.equal(a, b) for a, b in zip(batch, loader.next()))
+        assert len(read) == (2 if order == "sequential" else 4), "nothing of the first four steps"
+
+
+def test_paths_and_flags_that_may_change(go, tmp_path):
+    """A step's folder, a run's, a record's; another micro-batch, other folders, a copy of the data elsewhere."""
+    first, _, _ = go("--save_every", 3, "--stop_after", 7)
+    run = tmp_path / "checkpoints" / first.name
+    assert list(whole(run)) == [3, 6, 7]
+    moved = shutil.copytree(go.__closure__ and only_data(go), tmp_path / "elsewhere")
+    for path, step, *flags in ((run / "step000006", 6), (run, 7, "--device_bsz", 2, "--data", moved), (first, 7),
+                               (run / "step000003", 3, "--name", "other", "--save_every", 1, "--keep", 2)):
+        folder, log, result = go("--resume", path, *flags)
+        assert [part["step"] for part in result["resumed"]] == [step]
+        assert sorted(whole(tmp_path / "checkpoints" / folder.name)) == ([9, 10] if step == 3 else [10])
+    assert list(whole(run)) == [3, 6, 7], "another run's are not removed"
+
+
+def only_data(go):
+    return next(cell.cell_contents for cell in go.__closure__ if isinstance(cell.cell_contents, Path)
+                and list(cell.cell_contents.glob("*.bin")))
+
+
+def test_auto_begins_and_never_goes_on_with_a_finished_run(go, capsys):
+    _, _, result = go("--resume", "auto")
+    assert "resumed" not in result and "nothing in" in capsys.readouterr().out
+    go("--stop_after", 4)
+    go("--resume", "auto", "--stop_after", 6)
+    for seed in (1337, 5):  # another seed, finished, in between: it is not mistaken for this run
+        _, _, result = go("--resume", "auto", "--random_seed", seed)
+        assert ("resumed" in result) == (seed == 1337)
+    capsys.readouterr()
+    _, _, result = go("--resume", "auto")
+    assert "resumed" not in result and "from the beginning" in capsys.readouterr().out, "its parts are finished too"
+
+
+REFUSED = {
+    "a rate": (["--head_lr", 0.1], "--head_lr was ", "is 0.1"),
+    "the length": (["--steps", 11], "--steps was 10, is 11"),
+    "the dtype": (["--dtype", "mixed"], "--dtype was fp32, is mixed"),
+}
+
+
+@pytest.fixture
+def refused(go, capsys):
+    def check(*flags, parts):
+        capsys.readouterr()
+        assert go(*flags, ends=1) is None, "a record was written"
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and all(part in message for part in parts), message
+
+    return check
+
+
+def test_refusals(go, refused, tmp_path, monkeypatch, capsys):
+    """By name it is refused, in one line; --resume auto says why it passes over it (but for other flags) and begins."""
+    module = importlib.import_module(GPT2)
+    first, _, _ = go("--stop_after", 2)
+    run = tmp_path / "checkpoints" / first.name
+    for flags, *parts in REFUSED.values():
+        refused("--resume", run, *flags, parts=[str(run), *parts])
+    refused("--resume", tmp_path / "nowhere", parts=["nowhere", "no whole checkpoint"])
+    refused("--resume", run / "step000009", parts=["step000009", "no whole checkpoint"])
+    data = shutil.copytree(only_data(go), tmp_path / "other")
+    shard = data / "toy_train_000000.bin"
+    tokens = bytearray(shard.read_bytes())
+    tokens[-2] ^= 1
+    shard.write_bytes(tokens)
+    plain = module.read_sources
+    other = lambda paths: [(dict(about, sha256="0"), text) for about, text in plain(paths)]
+    for name in ("data", "source"):
+        flags = ("--data", data) if name == "data" else ()
+        monkeypatch.setattr(module, "read_sources", other if name == "source" else plain)
+        why = "other shards" if name == "data" else "train_gpt2.py has changed"
+        refused("--resume", run, *flags, parts=[why])
+        _, _, none = go("--resume", "auto", "--stop_after", 1, "--name", name, *flags)
+        assert re.search(rf"{run}/step000002 is passed over: .*{why}.*\n", out := capsys.readouterr().out), out
+        assert "from the beginning" in out
+    monkeypatch.setattr(module, "read_sources", plain)
+    done, _, _ = go()
+    refused("--resume", done, parts=["its run is finished"])
+    with one_thread(), pytest.raises(SystemExit):
+        importlib.import_module("train_rwkv7").main(tiny("train_rwkv7", only_data(go), tmp_path / "r", "--resume", run))
+    assert "it is of train_gpt2.py" in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("name", ("checkpoint.json", "model.safetensors", "training.safetensors", "log.txt"))
+def test_a_damaged_checkpoint_is_passed_over(name, go, tmp_path, capsys):
+    """A bit, the end or the whole file lost: the one before it is taken, with a line; without one it is refused."""
+    module = importlib.import_module(GPT2)
+    first, _, _ = go("--save_every", 2, "--stop_after", 4)
+    run, backup = tmp_path / "checkpoints" / first.name, tmp_path / "backup"
+    shutil.copytree(run, backup)
+    args = module.Hyperparameters.parse(tiny(GPT2, only_data(go), tmp_path / "r", "--steps", 10, "--norm_every", 3))
+    about = module.read_about(run / "step000004")
+    sources, data = about["sources"], about["data"]
+
+    def flip(path):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+    for damage in (flip, lambda path: os.truncate(path, path.stat().st_size - 1), os.remove):
+        for resume in ("auto", run, run / "step000004"):
+            args.resume = str(resume)
+            assert module.find_checkpoint(args, sources, data)[0] == run / "step000004"
+            damage(run / "step000004" / name)
+            capsys.readouterr()
+            assert module.find_checkpoint(args, sources, data)[0] == run / "step000002"
+            line, = capsys.readouterr().out.strip().split("\n")
+            assert f"{run}/step000004 is passed over: its {name} is damaged or missing" in line
+            damage(run / "step000002" / name)
+            if resume == "auto":
+                assert module.find_checkpoint(args, sources, data) is None
+            else:
+                with pytest.raises(ValueError, match="no whole checkpoint"):
+                    module.find_checkpoint(args, sources, data)
+            shutil.rmtree(run)
+            shutil.copytree(backup, run)
+
+
+def test_nothing_is_unpickled():
+    for script in SCRIPTS:
+        assert not re.search(r"(?<!safetensors\.)torch\.load\(|pickle", (ROOT / f"{script}.py").read_text(encoding="utf-8"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Signals and kill -9
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """at(name, call, action): the action before the so-many-th call of a function of the script."""
+    module = importlib.import_module(GPT2)
+
+    def install(name, call, action):
+        plain, calls = getattr(module, name), []
+
+        def counted(*arguments, **named):
+            calls.append(1)
+            if len(calls) == call:
+                action()
+            return plain(*arguments, **named)
+
+        monkeypatch.setattr(module, name, counted)
+
+    return install
+
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+@pytest.mark.parametrize("moment", ("a step", "a validation", "the last step"))
+def test_a_signal_ends_after_the_step(moment, number, go, at, tmp_path, monkeypatch, capsys):
+    """... with a checkpoint, a closed log and 128 + its number; the resumed run is the unbroken one."""
+    _, unbroken, result = go()
+    name, call, step = {"a step": ("train_step", 5, 3), "a validation": ("validate", 4, 4),
+                        "the last step": ("train_step", 12, 10)}[moment]  # the warm-up's are 2 steps and 1 validation
+    with monkeypatch.context() as undone:
+        at(name, call, lambda: signal.raise_signal(number))
+        folder, log, none = go(ends=128 + number)
+        undone.undo()
+    monkeypatch.undo()
+    path = tmp_path / "checkpoints" / folder.name / f"step{step:06d}"
+    reason = f"after step {step} of 10, checkpoint {path}"
+    assert log.endswith(f"\nend: interrupted by {number.name} {reason}\n") and none is None
+    assert capsys.readouterr().err == f"\ntrain_gpt2.py: interrupted {reason}; the log so far: {folder}/log.txt\n"
+    assert f"step:{step}/10 train_loss" in log and f"step:{step}/10 val_loss" not in log
+    assert list(whole(path.parent)) == [step]
+    _, log, again = go("--resume", "auto")
+    assert losses(log) == losses(unbroken) and curve(again) == curve(result)
+
+
+def test_second_signals(go, at, tmp_path, monkeypatch):
+    """One within a second is the same one; a later one ends at once, as does any before the first step."""
+    module = importlib.import_module(GPT2)
+
+    def twice():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+
+    def later():
+        signal.raise_signal(signal.SIGTERM)
+        module.signals.since -= 1.5
+        signal.raise_signal(signal.SIGINT)
+
+    for action, call, step in ((twice, 5, 3), (later, 5, None), (twice, 1, None)):
+        with monkeypatch.context() as patch:
+            plain, calls = module.train_step, []
+            patch.setattr(module, "train_step", lambda *a: (calls.append(1), len(calls) == call and action(),
+                                                            plain(*a))[2])
+            folder, log, result = go(ends=143)
+        assert result is None and "\nend: interrupted by SIGTERM" in log
+        assert (f"after step {step}" in log) == bool(step) == (tmp_path / "checkpoints" / folder.name).exists()
+
+
+def test_ranks_agree_on_the_step(data, tmp_path):
+    """SIGTERM to torchrun, which passes it on: one checkpoint, resumed by another number of ranks; losses to 1e-5."""
+    flags = tiny(GPT2, data, tmp_path / "records", "--steps", 20000, "--epochs", 10**5, "--val_every", 10**6)
+    process = subprocess.Popen(command(GPT2, *flags, ranks=2), env=environment(), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.time() + 120
+        while time.time() < end and not any("\nstep:3/" in log.read_text(encoding="utf-8")
+                                            for log in tmp_path.glob("records/*/log.txt")):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    folder, log, _ = only_record(tmp_path / "records")
+    (step, about), = whole(tmp_path / "checkpoints" / folder.name).items()
+    assert step >= 3 and f"\nend: interrupted by SIGTERM after step {step} of 20000, checkpoint" in log, log[-500:]
+    ends = [*flags, "--stop_after", step + 2]
+    run_here(GPT2, *ends, "--records", tmp_path / "resumed", "--resume", "auto")
+    run_here(GPT2, *ends, "--records", tmp_path / "unbroken")
+    logs = [only_record(tmp_path / name)[1] for name in ("resumed", "unbroken")]
+    resumed, unbroken = ([float(loss) for loss in re.findall(r"^step:\d+/\d+ train_loss:(\S+)", log, re.M)] for log in logs)
+    assert '"ranks": 2' in logs[0] and len(resumed) == len(unbroken) == step + 2
+    assert resumed == pytest.approx(unbroken, abs=1.01e-4), "they are printed to 1e-4"
+
+
+NURSERY = """
+import importlib, json, os, signal, sys, time
+import torch._dynamo  # seconds, which the first optimiser would take in each child
+script, root = sys.argv[1:]
+sys.path.insert(0, root)
+module = importlib.import_module(script)
+module.torch.set_num_threads(1)
+facts = module.environment()
+module.environment = lambda: dict(facts)
+for line in sys.stdin:
+    seconds, argv = json.loads(line)
+    child = os.fork()
+    if not child:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        try:
+            module.main(argv)
+            os._exit(0)
+        except BaseException as error:
+            os._exit(getattr(error, "code", 1) or 0)
+    end, status = time.monotonic() + seconds, (0, 0)
+    while time.monotonic() < end and not status[0]:
+        time.sleep(0.002)
+        status = os.waitpid(child, os.WNOHANG)
+    if not status[0]:
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)
+    print(status[1], flush=True)
+"""
+
+
+def test_kill_9_at_random_moments(tmp_path):
+    """Twenty times, all over a run that saves at every step: each time what is there is whole, the next run goes on from
+    the newest, and what comes out is the unbroken run. The processes are forked from one that has torch loaded."""
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    moments = random.Random(seed)
+    data = make_corpus(tmp_path / "data", train=(9000,))
+    flags = tiny(GPT2, data, tmp_path / "records", "--seq_len", 16, "--bsz", 2, "--steps", 20000, "--epochs", 10**4,
+                 "--val_every", 10**6, "--val_tokens", 16, "--warmdown_steps", 20000)
+    nursery = subprocess.Popen([sys.executable, "-c", NURSERY, GPT2, str(ROOT)], env=environment(), text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def child(seconds, *more):
+        nursery.stdin.write(json.dumps([seconds, [*flags, *map(str, more)]]) + "\n")
+        nursery.stdin.flush()
+        return int(nursery.stdout.readline())
+
+    def newest():
+        return max((step for run in (tmp_path / "checkpoints").glob("*") for step in whole(run)), default=0)
+
+    saving, reached, parts = ("--save_every", 1, "--keep", 2, "--resume", "auto"), 0, 0
+    try:
+        for kill in range(20):
+            assert child(moments.uniform(0.5, 1.8), *saving) == signal.SIGKILL, f"seed {seed}: kill {kill} found it ended"
+            now = newest()
+            assert now >= reached, f"seed {seed}: the checkpoint of step {reached} is lost, after kill {kill}"
+            for run in (tmp_path / "checkpoints").glob("*"):
+                strangers = [p.name for p in run.iterdir() if not re.fullmatch(r"step\d{6}(\.part)?", p.name)]
+                assert not strangers and len(whole(run)) <= 3, f"seed {seed}: {strangers}"
+            parts, reached = parts + (now > reached), now
+        assert child(60, "--resume", "auto", "--stop_after", reached + 2) == 0, f"seed {seed}: not resumable"
+        resumed = max((tmp_path / "records").iterdir(), key=lambda run: (run / "log.txt").stat().st_mtime)
+        assert child(60, "--stop_after", reached + 2, "--records", tmp_path / "unbroken") == 0
+    finally:
+        nursery.kill()
+    log = (resumed / "log.txt").read_text()
+    print(f"{parts} of 20 parts reached a checkpoint, step {reached}")
+    assert parts >= 8 and len(re.findall(r"^resumed: ", log, re.M)) == parts, f"seed {seed}"
+    assert losses(log) == losses(only_record(tmp_path / "unbroken")[1]), f"seed {seed}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Full disks, losses that are no numbers, spikes
+
+
+def no_room_at(step, module, monkeypatch):
+    sync = module.sync
+
+    def full(path):
+        if f"step{step:06d}" in str(path) and path.name == "training.safetensors" or step == 10 and "step000010" in str(path):
+            raise OSError(28, "No space left on device")
+        sync(path)
+
+    monkeypatch.setattr(module, "sync", full)
+
+
+def test_full_disk_at_the_last_checkpoint(go, tmp_path, monkeypatch, capsys):
+    """The record is whole and verified all the same; one line, status 1."""
+    no_room_at(10, importlib.import_module(GPT2), monkeypatch)
+    folder, log, result = go("--save_every", 4, ends=1)
+    assert result["end"] == "finished" and re.search(r"^checkpoint: \[Errno 28\] No space.*step000010'$", log, re.M)
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "the record is whole" in message and "step000010" in message, message
+    assert list(whole(tmp_path / "checkpoints" / folder.name)) == [4, 8]
+    assert sorted(p.name for p in (tmp_path / "checkpoints" / folder.name).iterdir()) == ["step000004", "step000008"]
+    assert verify.main([str(folder), "--no-code"]) == 0
+
+
+def test_full_disk_at_a_checkpoint_in_between(go, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        no_room_at(8, importlib.import_module(GPT2), patch)
+        folder, log, result = go("--save_every", 4, ends=1)
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "step000008" in message and "No space left" in message, message
+    assert result is None and re.search(r"\nend: failed: OSError.*step000008'\n\Z", log)
+    assert sorted(p.name for p in (tmp_path / "checkpoints" / folder.name).iterdir()) == ["step000004"]
+    assert "resumed" in go("--resume", "auto")[2]
+
+
+@pytest.mark.parametrize("poison", ("a gradient", "a later gradient", "the loss", "a weight"))
+def test_no_numbers_stop_the_run(poison, go, tmp_path, monkeypatch, capsys):
+    """... at that step, which is named with the first bad tensor and the last good checkpoint; nothing bad is saved."""
+    module = importlib.import_module(GPT2)
+    plain, calls = module.train_step, []
+    names = []
+
+    def poisoned(model, optimizers, inputs, targets, args):
+        calls.append(1)
+        parameters, hooks = dict(model.named_parameters()), []
+        names[:] = parameters
+        if len(calls) == 2 + 6:
+            bad = {"a gradient": [names[2], names[1]], "a later gradient": [names[-1]]}.get(poison, [])
+            hooks = [parameters[name].register_hook(lambda g: g * float("inf")) for name in bad]
+            if poison == "the loss":
+                with torch.no_grad():
+                    parameters[names[0]].fill_(float("nan"))
+        report = plain(model, optimizers, inputs, targets, args)
+        if poison == "a weight" and len(calls) == 2 + 6:
+            with torch.no_grad():
+                parameters[names[3]].view(-1)[-1] = float("inf")
+        for hook in hooks:
+            hook.remove()
+        return report
+
+    monkeypatch.setattr(module, "train_step", poisoned)
+    folder, log, result = go("--save_every", 2, ends=1)
+    message = capsys.readouterr().err
+    last = tmp_path / "checkpoints" / folder.name / "step000004"
+    what = {"a gradient": f"the gradient of {names[1]} not finite", "the loss": "the loss is nan",
+            "a later gradient": f"the gradient of {names[-1]} not finite", "a weight": f"{names[3]} is not finite"}[poison]
+    assert message.count("\n") == 1 and "step 6 of 10: " in message and what in message, message
+    assert f"Last good checkpoint: {last}" in message
+    assert result is None and f"\nend: failed: step 6 of 10: " in log and "step:7/" not in log
+    assert list(whole(last.parent)) == [2, 4]
+
+
+def test_spikes():
+    """More than 6 sd and 0.5 nats above the mean of the last hundred; the same rule in verify.py."""
+    module = importlib.import_module(GPT2)
+    calm = [2.0, 2.1] * 60
+    for loss, before, words in (
+            (2.56, calm, "2.5600 after 2.0500 with sd 0.0500"), (2.54, calm, None), (9.0, calm[:19], None),
+            (9.0, calm[:20], "9.0000 after 2.0500 with sd 0.0500"), (4.0, [1.0, 2.0] * 50, None),
+            (4.6, [1.0, 2.0] * 50, "4.6000 after 1.5000 with sd 0.5000"), (float("nan"), calm, None),
+            (9.0, [9.0] * 50 + [1.0] * 100, "9.0000 after 1.0000 with sd 0.0000"), (9.0, [], None)):
+        assert module.spike(loss, before) == verify.spike(loss, before) == words, (loss, words)
+
+
+def test_spikes_and_norms_in_a_record(go, monkeypatch, capsys):
+    """A rule by which every step after 20 is a spike: lines where they are due, in a resumed run too, and verified."""
+    module = importlib.import_module(GPT2)
+    for owner in (module, verify):
+        monkeypatch.setattr(owner, "SPIKE_NATS", -9.0)
+        monkeypatch.setattr(owner, "SPIKE_SD", -900.0)
+    flags = "--steps", 24, "--norm_every", 4
+    go(*flags, "--stop_after", 22)
+    folder, log, _ = go(*flags, "--resume", "auto")
+    assert [int(step) for step in re.findall(r"^step:(\d+)/24 spike:", log, re.M)] == [21, 22, 23, 24]
+    norms = re.findall(r"^step:(\d+)/24 grad_norm:(\S+)$", log, re.M)
+    assert [int(step) for step, _ in norms] == [4, 8, 12, 16, 20, 24] and all(0 < float(norm) < 99 for _, norm in norms)
+    assert verify.main([str(folder), "--no-code"]) == 0
+    assert "4 spikes, 6 norms of the gradient" in capsys.readouterr().out
+    for pattern in (r"^step:8/24 grad_norm:.*\n", r"^step:22/24 spike:.*\n"):
+        record = verify.Record(folder)
+        record.log = verify.Log(re.sub(pattern, "", log, flags=re.M))
+        record.log.finish()
+        with pytest.raises(verify.Failed, match="is missing"):
+            verify.notes(record)
+    monkeypatch.setattr(verify, "SPIKE_NATS", 0.5)
+    record = verify.Record(folder)
+    record.log.notes = [(number, match) for number, match in record.log.notes if match[1] != "24"]
+    record.log.steps = record.log.steps[:-2]
+    with pytest.raises(verify.Failed, match="spike where none is due"):
+        verify.notes(record)
