@@ -29,6 +29,7 @@ import torch.nn.functional as F
 CHECKPOINTS = Path("checkpoints")
 SCRIPTS = ("train_gpt2.py", "train_rwkv6.py", "train_rwkv7.py")
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
+LOOK_UPS = ("emb.weight", "wte.weight")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # State
@@ -80,15 +81,43 @@ class Model:
     def __init__(self, config, weights, dtype="fp32", device="cpu", about=None, script=None):
         self.config, self.about, self.script = config, about or {}, script
         self.dtype, self.device, self.trained = dtype, torch.device(device), weights
-        self.type = DTYPES[dtype]
+        self.type = DTYPES.get(dtype, torch.float32)  # of the activations
         self.C, self.N, self.L = config.width, config.headsz, config.layers
         self.H = self.C // self.N
-        self.W = {name: self.prepare(name, t) for name, t in weights.items()}
+        self.W, self.blocks = {}, [{} for _ in range(self.L)]  # names without and with "blocks.<l>."
+        for name, t in weights.items():
+            _, l, rest = name.split(".", 2) if name.startswith("blocks.") else (None, None, name)
+            (self.W if l is None else self.blocks[int(l)])[rest] = self.prepare(name, t)
+        for p in self.blocks:
+            self.stack(p)
+        if dtype == "int8":
+            for p in (self.W, *self.blocks):
+                p.update({name: Int8(t) for name, t in p.items() if self.quantized(name, t)})
 
     def prepare(self, name, t):
         """A weight as the forward pass takes it; vectors lose their dimensions of size 1."""
         t = t.squeeze() if t.dim() == 3 and t.size(0) == 1 else t
-        return t.to(self.device, self.type, copy=True).contiguous()  # bytes of a file lie askew: other sums
+        t = t.to(self.device, self.type, copy=True).contiguous()  # bytes of a file lie askew: other sums
+        if on_the_right(name):  # x @ w1 in training; here W is (rows out, rows in)
+            return t.T if name.endswith("2") else t.T.contiguous()  # short rows: columns first is twice as fast
+        return t
+
+    def stack(self, p):
+        """Change a block's weights to what saves small operations."""
+
+    @staticmethod
+    def quantized(name, t):
+        """Whether dtype int8 rounds this weight: linear()'s matrices; of the embeddings a token reads one row."""
+        return name.rpartition(".")[2] == "weight" and t.dim() == 2 and name not in LOOK_UPS or on_the_right(name)
+
+    def quantize(self):
+        """This model with its matrices in int8, a scale for each output channel; vectors, embeddings, state in fp32."""
+        return type(self)(self.config, self.trained, "int8", self.device, self.about, self.script)
+
+    def weight_bytes(self, read=False):
+        """Memory of the weights as they are kept here; read: of those that every token reads, not the look-up's."""
+        held = {id(t): t for p in (self.W, *self.blocks) for name, t in p.items() if not (read and name in LOOK_UPS)}
+        return sum(t.nbytes for t in held.values() if isinstance(t, (Int8, torch.Tensor)))
 
     @property
     def vocab_size(self):
@@ -111,6 +140,8 @@ class Model:
 
     def parallel(self):
         """The training script's own module with these weights and dtype: logits(tokens), (B, T) -> (B, T, V)."""
+        if self.dtype == "int8":
+            raise ValueError("int8 weights run recurrently only; load the model in fp32 or bf16 for the parallel form.")
         args = type(self.config)(**{f.name: getattr(self.config, f.name) for f in fields(self.config)})
         args.dtype, args.device = self.dtype, self.device.type
         if hasattr(args, "kernel"):
@@ -166,15 +197,16 @@ class Model:
         state.position += tokens.size(1)
         return z
 
-    def shifted(self, x, before):
-        """x_{t-1} for x (B, T, C), x_0 being what came before, (B, C), which then becomes the last of x."""
-        y = torch.cat((before[:, None], x[:, :-1]), 1)
+    def change(self, x, before):
+        """x_{t-1} - x_t for x (B, T, C), x_{-1} being what came before, (B, C), which then becomes the last of x."""
+        past = before[:, None] if x.size(1) == 1 else torch.cat((before[:, None], x[:, :-1]), 1)
+        change = past - x
         before.copy_(x[:, -1])
-        return y
+        return change
 
     def softcap(self, z):
-        z = z.float()
-        return self.config.softcap * torch.tanh(z / self.config.softcap) if self.config.softcap else z
+        z, cap = z.float(), self.config.softcap
+        return z.div_(cap).tanh_().mul_(cap) if cap else z
 
 
 class RWKV7(Model):
@@ -187,66 +219,64 @@ class RWKV7(Model):
                           att_x=zeros(self.L, batch, self.C, dtype=self.type),
                           ffn_x=zeros(self.L, batch, self.C, dtype=self.type)))
 
+    def stack(self, p):
+        """The six mixes of the token shift become one tensor; 1 - k_a and the lambdas' values are ready."""
+        p["att.x"] = torch.stack([p.pop(f"att.x_{j}") for j in "rwkvag"])[:, None, None]  # (6, 1, 1, C)
+        p["att.1-k_a"] = 1 - p["att.k_a"]
+        p["lambdas"] = p["lambdas"].tolist() if "lambdas" in p else None
+
     def forward(self, tokens, state, last):
         W, C = self.W, self.C
-        norm = lambda x, name: F.layer_norm(x, (C,), W[f"{name}.weight"], W[f"{name}.bias"])
+        norm = lambda x, p, name: F.layer_norm(x, (C,), p[f"{name}.weight"], p[f"{name}.bias"])
         x = F.embedding(tokens, W["emb.weight"])  # (B, T, C)
-        x = x0 = rms(x) if self.config.rms_norm else norm(x, "blocks.0.ln0")
+        x = x0 = rms(x) if self.config.rms_norm else norm(x, self.blocks[0], "ln0")
         v_first = None
-        for l in range(self.L):
-            if self.config.x0_lambdas:
-                l0, l1 = W[f"blocks.{l}.lambdas"]
-                x = l0 * x + l1 * x0
-            y, v_first = self.time_mix(l, norm(x, f"blocks.{l}.ln1"), v_first, state)
+        states = (state.tensors[name].unbind() for name in ("att_x", "ffn_x", "wkv"))
+        for p, att_x, ffn_x, S in zip(self.blocks, *states):
+            if p["lambdas"]:
+                x = torch.add(p["lambdas"][0] * x, x0, alpha=p["lambdas"][1])
+            y, v_first = self.time_mix(p, norm(x, p, "ln1"), v_first, att_x, S)
             x = x + y
-            x = x + self.channel_mix(l, norm(x, f"blocks.{l}.ln2"), state)
+            x = x + self.channel_mix(p, norm(x, p, "ln2"), ffn_x)
         x = x[:, -1:] if last else x
-        return self.softcap(linear(rms(x) if self.config.rms_norm else norm(x, "ln_out"), W["head.weight"]))
+        return self.softcap(linear(rms(x) if self.config.rms_norm else norm(x, W, "ln_out"), W["head.weight"]))
 
-    def time_mix(self, l, x, v_first, state):
-        p, (B, T, C) = Names(self.W, f"blocks.{l}.att."), x.shape
-        xx = self.shifted(x, state.tensors["att_x"][l]) - x
-        r, w, k, v, a, g = (torch.addcmul(x, xx, p[f"x_{j}"]) for j in "rwkvag")  # (B, T, C) each
+    def time_mix(self, p, x, v_first, before, S):
+        B, T, C = x.shape
+        r, w, k, v, a, g = torch.addcmul(x, self.change(x, before), p["att.x"]).unbind()  # (B, T, C) each
         if v_first is not None:
-            mix = torch.sigmoid(p["v0"] + linear(linear(v, p["v1"]), p["v2"]))
-        w = p["w0"] + linear(torch.tanh(linear(w, p["w1"])), p["w2"])
-        alpha = torch.sigmoid(p["a0"] + linear(linear(a, p["a1"]), p["a2"]))
-        g = linear(torch.sigmoid(linear(g, p["g1"])), p["g2"])
-        r, k, v = (linear(t, p[f"{name}.weight"]) for t, name in ((r, "receptance"), (k, "key"), (v, "value")))
-        if v_first is None:
-            v_first = v
-        else:
-            v = torch.lerp(v, v_first, mix)
+            mix = linear(linear(v, p["att.v1"]), p["att.v2"], p["att.v0"], "sigmoid")
+        d = linear(linear(w, p["att.w1"], None, "tanh"), p["att.w2"], p["att.w0"])
+        alpha = linear(linear(a, p["att.a1"]), p["att.a2"], p["att.a0"], "sigmoid")
+        g = linear(linear(g, p["att.g1"], None, "sigmoid"), p["att.g2"])
+        r, k, v = (linear(t, p[f"att.{name}.weight"]) for t, name in ((r, "receptance"), (k, "key"), (v, "value")))
+        v_first, v = (v, v) if v_first is None else (v_first, torch.lerp(v, v_first, mix))
         heads = lambda t: t.view(B, T, self.H, self.N)
-        kappa = F.normalize(heads(k * p["k_k"]).float(), dim=-1, eps=1e-12).to(x.dtype)
-        k = k * (1 + (alpha - 1) * p["k_a"])
-        r, w, k, v, alpha = map(heads, (r, w, k, v, alpha))
-        S = state.tensors["wkv"][l]
+        kappa = heads(k * p["att.k_k"]).float()
+        kappa = (kappa / torch.linalg.vector_norm(kappa, dim=-1, keepdim=True).clamp_min_(1e-12)).to(x.dtype)
+        k = k * torch.addcmul(p["att.1-k_a"], alpha, p["att.k_a"])
+        r, w, k, v, alpha = map(heads, (r, d, k, v, alpha))
         if T == 1:
-            y = self.step7(*(t[:, 0].float() for t in (r, w, k, v, -kappa, kappa * alpha)), S).to(x.dtype)
+            y = self.step7(*(t.view(-1, 1, self.N).float() for t in (r, w, k, v, kappa, alpha)), S).to(x.dtype)
         else:
             y, S_T = self.script.wkv7(r, w, k, v, -kappa, kappa * alpha, state=S, final=True)
             S.copy_(S_T)
-        y = F.group_norm(y.reshape(B * T, C), self.H, p["ln_x.weight"], p["ln_x.bias"], eps=64e-5)
-        y = heads(y) + (r * k * p["r_k"]).sum(-1, keepdim=True) * v
-        return linear(y.view(B, T, C) * g, p["output.weight"]), v_first
+        y = F.group_norm(y.reshape(B * T, C), self.H, p["att.ln_x.weight"], p["att.ln_x.bias"], eps=64e-5)
+        y = torch.addcmul(heads(y), (r * k).mul_(p["att.r_k"]).sum(-1, keepdim=True), v)
+        return linear(y.view(B, T, C).mul_(g), p["att.output.weight"]), v_first
 
     @staticmethod
-    def step7(r, w, k, v, a, b, S):
-        """One token: r w k v a b (B, H, N) fp32, S (B, H, N, N), changed in place. Returns y (B, H, N)."""
-        d = torch.exp(-0.6065306597126334 * torch.sigmoid(w))  # exp(-e^{-1/2} sigmoid(w))
-        u = S @ a[..., None]  # (B, H, N, 1)
-        S.mul_(d[..., None, :]).add_(torch.cat((u, v[..., None]), -1) @ torch.stack((b, k), -2))
-        return (S @ r[..., None])[..., 0]
+    def step7(r, w, k, v, kappa, alpha, S):
+        """One token: r w k v kappa alpha (BH, 1, N) fp32, S (B, H, N, N), changed in place. Returns y (BH, 1, N)."""
+        S = S.flatten(0, 1)
+        d = torch.sigmoid(w).mul_(-0.6065306597126334).exp_()  # exp(-e^{-1/2} sigmoid(w))
+        u = torch.bmm(kappa, S.mT).neg_()  # S a; row times matrix is several times as fast as matrix times column
+        S.mul_(d).baddbmm_(torch.cat((u, v), 1).mT, torch.cat((kappa * alpha, k), 1))
+        return torch.bmm(r, S.mT)
 
-    def channel_mix(self, l, x, state):
-        p = Names(self.W, f"blocks.{l}.ffn.")
-        k = torch.addcmul(x, self.shifted(x, state.tensors["ffn_x"][l]) - x, p["x_k"])
-        return linear(torch.relu(linear(k, p["key.weight"])).square(), p["value.weight"])
-
-    def prepare(self, name, t):
-        t = super().prepare(name, t)
-        return t.T.contiguous() if on_the_right(name) else t  # x @ w1 in training; here W is (rows out, rows in)
+    def channel_mix(self, p, x, before):
+        k = torch.addcmul(x, self.change(x, before), p["ffn.x_k"])
+        return linear(linear(k, p["ffn.key.weight"], None, "relu").square_(), p["ffn.value.weight"])
 
 
 class RWKV6(Model):
@@ -262,45 +292,48 @@ class RWKV6(Model):
         if name.endswith("att.u"):
             return t.to(self.device, torch.float32)
         t = super().prepare(name, t)
-        if name.endswith("att.B"):
-            return t.mT.contiguous()  # (5, C, 32)
-        return t.T.contiguous() if on_the_right(name) else t
+        if name == "emb.weight":  # which is the head too
+            self.W["head.weight"] = t
+        return t.mT.contiguous() if name.endswith("att.B") else t  # (5, C, 32)
+
+    def stack(self, p):
+        """The five mixes of the token shift become one."""
+        p["att.x"] = torch.stack([p.pop(f"att.x_{j}") for j in "wkvrg"])[:, None, None]  # (5, 1, 1, C)
 
     def forward(self, tokens, state, last):
         W, C = self.W, self.C
-        norm = lambda x, name: F.layer_norm(x, (C,), W[f"{name}.weight"], W[f"{name}.bias"])
+        norm = lambda x, p, name: F.layer_norm(x, (C,), p[f"{name}.weight"], p[f"{name}.bias"])
         x = self.config.emb_scale * F.embedding(tokens, W["emb.weight"])  # (B, T, C)
-        for l in range(self.L):
-            x = x + self.time_mix(l, norm(x, f"blocks.{l}.ln1"), state)
-            k = linear(norm(x, f"blocks.{l}.ln2"), W[f"blocks.{l}.ffn.key.weight"])
-            x = x + linear(torch.relu(k).square(), W[f"blocks.{l}.ffn.value.weight"])
-        return linear(norm(x[:, -1:] if last else x, "ln_out"), W["emb.weight"]).float()
+        for p, att_x, S in zip(self.blocks, state.tensors["att_x"].unbind(), state.tensors["wkv"].unbind()):
+            x = x + self.time_mix(p, norm(x, p, "ln1"), att_x, S)
+            k = linear(norm(x, p, "ln2"), p["ffn.key.weight"], None, "relu")
+            x = x + linear(k.square_(), p["ffn.value.weight"])
+        return linear(norm(x[:, -1:] if last else x, W, "ln_out"), W["head.weight"]).float()
 
-    def time_mix(self, l, x, state):
-        p, (B, T, C) = Names(self.W, f"blocks.{l}.att."), x.shape
-        xx = self.shifted(x, state.tensors["att_x"][l]) - x
-        m = torch.tanh(linear(torch.addcmul(x, xx, p["x_x"]), p["A"])).view(B * T, 5, 32).transpose(0, 1)
-        m = torch.bmm(m, p["B"].mT).view(5, B, T, C)
-        w, k, v, r, g = (torch.addcmul(x, xx, p[f"x_{j}"] + m_j) for j, m_j in zip("wkvrg", m))  # (B, T, C) each
-        r, k, v = (linear(t, p[f"{name}.weight"]) for t, name in ((r, "receptance"), (k, "key"), (v, "value")))
-        g = linear(torch.tanh(linear(g, p["g1"])), p["g2"])
-        w = p["w0"] + linear(torch.tanh(linear(w, p["w1"])), p["w2"])
+    def time_mix(self, p, x, before, S):
+        B, T, C = x.shape
+        xx = self.change(x, before)
+        m = linear(torch.addcmul(x, xx, p["att.x_x"]), p["att.A"], None, "tanh").view(B * T, 5, 32).transpose(0, 1)
+        m = torch.bmm(m, p["att.B"].mT).view(5, B, T, C)
+        w, k, v, r, g = torch.addcmul(x, xx, p["att.x"] + m).unbind()  # (B, T, C) each
+        r, k, v = (linear(t, p[f"att.{name}.weight"]) for t, name in ((r, "receptance"), (k, "key"), (v, "value")))
+        g = linear(linear(g, p["att.g1"], None, "tanh"), p["att.g2"])
+        w = linear(linear(w, p["att.w1"], None, "tanh"), p["att.w2"], p["att.w0"])
         k = k * torch.exp(w.clamp(max=0))
         r, k, v, w = (t.view(B, T, self.H, self.N) for t in (r, k, v, w))
-        S = state.tensors["wkv"][l]
         if T == 1:
-            y = self.step6(*(t[:, 0].float() for t in (r, k, v, w)), p["u"], S).to(x.dtype)
+            y = self.step6(*(t[:, 0].float() for t in (r, k, v, w)), p["att.u"], S).to(x.dtype)
         else:
-            y, S_T = self.script.wkv6(r, k, v, w, p["u"], state=S, final=True)
+            y, S_T = self.script.wkv6(r, k, v, w, p["att.u"], state=S, final=True)
             S.copy_(S_T)
-        y = F.group_norm(y.reshape(B * T, C), self.H, p["ln_x.weight"], p["ln_x.bias"], eps=64e-5)
-        return linear(y.view(B, T, C) * g, p["output.weight"])
+        y = F.group_norm(y.reshape(B * T, C), self.H, p["att.ln_x.weight"], p["att.ln_x.bias"], eps=64e-5)
+        return linear(y.view(B, T, C).mul_(g), p["att.output.weight"])
 
     @staticmethod
     def step6(r, k, v, w, u, S):
         """One token: r k v w (B, H, N) fp32, u (H, N), S (B, H, N, N), changed in place. Returns y (B, H, N)."""
-        y = (S @ r[..., None])[..., 0] + (r * u * k).sum(-1, keepdim=True) * v
-        S.mul_(torch.exp(-torch.exp(w))[..., None, :]).add_(v[..., :, None] * k[..., None, :])
+        y = torch.addcmul(torch.matmul(r[..., None, :], S.mT)[..., 0, :], (r * u).mul_(k).sum(-1, keepdim=True), v)
+        S.mul_(torch.exp(w).neg_().exp_()[..., None, :]).addcmul_(v[..., :, None], k[..., None, :])
         return y
 
 
@@ -316,6 +349,9 @@ class GPT2(Model):
     def shape_key(shape):
         return shape[0], shape[2], shape[4]
 
+    def stack(self, p):
+        p["lambdas"] = p["lambdas"].tolist()
+
     def forward(self, tokens, state, last):
         W, T, room = self.W, tokens.size(1), state.tensors["k"].size(3)
         end = state.position + T
@@ -328,26 +364,25 @@ class GPT2(Model):
         rotary = angle.cos().to(self.type), angle.sin().to(self.type)  # (T, 1, N/2)
         x = x0 = rms(F.embedding(tokens, W["wte.weight"]))  # (B, T, C)
         v_first = None
-        for l in range(self.L):
-            l0, l1 = W[f"blocks.{l}.lambdas"]
-            x = l0 * x + l1 * x0
+        for l, p in enumerate(self.blocks):
+            x = torch.add(p["lambdas"][0] * x, x0, alpha=p["lambdas"][1])
             y, v_first = self.attention(l, rms(x), v_first, rotary, state)
             x = x + y
-            k = linear(rms(x), W[f"blocks.{l}.mlp.key.weight"])
-            x = x + linear(torch.relu(k).square(), W[f"blocks.{l}.mlp.value.weight"])
+            k = linear(rms(x), p["mlp.key.weight"], None, "relu")
+            x = x + linear(k.square_(), p["mlp.value.weight"])
         return self.softcap(linear(rms(x[:, -1:] if last else x), W["head.weight"]))
 
     def attention(self, l, x, v_first, rotary, state):
-        p, (B, T, C), start = Names(self.W, f"blocks.{l}.att."), x.shape, state.position
-        q, k, v = (linear(x, p[f"{name}.weight"]).view(B, T, self.H, self.N) for name in ("query", "key", "value"))
+        p, (B, T, C), start = self.blocks[l], x.shape, state.position
+        q, k, v = (linear(x, p[f"att.{name}.weight"]).view(B, T, self.H, self.N) for name in ("query", "key", "value"))
         v_first = v if v_first is None else v_first
-        v = torch.lerp(v, v_first, p["mix"])
+        v = torch.lerp(v, v_first, p["att.mix"])
         q, k = (self.rotate(rms(t), *rotary) for t in (q, k))
         keys, values = (state.tensors[name][l, :, :, :start + T] for name in "kv")  # (B, H, tokens, N)
         keys[:, :, start:], values[:, :, start:] = k.transpose(1, 2), v.transpose(1, 2)
         past = None if T == 1 else torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
         y = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=past)  # (B, H, T, N)
-        return linear(y.transpose(1, 2).reshape(B, T, C), p["output.weight"]), v_first
+        return linear(y.transpose(1, 2).reshape(B, T, C), p["att.output.weight"]), v_first
 
     @staticmethod
     def rotate(x, cos, sin):
@@ -364,24 +399,47 @@ def weights_hash(weights):
     return digest.hexdigest()
 
 
-class Names:
-    """The weights whose names begin with a prefix."""
-
-    def __init__(self, weights, prefix):
-        self.weights, self.prefix = weights, prefix
-
-    def __getitem__(self, name):
-        return self.weights[self.prefix + name]
-
-
 def on_the_right(name):
     """Whether a matrix of the RWKV scripts stands on the right of its product, x @ W."""
     return name.rpartition(".")[2] in ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2", "A")
 
 
-def linear(x, W):
-    """W x for W (rows out, rows in)."""
-    return F.linear(x, W)
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x, W, bias=None, then=None):
+    """then(W x + bias) for W (rows out, rows in); then: None, "sigmoid", "tanh" or "relu".
+
+    On a CPU in fp32 by oneDNN, which at one row reads a large W two to three times as fast as F.linear (dev/LOG.md);
+    its call takes 10 us more.
+    """
+    if isinstance(W, Int8):
+        y = W.product(x) if bias is None else W.product(x).add_(bias)
+    elif ONEDNN and x.is_cpu and x.dtype == torch.float32 and W.numel() >= 1 << 17 and W.is_contiguous():
+        return torch.ops.mkldnn._linear_pointwise.default(x, W, bias, then or "none", [], "")
+    else:
+        y = F.linear(x, W, bias)
+    return getattr(y, then + "_")() if then else y
+
+
+class Int8:
+    """A matrix (rows out, rows in) as int8 and a scale for each row out: its largest magnitude is about 127 of them."""
+
+    def __init__(self, W):
+        W = W.float()
+        self.scale = (W.abs().amax(1) * (1.002 / 127)).clamp_min(1e-12).bfloat16()  # rounded down it is still enough
+        self.rounded = (W / self.scale[:, None]).round_().to(torch.int8).contiguous()
+        self.nbytes = self.rounded.nbytes + self.scale.nbytes
+
+    def product(self, x):
+        """W x. Few rows of x: torch's weight-only product, x in bf16. Many: by W again in fp32.
+
+        torch 2.13's product reads beyond the rows' ends, and may crash, unless they are multiples of 16 long.
+        """
+        if x.numel() > 16 * x.size(-1) or x.size(-1) % 32 or not x.is_cpu:
+            return linear(x, self.rounded.float() * self.scale[:, None])
+        y = torch._weight_int8pack_mm(x.bfloat16().view(-1, x.size(-1)), self.rounded, self.scale)
+        return y.float().view(*x.shape[:-1], -1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -515,7 +573,10 @@ def official(path, found):
 
 
 def load(path, dtype="fp32", device="cpu"):
-    """The model of a checkpoint (find() says what path may be), in fp32 or bf16. Raises ValueError."""
+    """The model of a checkpoint (find() says what path may be), in fp32, bf16 or with int8 weights. Raises ValueError.
+
+    With int8 only what runs stays in memory: there is no parallel() of it.
+    """
     found = find(path)
     about, weights = read_file(found) if found.is_file() else read(found)
     script = importlib.import_module(about["script"][:-len(".py")])
@@ -523,6 +584,9 @@ def load(path, dtype="fp32", device="cpu"):
     config = script.Hyperparameters(**{key: value for key, value in about["config"].items() if key in known})
     family = dict(train_gpt2=GPT2, train_rwkv6=RWKV6, train_rwkv7=RWKV7)[script.__name__]
     try:
-        return family(config, weights, dtype, device, about, script)
+        model = family(config, weights, dtype, device, about, script)
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit {about['script']}: {error}.") from None
+    if dtype == "int8":
+        model.hash, model.trained = model.hash, None
+    return model

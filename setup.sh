@@ -181,7 +181,7 @@ launch() {  # SCRIPT ARGS...
     if [ -n "$tiny" ] && [ -z "$data" ]; then
         "$PYTHON" data/pydocs.py
     fi
-    n=${NPROC:-$([ -n "$tiny" ] && echo 1 || count_gpus)}  # tiny steps are too small to be shared out
+    n=${NPROC:-$([ -n "$tiny" ] && echo 1 || count_gpus)}  # tiny's 2 sequences a step are done sooner by one
     nodes=${NNODES:-1}
     case $n in *[!0-9]*) setup_say "NPROC=$n is not a number of processes"; return 1 ;; esac
     case $nodes in *[!0-9]*) setup_say "NNODES=$nodes is not a number of machines"; return 1 ;; esac

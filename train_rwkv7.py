@@ -1085,11 +1085,9 @@ def newton_schulz(G, steps=5):
     return X
 
 
-BUCKET = 2**24  # elements: large messages use the links well, several of them overlap with the backward
-SENT = collections.Counter()  # bytes this rank sends in a step, as in a ring of n: (n - 1) / n of the whole buffer of a
-# reduce-scatter or an all-gather, twice that for an all-reduce; what the library and the network add is not in it
-REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # torch 2.13's name, 2.11's
-ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+BUCKET = 2**25  # elements: large messages use the links well, and several overlap with the backward
+SENT = collections.Counter()  # bytes a rank sends in a step, as in rings: of a buffer (n - 1) / n for a reduce-scatter
+# or an all-gather over n ranks, twice that for an all-reduce
 
 
 def ranks():
@@ -1098,7 +1096,7 @@ def ranks():
 
 
 class Bucket:
-    """Parameters of one dtype as one flat buffer of a chunk a rank: what lies in a rank's chunk is its own to train.
+    """Parameters of one dtype in a flat buffer with a chunk for each rank: a rank trains what lies in its chunk.
 
     owner: {parameter: rank}; each lies whole in its rank's chunk. Without it they lie end to end, across the borders.
     pieces: {parameter: slice of it, flat} that are this rank's; places: {parameter: slice of the chunk} where they lie.
@@ -1106,44 +1104,47 @@ class Bucket:
 
     def __init__(self, params, owner=None):
         self.rank, self.world = ranks()
-        self.params, self.pieces, self.places, filled, starts = params, {}, {}, [0] * self.world, []
+        self.params, self.starts, self.pieces, self.places, filled = params, [], {}, {}, [0] * self.world
         for p in params:
             r = owner[p] if owner else 0
-            starts.append(filled[r])
+            self.starts.append(filled[r])
             filled[r] += p.numel()
         self.chunk = max(filled) if owner else -(-filled[0] // (128 * self.world)) * 128  # 128: aligned pieces
-        self.starts = [start + owner[p] * self.chunk if owner else start for p, start in zip(params, starts)]
+        if owner:
+            self.starts = [owner[p] * self.chunk + start for p, start in zip(params, self.starts)]
         for p, start in zip(params, self.starts):
             first, last = (min(max(0, r * self.chunk - start), p.numel()) for r in (self.rank, self.rank + 1))
             if first < last:
-                self.pieces[p], at = slice(first, last), start + first - self.rank * self.chunk
-                self.places[p] = slice(at, at + last - first)
+                at = start + first - self.rank * self.chunk
+                self.pieces[p], self.places[p] = slice(first, last), slice(at, at + last - first)
 
     def views(self, flat):
-        """Each parameter's place in a buffer, in its shape."""
-        return [flat[start:start + p.numel()].view(p.shape) for p, start in zip(self.params, self.starts)]
+        """{parameter: its place in a buffer, in its shape}."""
+        return {p: flat[start:start + p.numel()].view(p.shape) for p, start in zip(self.params, self.starts)}
 
     def send(self):
-        """Begin to sum the gradients over the ranks, each gets its chunk. A rank that has none adds zeros."""
+        """Begin to sum the gradients over the ranks; each gets its chunk. A rank without a sequence adds zeros."""
         self.flat = self.params[0].new_zeros(self.world * self.chunk)
-        there = [(view, p.grad) for view, p in zip(self.views(self.flat), self.params) if p.grad is not None]
+        there = {view: p.grad for p, view in self.views(self.flat).items() if p.grad is not None}
         if there:
-            torch._foreach_copy_(*map(list, zip(*there)))
+            torch._foreach_copy_(list(there), list(there.values()))
         for p in self.params:
             p.grad = None
         self.mine = self.flat.new_empty(self.chunk)
         SENT["reduce-scatter"] += self.mine.nbytes * (self.world - 1)
-        self.work = REDUCE_SCATTER(self.mine, self.flat, async_op=True)
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # torch 2.13 or 2.11
+        self.work = scatter(self.mine, self.flat, async_op=True)
 
     def gradients(self):
         """{parameter: this rank's piece of its summed gradient, flat}."""
         if self.world == 1:
             return {p: p.grad.flatten() for p in self.params}
         self.work.wait()
+        self.flat = None
         return {p: self.mine[place] for p, place in self.places.items()}
 
     def gather(self, pieces, dtype):
-        """Of every rank's {parameter: piece} the whole: {parameter: tensor}."""
+        """The whole of what each rank has pieces of: {parameter: tensor}."""
         if self.world == 1:
             return pieces
         mine = self.params[0].new_zeros(self.chunk, dtype=dtype)
@@ -1151,16 +1152,16 @@ class Bucket:
             mine[place].view(pieces[p].shape).copy_(pieces[p])
         flat = mine.new_empty(self.world * self.chunk)
         SENT["all-gather"] += mine.nbytes * (self.world - 1)
-        ALL_GATHER(flat, mine)
-        return dict(zip(self.params, self.views(flat)))
+        (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(flat, mine)  # torch 2.13 or 2.11
+        return self.views(flat)
 
 
 @contextlib.contextmanager
 def averaging(model, optimizers):
-    """Sum the (already weighted) gradients over the ranks while the last backward, in here, still runs.
+    """Sum the (already weighted) gradients over the ranks while the step's last backward, in here, still runs.
 
-    A bucket is sent when its gradients are complete and all before it are sent, so that the order is the same on every
-    rank; what is left goes at the end: all of it where a rank has no sequence.
+    A bucket is sent when its gradients are complete and those before it are sent: one order on all ranks. What is left
+    goes at the end; on a rank without a sequence that is all.
     """
     position = {p: i for i, p in enumerate(model.parameters())}
     buckets = [bucket for optimizer in optimizers for bucket in optimizer.buckets if bucket.world > 1]
@@ -1183,22 +1184,22 @@ def averaging(model, optimizers):
 
 
 class Sharded(torch.optim.Optimizer):
-    """An optimiser in which a rank trains its own pieces of the buckets and keeps the state, KEYS, of these only."""
+    """An optimiser in which each rank trains its pieces of the buckets and keeps the state, KEYS, of these only."""
 
     def gradients(self):
         return {p: g for bucket in self.buckets for p, g in bucket.gradients().items()}
 
     def own(self, p, key):
-        """This rank's piece of the state, flat; zeros at first."""
-        state = self.state[p]
-        if key not in state:
+        """The state of this rank's piece, flat; zeros at first."""
+        if key not in self.state[p]:
             piece = next(bucket.pieces[p] for bucket in self.buckets if p in bucket.pieces)
-            state[key] = torch.zeros_like(p.view(-1)[piece])
-        return state[key]
+            self.state[p][key] = torch.zeros_like(p.view(-1)[piece])
+        return self.state[p][key]
 
     def named_buckets(self):
+        """(bucket, key, {parameter: its name in a full state}) for each bucket and key."""
         names = {p: name for group in self.param_groups for p, name in zip(group["params"], group["names"])}
-        return [(bucket, key, [f"{names[p]}.{key}" for p in bucket.params])
+        return [(bucket, key, {p: f"{names[p]}.{key}" for p in bucket.params})
                 for bucket in self.buckets for key in self.KEYS]
 
     @torch.no_grad()
@@ -1208,18 +1209,17 @@ class Sharded(torch.optim.Optimizer):
         for bucket, key, names in self.named_buckets():
             whole = bucket.gather({p: self.own(p, key) for p in bucket.pieces}, bucket.params[0].dtype)
             if bucket.rank == 0:
-                copies = (whole[p].view(p.shape).to("cpu", copy=True) for p in bucket.params)
-                full.update(zip(names, copies))
+                full.update((names[p], t.view(p.shape).to("cpu", copy=True)) for p, t in whole.items())
         return full
 
     @torch.no_grad()
     def load_full_state(self, tensors):
-        """Take this rank's pieces of a full_state, of any number of ranks, that rank 0 gives. Every rank calls it."""
+        """Take this rank's pieces of rank 0's full state, written by any number of ranks. Every rank calls it."""
         for bucket, key, names in self.named_buckets():
             flat = bucket.params[0].new_zeros(bucket.world * bucket.chunk)
             if bucket.rank == 0:
-                for name, view in zip(names, bucket.views(flat)):
-                    view.copy_(tensors[name])
+                for p, view in bucket.views(flat).items():
+                    view.copy_(tensors[names[p]])
             if bucket.world > 1:
                 dist.broadcast(flat, 0)
             for p, place in bucket.places.items():
@@ -1246,17 +1246,15 @@ class Adam(Sharded):
         grads = self.gradients()
         pieces = {p: p.view(-1)[piece] for bucket in self.buckets for p, piece in bucket.pieces.items()}
         for group in self.param_groups:
-            own = [p for p in group["params"] if p in grads]
-            steps = torch.full((len(own),), float(group["step"]), device=own[0].device).unbind() if own else []
-            adam(
-                [pieces[p] for p in own], [grads[p] for p in own],
-                *([self.own(p, key) for p in own] for key in self.KEYS), [], list(steps), fused=True, amsgrad=False,
-                beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=0.0, eps=group["eps"],
-                maximize=False)
-        for bucket in self.buckets:
-            if bucket.world > 1:
-                whole = bucket.gather(pieces, bucket.params[0].dtype)
-                torch._foreach_copy_(list(whole), list(whole.values()))
+            own, (beta1, beta2) = [p for p in group["params"] if p in pieces], group["betas"]
+            steps = torch.full((len(own),), float(group["step"]), device=group["params"][0].device)
+            moments = [[self.own(p, key) for p in own] for key in self.KEYS]
+            adam([pieces[p] for p in own], [grads[p] for p in own], *moments, [], list(steps), fused=True,
+                 lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], amsgrad=False, weight_decay=0.0,
+                 maximize=False)
+        for bucket in (bucket for bucket in self.buckets if bucket.world > 1):
+            whole = bucket.gather(pieces, bucket.params[0].dtype)
+            torch._foreach_copy_(list(whole), list(whole.values()))
 
 
 class Muon(Sharded):
@@ -1286,20 +1284,15 @@ class Muon(Sharded):
                 load[owner[p]] += flops(p)
             self.buckets.append(Bucket(params, owner))
 
-    @staticmethod
-    def batches(params):
-        """The matrices in batches of equal shape, rows <= cols after transposition: {(rows, cols): [matrices]}."""
-        batches = {}
-        for p in params:
-            batches.setdefault((min(p.shape), max(p.shape)), []).append(p)
-        return batches
-
     @torch.no_grad()
     def step(self):
         wide = lambda m: m if m.shape[0] <= m.shape[1] else m.mT
         grads, updates = self.gradients(), {}
         for group in self.param_groups:
-            for matrices in self.batches(p for p in group["params"] if p in grads).values():
+            batches = {}
+            for p in (p for p in group["params"] if p in grads):
+                batches.setdefault((min(p.shape), max(p.shape)), []).append(p)
+            for matrices in batches.values():
                 G, M = [grads[p].view_as(p) for p in matrices], [self.own(p, "M").view_as(p) for p in matrices]
                 torch._foreach_mul_(M, group["momentum"])
                 torch._foreach_add_(M, G)
@@ -1855,7 +1848,7 @@ def schedule(optimizers, step, args):
             if isinstance(optimizer, Muon):
                 group["momentum"] = momentum(step, args)
             else:
-                group["step"] = step
+                group["step"] = step  # Adam's bias correction
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ import numpy as np
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # of r50k_base.tiktoken
 GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
 LARGEST_ID = 65535  # shards hold uint16
+BY_SIZE = {257: "bytes", 50257: "gpt2"}  # the tokenizer of a model that names none
 
 
 class Failure(Exception):
@@ -242,3 +243,27 @@ def load(name="bytes", vocab=None):
         raise Failure(f"cannot fetch GPT-2's vocabulary ({type(error).__name__}). Without network: bring the file "
                       f"{GPT2_URL} and name it with --vocab FILE.") from None
     return BytePairs(sorted(ranks, key=ranks.get), "gpt2")
+
+
+def for_model(about, size, wanted=None):
+    """The tokenizer of a model with `size` ids, about: {tokenizer, tokenizer_sha256} as far as known; or the one wanted
+    (bytes, gpt2 or a vocabulary file), if it can be the model's."""
+    name = wanted or about.get("tokenizer") or BY_SIZE.get(size)
+    if not wanted and name not in BY_SIZE.values():
+        raise Failure(f"the model's tokenizer{f', {name},' if name else ''} is not known here. Give its vocabulary "
+                      "file with --tokenizer FILE, or bytes, or gpt2")
+    try:
+        tokenizer = load(name) if name in BY_SIZE.values() else from_file(name)
+    except Failure as failure:
+        if name != "gpt2":
+            raise
+        said = str(failure).replace("--vocab", "--tokenizer").rstrip(".")
+        if "--tokenizer" not in said:
+            said += ", or give GPT-2's vocabulary, r50k_base.tiktoken, with --tokenizer FILE"
+        raise Failure(said) from None
+    theirs, padded = about.get("tokenizer_sha256"), lambda n: -(-n // 128)  # tables of models are padded
+    if theirs not in (None, tokenizer.sha256) or padded(tokenizer.vocab_size) != padded(size):
+        was = f"{about.get('tokenizer')}, sha256 {theirs[:12]}" if theirs else f"{size} ids"
+        raise Failure(f"wrong tokenizer: {name} has {tokenizer.vocab_size} ids, sha256 {tokenizer.sha256[:12]}; the "
+                      f"model was trained with another ({was}). Give its vocabulary file with --tokenizer FILE")
+    return tokenizer

@@ -319,6 +319,9 @@ def agreement(record):
         logged["resumed"] = [{key: line.get(key) for key in ("run", "step", "began", "saved")}
                              for line in record.log.resumed]
     found = differences(logged, result)
+    told, count = facts.get("communication"), facts["hardware"]["count"]
+    if told and told.get("ranks") != count:
+        found.append(f"ranks: {told.get('ranks')} that communicate and {count} devices")
     if shlex.join(result["command"]) != record.log.command:
         found.append(f"command: {record.log.command[:60]!r} and {shlex.join(result['command'])[:60]!r}")
     need(not found, f"log.txt and result.json differ in {len(found)} places: " + "; ".join(found[:3]))

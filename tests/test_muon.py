@@ -4,6 +4,7 @@ gradient norms and states on 1, 2 and 3 ranks, also where a state of 2 ranks goe
 Run as a program (`python tests/test_muon.py FOLDER`) it is the worker of the last: it forks the ranks itself.
 """
 
+import importlib
 import os
 import subprocess
 import sys
@@ -228,6 +229,7 @@ def train(rank, world, folder, state=None):
 
 
 def work(folder):
+    importlib.import_module("torch._dynamo")  # 2 s, which the first optimiser of each rank would take
     for world, state in ((1, None), (2, None), (3, None), (1, "2"), (3, "2"), (2, "3")):
         children = []
         for rank in range(world):

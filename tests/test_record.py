@@ -259,7 +259,7 @@ def test_checkpoints(finished):
     matrices = {name for name, p in model.named_parameters() if f"{name}.M" in training}
     assert matrices and training.keys() == each | {f"{name}.M" for name in matrices} | {
         f"{name}.{key}" for name, _ in model.named_parameters() if name not in matrices
-        for key in ("step", "exp_avg", "exp_avg_sq")}
+        for key in ("exp_avg", "exp_avg_sq")}
     args = script.Hyperparameters.parse(finished.flags)
     stream = script.TokenStream(finished.data, "val", 353, "352 validation tokens")
     loss = script.validate(model, script.validation_set(stream, args, 0), args)

@@ -1,0 +1,200 @@
+"""bench.py and recurrent.py's int8 weights: what is computed and written. Nothing is timed here."""
+
+import json
+import statistics
+
+import pytest
+import torch
+
+import bench
+import recurrent
+from test_recurrent import scattered, tokens
+
+FAMILIES = bench.FAMILIES
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(name, weights=None):
+    script, config, own = scattered(name)
+    return FAMILIES[name](config, weights or own, "fp32", "cpu", dict(tokenizer="bytes"), script)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("out, into", [(64, 96), (257, 192), (31, 33)])
+def test_product_with_int8_is_off_by_no_more_than_rounding(out, into, rows):
+    generator = torch.Generator().manual_seed(out)
+    W, x = torch.randn(out, into, generator=generator), torch.randn(rows, 1, into, generator=generator)
+    W[0], W[1] = 0, 1e-3 * W[1]  # a row of zeros and a row with a scale of its own
+    small = recurrent.Int8(W)
+    step = W.abs().amax(1) / 127 * 1.006  # of a row: its largest / 127, rounded up to what bf16 holds
+    assert small.rounded.dtype == torch.int8 and small.rounded.abs().max() <= 127
+    assert (small.rounded.float() * small.scale.float()[:, None] - W).abs().amax(1).le(step / 2 + 1e-12).all()
+    exact, got = x.double() @ W.double().T, small.product(x)
+    bf16 = 2**-8 * (x.abs() @ W.abs().T + exact.abs())  # few rows: x and the result are rounded to bf16
+    bound = x.abs().sum(-1, keepdim=True) * step / 2 + (bf16 if rows <= 16 and into % 32 == 0 else 1e-5)
+    assert got.shape == exact.shape and got.dtype == torch.float32
+    assert ((got - exact).abs() <= bound + 1e-9).all(), ((got - exact).abs() / (bound + 1e-9)).max()
+    assert rows == 40 or (got - exact)[..., 2:].abs().max() > 0, "nothing was rounded"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_int8_model_is_the_fp32_model_with_rounded_weights(name):
+    model = build(name)
+    small, rounded = model.quantize(), {key: t.clone() for key, t in model.trained.items()}
+    assert small.dtype == "int8" and small.hash == model.hash
+    held = {**small.W, **{f"blocks.{l}.{key}": t for l, p in enumerate(small.blocks) for key, t in p.items()}}
+    quantized = {key: t for key, t in held.items() if isinstance(t, recurrent.Int8)}
+    assert {"head.weight"} < set(quantized), "the head is a matrix that every token reads"
+    assert not set(quantized) & set(recurrent.LOOK_UPS)
+    for key, t in quantized.items():
+        W = t.rounded.float() * t.scale.float()[:, None]
+        if key in rounded:
+            rounded[key] = W.T if recurrent.on_the_right(key) else W
+    like = build(name, rounded)
+    if "head.weight" not in rounded:  # RWKV-6 ties it to the embeddings, which stay as they are
+        head = quantized["head.weight"]
+        like.W["head.weight"] = head.rounded.float() * head.scale.float()[:, None]
+    text = tokens(1, 40)
+    a, b, plain = (m(text, m.new_state()) for m in (small, like, model))
+    size = plain.std()
+    assert (a - b).abs().max() < 1e-4 * size, "40 rows: fp32 on both sides"
+    assert 1e-4 * size < (a - plain).abs().max() < 0.2 * size
+    one, state = small.new_state(), small.new_state()
+    small(text, state)
+    last = [small(text[:, t:t + 1], one) for t in range(40)][-1]
+    assert (last[:, 0] - a[:, -1]).abs().max() < 0.1 * size, "one row: activations in bf16"
+    assert all(t.dtype == torch.float32 for t in one.tensors.values())
+    matrices = sum(t.rounded.numel() for t in quantized.values())
+    assert model.weight_bytes(read=True) - small.weight_bytes(read=True) > 2.9 * matrices
+    with pytest.raises(ValueError, match="recurrently only"):
+        small.parallel()
+
+
+def test_error_slope_verdict():
+    assert bench.error_of([1.0, 2.0, 3.0, 4.0, 100.0]) == pytest.approx(1.2533 * 1.4826 / 5**0.5)
+    positions = [1024, 4096, 16384, 65536]
+    line = [[5 + 0.25 * p / 16384 + noise for p in positions] for noise in (0, 1, 2)]
+    assert bench.slope_of(positions, line) == (pytest.approx(0.25), pytest.approx(0, abs=1e-9))
+    for (slope, error, ms), said in {(0.1, 0.01, 5): "grows", (-0.1, 0.01, 5): "falls", (0.1, 0.06, 5): "flat",
+                                     (0.04, 0.001, 5): "flat", (0.0, 0.2, 5): "undecided",
+                                     (0.1, 0.04, 5): "undecided"}.items():
+        assert bench.verdict(slope, error, ms) == said, (slope, error, ms)
+
+
+def test_every_round_does_every_job():
+    calls = []
+    job = lambda name: lambda: calls.append(name) or len(calls)
+    found = bench.measure(dict(a=job("a"), b=job("b"), c=job("c")), 6)
+    assert [len(v) for v in found.values()] == [6] * 3
+    assert all(set(calls[i:i + 3]) == {"a", "b", "c"} for i in range(0, 18, 3)) and len(set(map(tuple, [
+        calls[i:i + 3] for i in range(0, 18, 3)]))) > 1
+
+
+def result_of(name):
+    args = bench.parse(["x", "--positions", "24,48,96", "--rounds", "3", "--chunk", "16"])
+    said = []
+    return bench.bench([build(name), build("train_gpt2")], args, said.append), said
+
+
+@pytest.fixture(scope="module")
+def result():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "bandwidth", lambda: lambda: [1e10, 2e10])
+        return result_of("train_rwkv7")
+
+
+def test_state_of_rwkv_is_constant_and_the_cache_grows(result):
+    result, said = result
+    assert [s.split(":")[0] for s in said] == ["Random tokens stand in for the text, loss is not measured"]
+    sizes = {}
+    for line in result["positions"]:
+        sizes.setdefault(line["model"], []).append(line["state_bytes"])
+    gpt, config = sizes["GPT-2"], build("train_gpt2").config
+    assert len(set(sizes["RWKV-7"])) == 1 and sizes["RWKV-7"][0] == build("train_rwkv7").new_state().bytes()
+    assert gpt == [2 * 4 * config.layers * config.width * n for n in (24, 48, 96)]
+    assert [row["memory"] for row in result["slopes"]] == ["constant", "grows"]
+
+
+def test_files(result, tmp_path, capsys):
+    result, _ = result
+    bench.show(result, tmp_path / "deep" / "out", print)
+    out = tmp_path / "deep" / "out"
+    assert {p.name for p in out.iterdir()} >= {"table.md", "bench.csv", "bench.json"}
+    assert not list(out.glob("*.part"))
+    head, *rows = [line.split(",") for line in (out / "bench.csv").read_text().splitlines()]
+    assert head == ["model", "dtype", "position", "ms", "ms_error", "state_bytes"] and len(rows) == 6
+    printed = capsys.readouterr().out.splitlines()
+    again = json.loads(printed[-1])
+    assert again == json.loads((out / "bench.json").read_text()) == json.loads(json.dumps(result))
+    assert {"machine", "threads", "torch", "load", "rounds", "bandwidth", "positions", "slopes", "speed", "loss",
+            "peak_rss"} == set(again)
+    assert [(row["model"], row["dtype"]) for row in again["speed"]] == [
+        (model, dtype) for model in ("RWKV-7", "GPT-2") for dtype in ("fp32", "int8")]
+    for row in again["speed"]:
+        assert row["ms"] > 0 and row["tokens_per_s"] == pytest.approx(1e3 / row["ms"])
+        assert row["bound_share"] is None, "a model this small stays in the caches"
+    table = (out / "table.md").read_text()
+    assert "\n".join(printed).startswith(table.rstrip("\n"))
+    widths = {line.count("|") for block in table.split("\n\n") for line in block.splitlines() if line.startswith("|")}
+    assert widths == {3 + 6, 9}, table
+
+
+def test_share_of_the_bound(monkeypatch):
+    rounds = [([1e9, 2e9], 4.0, 1.0), ([1e9, 2e9], 4.0, 2.0), ([2e9, 2e8], 4.0, 4.0)]
+    numbers = lambda job: rounds if "speed" in job else [4.0] * 3
+    monkeypatch.setattr(bench, "measure", lambda jobs, rounds: {job: numbers(job) for job in jobs})
+    monkeypatch.setattr(recurrent.Model, "weight_bytes", lambda self, read=False: 8e7 if self.dtype == "fp32" else 2e7)
+    result, _ = result_of("train_rwkv6")
+    fp32, int8 = (row for row in result["speed"] if row["model"] == "RWKV-6")
+    assert result["bandwidth"] == dict(mv=1e9, linear=2e9)
+    assert fp32["bound_share"] == pytest.approx(80e6 / 2e9 * 1e3 / 4) and int8["bound_share"] is None
+    assert (fp32["times_fp32"], int8["times_fp32"]) == (1, statistics.median([4, 2, 1]))
+
+
+def test_loss_of_both():
+    model, text = build("train_rwkv7"), tokens(1, 1500)[0]
+    found, T = bench.losses([model, model.quantize()], text), min(model.config.seq_len, 256)
+    pieces = text[:len(text) // (T + 1) * (T + 1)].view(-1, T + 1)
+    with torch.no_grad():
+        z = model.parallel().logits(pieces[:, :-1])[..., :model.vocab_size]
+    assert found["pieces"] == len(pieces) > 1
+    assert found["fp32"] == pytest.approx(torch.nn.functional.cross_entropy(z.mT, pieces[:, 1:]).item(), rel=1e-4)
+    assert found["change"] == pytest.approx(found["int8"] - found["fp32"], abs=1e-6) and found["change"] != 0
+
+
+def test_table_goes_between_the_markers(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n")
+    bench.into(page, "| new |")
+    assert page.read_text() == f"before\n{bench.BEGIN}\n| new |\n{bench.END}\nafter\n"
+    for text in ("no markers", f"{bench.BEGIN}\n", f"{bench.END}\n{bench.BEGIN}\n", page.read_text() * 2):
+        page.write_text(text)
+        with pytest.raises(ValueError, match="once each"):
+            bench.into(page, "| new |")
+        assert page.read_text() == text
+
+
+@pytest.mark.parametrize("flags, word", [([], "give a CHECKPOINT"), (["x", "--shape", "124m"], "give a CHECKPOINT"),
+                                         (["x", "--rounds", "0"], "at least 1"), (["x", "--positions", "9"], "rising"),
+                                         (["x", "--positions", "9,3"], "rising"), (["x", "--rouns", "3"], "--rouns"),
+                                         (["--shape", "7b"], "124m")])
+def test_bad_flags(flags, word, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(flags)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and word in said and said.count("\n") == 1
+
+
+def test_no_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert bench.main(["nothing"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("bench.py: nothing: no such folder") and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())

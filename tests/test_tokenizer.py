@@ -1,0 +1,110 @@
+"""data/tokenizer.py: vocabulary files, with and without tiktoken. The names and hashes are in test_text.py."""
+
+import random
+import sys
+
+import numpy as np
+import pytest
+
+from helpers import ROOT
+
+sys.path.append(str(ROOT / "data"))
+import tokenizer  # noqa: E402
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+MERGES = [b"th", b"the", b" t", b" the", b"in", b"ing", b"  ", b"\n\n", b"an", b" a", b"and", b" and", b"'s", b"ll",
+          b"\xc3\xa9", b"er", b" 1", b"12"]
+ODD = [*map(chr, (*range(0x180), *range(0x2000, 0x2070), 0x3000, 0x4E00, 0x661, 0x2160, 0xBD, 0x1D54F, 0x1F600, 0x301,
+                  0x180E, 0xFEFF)), *" \n'sdtlvr1" * 40]
+
+
+def texts(count=300):
+    rng = random.Random(0)
+    yield from ("", TEXT)
+    for _ in range(count):
+        yield "".join(rng.choice(ODD) for _ in range(40))
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "small.tiktoken"
+    path.write_bytes(tokenizer.canonical([bytes([i]) for i in range(256)] + MERGES))
+    return path
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A file of the form of RWKV's own vocabulary."""
+    tokens = [bytes([i]) for i in range(256)] + [*MERGES, b"\xe4\xbd", "你好".encode(), b"a b"]
+    shown = lambda t: repr(t.decode()) if t.decode("utf-8", "ignore").encode() == t else repr(t)
+    path = tmp_path / "rwkv_vocab.txt"
+    path.write_text("".join(f"{i} {shown(t)} {len(t)}\n" for i, t in enumerate(tokens, 1)), encoding="utf-8")
+    return path, tokens
+
+
+def test_byte_pairs_without_tiktoken(pairs, monkeypatch):
+    fast = tokenizer.from_file(pairs)
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    slow = tokenizer.from_file(pairs)
+    assert type(fast) is tokenizer.BytePairs and type(slow) is tokenizer.SlowBytePairs
+    assert (slow.sha256, slow.name, slow.document_mark) == (fast.sha256, "small", 256 + len(MERGES))
+    for text in texts():
+        ids = slow.encode(text)
+        assert ids.dtype == "<u2" and np.array_equal(ids, fast.encode(text)), text
+        assert slow.decode([*ids, slow.document_mark]) == text.encode()
+
+
+def test_the_longest_token_first(world):
+    path, tokens = world
+    own = tokenizer.from_file(path)
+    assert (own.name, own.document_mark, own.vocab_size) == ("rwkv_world", 0, len(tokens) + 1)
+    for text in texts(50):
+        data, want = text.encode(), []
+        while data:
+            best = max((t for t in tokens if data.startswith(t)), key=len)
+            want.append(tokens.index(best) + 1)
+            data = data[len(best):]
+        assert own.encode(text).tolist() == want
+        assert own.decode([0, *want]) == text.encode()
+
+
+def test_as_the_rwkv_package(tmp_path):
+    theirs = pytest.importorskip("rwkv.rwkv_tokenizer", reason="the package rwkv (tests/requirements.txt) is missing")
+    path = next(iter(ROOT.__class__(theirs.__file__).parent.glob("rwkv_vocab_v*.txt")))
+    own, known = tokenizer.from_file(path), theirs.TRIE_TOKENIZER(str(path))
+    assert own.vocab_size == 65530
+    for text in texts():
+        assert own.encode(text).tolist() == known.encode(text)
+
+
+def test_lengths(pairs, world):
+    for own in (tokenizer.load(), tokenizer.from_file(pairs), tokenizer.from_file(world[0])):
+        lengths = own.lengths()
+        assert len(lengths) == own.vocab_size and lengths[own.document_mark] == 0
+        assert lengths.tolist() == [len(own.decode([i])) for i in range(own.vocab_size)]
+        assert lengths[own.encode(TEXT)].sum() == len(TEXT.encode())
+
+
+@pytest.mark.parametrize("line, said", [
+    ("1 'a' 2", "line 1 is not"), ("1 'a", "line 1"), ("1 [1] 1", "line 1"), ("1 'a' 1\n1 'b' 1", "line 2"),
+    ("1 __import__('os') 1", '"base64 rank"'), ("1 'a'+open('x').read() 1", "line 1"), ("70000 'a' 1", "single bytes")])
+def test_bad_files_of_rwkv(tmp_path, line, said):
+    (tmp_path / "vocab").write_text(line)
+    with pytest.raises(tokenizer.Failure, match=said) as failure:
+        tokenizer.from_file(tmp_path / "vocab")
+    assert str(tmp_path / "vocab") in str(failure.value)
+
+
+def test_for_model(pairs, world):
+    mine = tokenizer.from_file(pairs)
+    assert tokenizer.for_model({}, 257).name == "bytes"
+    assert tokenizer.for_model(dict(tokenizer="bytes", tokenizer_sha256=tokenizer.Bytes.sha256), 257).name == "bytes"
+    about = dict(tokenizer="small", tokenizer_sha256=mine.sha256)
+    assert tokenizer.for_model(about, mine.vocab_size, str(pairs)).sha256 == mine.sha256
+    assert tokenizer.for_model({}, 300, str(world[0])).name == "rwkv_world", "tables are padded"
+    for about, size, wanted, said in (
+            (about, mine.vocab_size, None, "small, is not known here"), ({}, 1000, None, "tokenizer is not known here"),
+            (about, mine.vocab_size, "bytes", "wrong tokenizer: bytes"), ({}, 65536, "bytes", "65536 ids"),
+            (about, mine.vocab_size, str(world[0]), "wrong tokenizer"), ({}, 257, "gone", "cannot read")):
+        with pytest.raises(tokenizer.Failure, match=said):
+            tokenizer.for_model(about, size, wanted)
