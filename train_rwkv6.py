@@ -2208,7 +2208,8 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
         sources = read_sources([Path(__file__), *model.sources])
         facts = dict(
             schema=SCHEMA, run=record.path.name, script=Path(__file__).name, seed=args.random_seed, config=asdict(args),
-            command=[Path(__file__).name, *sys.argv[1:]], environment=environment(), hardware=hardware(clock.device),
+            command=[Path(__file__).name, *sys.argv[1:]], environment=environment(),
+            hardware=dict(hardware(clock.device), memory_needed=counts.pop("memory")),
             data=described, model=dict(counts, flops_per_token=model.flops_per_token(counts["active"])),
             sources=[about for about, _ in sources])
         if start:

@@ -212,7 +212,7 @@ def test_the_estimate_of_memory(script, flags, data, tmp_path):
 def test_the_line_of_the_estimate(data, tmp_path, capfd):
     run_here("train_gpt2", *tiny("train_gpt2", data, tmp_path))
     _, _, result = only_record(tmp_path)
-    memory = result["model"]["memory"]
+    memory = result["hardware"]["memory_needed"]
     assert memory["estimate"] == memory["fixed"] + 4 * memory["sequence"]
     line, = re.findall(r"^memory: about (\S+) GB a process: .*, 4 x (\S+) for .*; \S+ GB are free$",
                        capfd.readouterr().out, re.M)

@@ -1,4 +1,4 @@
-"""Several machines by setup.sh and run_slurm.sh: what is launched where. SLURM's programs are stand-ins that do as their
+"""Several machines by setup.sh and run_slurm.sh: what is launched where. SLURM's programs are stand-ins that do as its
 manuals say: srun starts a task on each node, scontrol lists names, scancel --signal reaches the tasks only."""
 
 import dataclasses
