@@ -238,8 +238,8 @@ def table(result):
         at.setdefault(line["model"], []).append(line)
     positions = sorted({line["position"] for line in result["positions"]})
     out = [f"{result['machine']}, torch {result['torch']}; {result['rounds']} rounds; load {result['load']:.1f}; "
-           "torch.mv {mv:.1f}, linear() {linear:.1f} GB/s; ".format(**{k: v / 1e9 for k, v in result["bandwidth"].items()})
-           + f"process at most {mb(result['peak_rss'])} MB", "",
+           + ", ".join(f"{way} {rate / 1e9:.1f} GB/s" for way, rate in result["bandwidth"].items())
+           + f"; process at most {mb(result['peak_rss'])} MB", "",
            " | ".join(["| fp32, ms per token at", *(f"{p / 1024:g}k" for p in positions), "slope, ms per 16k", "time",
                        "state, MB", "memory |"]),
            "|---" * (len(positions) + 5) + "|"]

@@ -218,7 +218,12 @@ def worker(job):
     _, (train_stream, _, _), model, optimizers, counts = script.set_up(args, 0)
     compiled = torch.compile(model, fullgraph=True, dynamic=False) if cuda and args.compile else model
     loader, started = script.DataLoader(train_stream, args, 0, micro), time.perf_counter()
-    step = lambda: script.train_step(compiled, optimizers, *loader.next(), args)
+    numbers = iter(range(args.steps))
+
+    def step():
+        script.schedule(optimizers, next(numbers), args)
+        return script.train_step(compiled, optimizers, *loader.next(), args)
+
     wait = torch.cuda.synchronize if cuda else lambda: None
     for _ in range(WARM_UP[device]):
         loss = step()
