@@ -7,6 +7,8 @@
 # Environment:
 #   PYTHON=/path/to/python3   the Python to use, or, where it lacks packages, to make .venv with
 #   NPROC=4                   processes to launch; default: one a GPU, at least one; one for the tiny track
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=HOST [MASTER_PORT=29500]
+#                             one of two machines; the same on the other with NODE_RANK=1. run_slurm.sh sets them.
 #   CUDA_VISIBLE_DEVICES=0,1  the GPUs to use; empty or -1: none
 #   PIP_EXTRA_INDEX_URL=...   read by pip. On a machine without a GPU let it name the index of torch's CPU wheels:
 #                             they are a tenth of the default Linux wheels, which bring the CUDA libraries.
@@ -180,11 +182,25 @@ launch() {  # SCRIPT ARGS...
         "$PYTHON" data/pydocs.py
     fi
     n=${NPROC:-$([ -n "$tiny" ] && echo 1 || count_gpus)}  # tiny's 2 sequences a step are done sooner by one
+    nodes=${NNODES:-1}
     case $n in *[!0-9]*) setup_say "NPROC=$n is not a number of processes"; return 1 ;; esac
-    if [ "$n" -gt 1 ]; then
-        WORLD_SIZE=$n "$PYTHON" "$@" --check >/dev/null || return  # bad input is one line here, n tracebacks below
+    case $nodes in *[!0-9]*) setup_say "NNODES=$nodes is not a number of machines"; return 1 ;; esac
+    [ "$n" -gt 0 ] || n=1
+    if [ "$n" -gt 1 ] || [ "$nodes" -gt 1 ]; then
+        WORLD_SIZE=$((n * nodes)) "$PYTHON" "$@" --check >/dev/null || return  # one line here, n tracebacks below
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # torch.distributed.run's own default, without its warning
-        exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$n" "$@"
+        set -- --nproc_per_node="$n" "$@"
+        if [ "$nodes" -gt 1 ]; then
+            if [ -z "${MASTER_ADDR:-}" ] || [ -z "${NODE_RANK:-${SLURM_NODEID:-}}" ]; then
+                setup_say "NNODES=$nodes needs MASTER_ADDR=the first machine, NODE_RANK=0 on it, 1 on the next ..."
+                return 1
+            fi
+            set -- --nnodes="$nodes" --node_rank="${NODE_RANK:-$SLURM_NODEID}" --master_addr="$MASTER_ADDR" \
+                --master_port="${MASTER_PORT:-29500}" "$@"
+        else
+            set -- --standalone "$@"
+        fi
+        exec "$PYTHON" -m torch.distributed.run "$@"
     fi
     exec "$PYTHON" "$@"
 }

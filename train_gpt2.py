@@ -31,12 +31,16 @@ import re
 import shlex
 import shutil
 import signal
+import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -74,6 +78,23 @@ def stop(message):
     if os.environ.get("RANK", "0") == "0":
         print(f"{Path(__file__).name}: {message}", file=sys.stderr)
     raise SystemExit(1)
+
+
+def int_or_auto(text):
+    return text if text == "auto" else int(text)
+
+
+def private_folder(name):
+    """A folder below that for temporary files in which only this user can write: who else could would have us run what
+    is in it. Raises OSError."""
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
+    folder = Path(tempfile.gettempdir()) / f"rwkv-speedrun-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = folder.lstat()
+    if not stat.S_ISDIR(about.st_mode) or hasattr(os, "getuid") and (about.st_uid != user or about.st_mode & 0o022):
+        raise OSError(errno.EPERM, "not a folder that only you can write; set TMPDIR to one of your own", str(folder))
+    (folder / name).mkdir(exist_ok=True)
+    return folder / name
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -115,7 +136,9 @@ class Flags:
 def has_bf16(device):
     """Whether the device multiplies bf16 matrices in hardware (on a CPU: AVX512-BF16 or AMX)."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.device(device).type == "mps":
+        return False  # some have; fp32 is what all can
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
@@ -125,6 +148,8 @@ def resolve(args, world):
     cuda = torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
         raise ValueError("--device cuda: torch sees no CUDA device. Use --track tiny --device cpu.")
+    if args.device == "mps" and (world > 1 or not torch.backends.mps.is_available()):
+        raise ValueError("--device mps: one process, on a Mac whose torch has it. Use --track tiny --device cpu.")
     if args.device == "auto" and args.track == "fineweb" and not cuda:
         raise ValueError("track fineweb needs a CUDA device and torch sees none. "
                          "On this machine run --track tiny (or insist with --device cpu: months, not minutes).")
@@ -135,7 +160,8 @@ def resolve(args, world):
     if args.order == "cubic" and args.track == "fineweb":
         raise ValueError("--order cubic is for small corpora on --track tiny; track fineweb reads in sequence.")
     counts = ("steps", "bsz", "device_bsz", "seq_len", "epochs", "val_every", "val_tokens", "layers", "width")
-    for low in (f.name for f in fields(args) if f.type in (int, float) and getattr(args, f.name) < (f.name in counts)):
+    numbers = (f.name for f in fields(args) if f.type in (int, float, int_or_auto) and getattr(args, f.name) != "auto")
+    for low in (name for name in numbers if getattr(args, name) < (name in counts)):
         raise ValueError(f"--{low} {getattr(args, low)} is too small: at least {int(low in counts)}.")
     if args.stop_after > args.steps:
         raise ValueError(f"--stop_after {args.stop_after} is more than --steps {args.steps}.")
@@ -163,7 +189,7 @@ class Hyperparameters(Flags):
     warmdown_steps: int = flag("last steps, over which every learning rate falls linearly to 0", fineweb=926, tiny=4400)
     warmup_steps: int = flag("first steps, over which every learning rate rises linearly", fineweb=0, tiny=0)
     bsz: int = flag("sequences a step, over all devices and micro-batches", fineweb=512, tiny=2)
-    device_bsz: int = flag("sequences a device takes at once, at most", fineweb=64, tiny=16)
+    device_bsz: int_or_auto = flag("sequences a device takes at once; auto: all that fit", fineweb=64, tiny=16)
     seq_len: int = flag("tokens a sequence (T)", fineweb=1024, tiny=256)
     epochs: int = flag("how often the train shards may be read over", fineweb=1, tiny=20)
     order: str = flag("of the train tokens; cubic: k-th sequence = chunk k^3 mod p (data/README.md)", "sequential",
@@ -189,7 +215,7 @@ class Hyperparameters(Flags):
     head_lr: float = flag("Adam: head", fineweb=0.002, tiny=0.005)
     adam_beta2: float = flag("Adam: decay of the mean square", fineweb=0.95, tiny=0.99)
     # machine
-    device: str = flag("where to train", "auto", choices=("auto", "cuda", "cpu"))
+    device: str = flag("where to train", "auto", choices=("auto", "cuda", "cpu", "mps"))
     dtype: str = flag("bf16 (activations and products), mixed (products bf16, the rest fp32) or fp32", "auto",
                       choices=("auto", "bf16", "mixed", "fp32"))
     compile: bool = flag("torch.compile the model on a GPU", True)
@@ -766,10 +792,11 @@ def shell(*command):
 def hardware(device):
     """The machine of this run: {name, count of devices, text}, text being nvidia-smi's page or the CPU's facts."""
     if device.type == "cuda":
-        return dict(name=torch.cuda.get_device_name(device), count=world_size(), text=shell("nvidia-smi"))
+        text = shell("nvidia-smi") or shell("rocm-smi")
+        return dict(name=torch.cuda.get_device_name(device), count=world_size(), text=text)
     info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
     model = re.search(r"^model name\s*: (.*)|\Z", info, re.M)[1] or shell("sysctl", "-n", "machdep.cpu.brand_string")
-    name = f"{model or platform.machine()}, {torch.get_num_threads()} threads"
+    name = f"{model or platform.machine()}, {'MPS' if device.type == 'mps' else f'{torch.get_num_threads()} threads'}"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else math.nan
     return dict(name=name, count=world_size(), text=f"{name} of {os.cpu_count()} cores, {memory:.1f} GiB of memory")
 
@@ -784,7 +811,8 @@ def environment():
         variables={name: value for name, value in sorted(os.environ.items()) if name.startswith(steering)},
         image=IMAGE.read_text(encoding="utf-8").strip() if IMAGE.exists() else "none",
         python=platform.python_version(), platform=platform.platform(), torch=torch.__version__,
-        cuda=torch.version.cuda or "none", nvcc=(shell("nvcc", "--version").splitlines() or ["none"])[-1],
+        cuda=torch.version.cuda or torch.version.hip and f"ROCm {torch.version.hip}" or "none",
+        nvcc=(shell("nvcc", "--version").splitlines() or ["none"])[-1],
         driver=first_line(shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")),
         compiler=first_line(shell(os.environ.get("CXX", "c++"), "--version")),
         git_commit=shell("git", "rev-parse", "HEAD") or "none",
@@ -867,8 +895,8 @@ class Clock:
         self.seconds = {phase: 0.0 for phase in ("warm-up", "train", "validation", "saving", "rest")}
 
     def switch(self, phase):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
         now = time.perf_counter()
         self.seconds[self.phase] += now - self.since
         self.phase, self.since = phase, now
@@ -1180,6 +1208,98 @@ def share(count, rank):
     return count * rank // world_size(), count * (rank + 1) // world_size()
 
 
+PATIENCE = timedelta(minutes=30)  # with a rank that hangs; one that ends is noticed at once
+
+
+class Peers:
+    """How ranks learn of each other's end, without waiting for a collective that cannot come: each holds a connection
+    to rank 0, which the system closes whatever a process dies of (in 30 s if its machine is lost). Then, or when a rank
+    says what is wrong, all of them end, and a line on every machine names the rank. store: torchrun's, for set-up."""
+
+    def __init__(self, rank, alone):
+        self.rank, self.local, self.record = rank, int(os.environ.get("LOCAL_RANK", 0)), None
+        self.name, self.store, self.links = f"rank {rank} on {platform.node()}", None, []
+        self.over, self.heard, self.lock = threading.Event(), threading.Event(), threading.Lock()
+        if alone:
+            return
+        try:
+            self.store = next(dist.rendezvous("env://", timeout=PATIENCE))[0]
+            master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            if rank > 0:
+                link = socket.create_connection(json.loads(self.store.get("rank 0")), timeout=60)
+                link.sendall(f"{json.dumps(dict(name=self.name))}\n".encode())
+                return threading.Thread(target=self._listen, args=(link, "rank 0"), daemon=True).start()
+            with socket.create_connection(master, timeout=60) as to_store:
+                here = to_store.getsockname()[0]
+            if here.startswith("127.") or here == "::1":  # the others reach this machine by the master's name
+                here = master[0]
+            one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+            server = socket.create_server((here if one_machine else "", 0),
+                                          family=socket.AF_INET6 if ":" in here else socket.AF_INET)
+            self.store.set("rank 0", json.dumps([here, server.getsockname()[1]]))
+            threading.Thread(target=self._accept, args=(server,), daemon=True).start()
+            deadline = time.monotonic() + 300
+            while len(self.links) < world_size() - 1:
+                time.sleep(0.02)
+                if time.monotonic() > deadline:
+                    raise OSError(f"{len(self.links) + 1} of {world_size()} ranks came in 5 minutes")
+        except (OSError, RuntimeError) as error:
+            raise SystemExit(f"{Path(__file__).name}: {self.name}: the ranks do not find each other: {error}") from None
+
+    def _accept(self, server):
+        while True:
+            threading.Thread(target=self._listen, args=(server.accept()[0],), daemon=True).start()
+
+    def _listen(self, link, name=None):
+        link.settimeout(None)
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, seconds in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
+            if hasattr(socket, option):
+                link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)
+        lines = link.makefile("rw")
+        try:
+            name = name or json.loads(lines.readline(1000))["name"]
+        except (OSError, ValueError, KeyError, TypeError):  # a stranger
+            return
+        self.links.append(lines)
+        try:
+            said = json.loads(lines.readline())
+        except (OSError, ValueError):
+            said = f"{name} died without a word: killed, for want of memory perhaps, or its machine is lost"
+        self.heard.set()
+        with self.lock:
+            if said is None or self.over.is_set():  # it left in peace, or this rank is ending by itself
+                return
+            self._tell(said)
+            if self.local == 0 or self.rank == 1:  # rank 1 speaks where it is rank 0 that died
+                print(f"\n{Path(__file__).name}: {said}", file=sys.stderr, flush=True)
+            if self.record:
+                self.record.close(f"failed: {said}")
+            os._exit(1)
+
+    def _tell(self, said):
+        self.over.set()
+        for link in self.links:
+            with contextlib.suppress(OSError, ValueError):
+                link.write(f"{json.dumps(said)}\n")
+                link.flush()
+
+    def leave(self):
+        with self.lock:
+            self._tell(None)
+
+    def failed(self, error):
+        """Tell the others. Does not return where another rank failed first, as it did if a collective broke here."""
+        if self.store:
+            time.sleep(2 if self.rank else 1)  # rank 0 speaks first where all have the same to say
+            with self.lock:
+                self._tell(f"{self.name}: {error}")
+            if self.rank > 0:
+                self.heard.wait(5)  # until it has arrived: a launcher that sees this rank end will end the others
+                if self.local == 0:
+                    print(f"{Path(__file__).name}: {self.name}: {error}", file=sys.stderr)
+
+
 def all_sum(tensor):
     """Sum over the ranks, in place."""
     if world_size() > 1:
@@ -1242,12 +1362,13 @@ def validation_set(stream, args, rank):
 @torch.no_grad()
 def validate(model, val, args):
     """Mean loss in nats a token over the validation sequences of all ranks; None when a rank was asked to stop."""
-    total = torch.zeros(3, dtype=torch.float64, device=args.device)  # sum of losses, number of targets, ranks asked
+    wide = torch.float32 if args.device == "mps" else torch.float64  # of which MPS has none
+    total = torch.zeros(3, dtype=wide, device=args.device)  # sum of losses, number of targets, ranks asked
     for x, y in zip(*(t.split(args.device_bsz) for t in val)) if len(val[0]) else ():  # more ranks than sequences
         if signals.number:
             break
         count = (y >= 0).sum()
-        total[:2] += torch.stack([model(x, y).double() * count, count.double()])
+        total[:2] += torch.stack([model(x, y).to(wide) * count, count.to(wide)])
     total[2] = float(signals.number > 0)
     loss, count, asked = all_sum(total).tolist()
     return None if asked else loss / count
@@ -1304,7 +1425,7 @@ def print_parameters(model, optimizers):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for name in group["names"]:
-                t = tensors[name].detach().double()
+                t = tensors[name].detach().cpu().double()
                 print(f"{name:34} {'x'.join(map(str, t.shape)):16} {type(optimizer).__name__.lower():9} "
                       f"{group['lr']:8g} {t.mean():11.4e} {t.std(correction=0):11.4e}")
 
@@ -1324,8 +1445,9 @@ def reference_curve(args, data):
         return {}
 
 
-def open_data(args, rank):
-    """(train stream, val stream, their facts for the record), every token checked by rank 0. Raises ValueError."""
+def open_data(args, rank, store=None):
+    """(train stream, val stream, their facts for the record). On every machine local rank 0 checks every token, and
+    that the shards are those of rank 0. Raises ValueError."""
     steps, cubic = args.stop_after or args.steps, args.seq_len if args.order == "cubic" else 0
     train = TokenStream(args.data, "train", steps * args.bsz * args.seq_len + 1, f"{steps} steps", args.epochs, cubic)
     exactly = 1 if args.track == "fineweb" else 0
@@ -1342,12 +1464,19 @@ def open_data(args, rank):
     if vocab not in (None, args.vocab_size):
         raise ValueError(f"{args.data} holds tokens of {about.get('tokenizer')}, {vocab} ids; the model has "
                          f"--vocab_size {args.vocab_size}. Use --vocab_size {vocab}, or data of another tokenizer.")
-    if rank != 0 or args.check:
+    if int(os.environ.get("LOCAL_RANK", rank)) != 0 or args.check:
         return train, val, {}
     shards = [stream.fingerprint(args.vocab_size, about.get("shards", ())) for stream in (train, val)]
     for shard in (s for s in shards[0] + shards[1] if listed and listed.get(s["name"]) != s["sha256"]):
         raise ValueError(f"{Path(args.data) / shard['name']} is not what manifest.json lists: damaged, or of another "
                          "tokenizer? Make the data again, or delete manifest.json if you vouch for every shard.")
+    mine = [[str(Path(args.data) / shard["name"]), shard["sha256"]] for shard in shards[0] + shards[1]]
+    if store and rank == 0:
+        store.set("shards", json.dumps(mine))
+    for (path, here), (there, digest) in zip(mine, json.loads(store.get("shards")) if store and rank else ()):
+        if (path, here) != (there, digest):
+            raise ValueError(f"{path} on {platform.node()} is not rank 0's {there}: sha256 {here[:12]}, there "
+                             f"{digest[:12]}. Damaged, or made elsewhere? Fetch or copy it again.")
     return train, val, dict(folder=str(args.data), train=shards[0], val=shards[1], manifest=about or None)
 
 
@@ -1359,20 +1488,108 @@ def keep_memory():
             ctypes.CDLL(None).mallopt(option, value)
 
 
-def set_up(args, rank):
+def banner(args, device):
+    """What is special about this device, or None."""
+    if device.type == "mps" or device.type == "cuda" and torch.version.hip:
+        return f"{'ROCm' if torch.version.hip else 'MPS'}: UNTESTED here, through the forms in torch alone"
+    if device.type == "cuda" and not has_bf16(device):
+        name, arch = torch.cuda.get_device_name(device), "sm_%d%d" % torch.cuda.get_device_capability(device)
+        return (f"{name} ({arch}) has no bf16, which sm_80 and newer have: training in {args.dtype}, several times "
+                "slower, and no match for records in bf16")
+    return None
+
+
+def out_of_memory(error, args):
+    """What to try next if it is memory that ran out, else None."""
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not (
+            isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))):
+        return None
+    most = -(-args.bsz // world_size())
+    now = most if args.device_bsz == "auto" else min(args.device_bsz, most)
+    way_out = "Take a device with more memory, a shorter --seq_len or a smaller model" if now == 1 else (
+        f"Next to try: --device_bsz {now // 2} (the same losses, more micro-batches), or --device_bsz auto")
+    return f"out of memory on {args.device} with {now} sequence(s) of {args.seq_len} tokens at a time. {way_out}."
+
+
+def memory_needed(model, optimizers, args):
+    """Bytes at the peak of a training step: (whatever the micro-batch, for each sequence of it), without compilation,
+    which saves some. A sequence takes what its forward keeps for the backward and, at the start of that, twice its
+    logits; measured on one and on two, since copies of the weights are kept, too."""
+    def keeps(n):
+        kept, tokens = {}, torch.zeros(n, args.seq_len, dtype=torch.int64, device=args.device)
+
+        def keep(t):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            model(tokens, tokens)
+        return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+    own = {p.untyped_storage().data_ptr(): p.nbytes for p in model.parameters()}
+    one, two = keeps(1), keeps(2)
+    with torch.no_grad():
+        logits = model.logits(torch.zeros(1, 1, dtype=torch.int64, device=args.device)).nbytes * args.seq_len
+    states = sum((piece.stop - piece.start) * p.element_size() * len(optimizer.KEYS) for optimizer in optimizers
+                 for bucket in optimizer.buckets for p, piece in bucket.pieces.items())
+    return 2 * sum(own.values()) + states + 2 * one - two, two - one + 2 * logits
+
+
+def memory_free(device):
+    """Bytes a process can have on the device, about; on a CPU its share of what the machine has left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    text = Path("/proc/meminfo").read_text() if os.path.exists("/proc/meminfo") else ""
+    known = re.search(r"^MemAvailable:\s*(\d+) kB|\Z", text, re.M)[1]
+    return int(known) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if known else math.inf
+
+
+def largest_device_bsz(model, args, device, fixed, sequence):
+    """What --device_bsz auto comes to: the largest share in 1, 2, 4 ... equal parts, until they fit on every rank. On
+    a GPU by trying, with room set aside for the optimisers' states; elsewhere by the estimate."""
+    form = torch.compile(model, fullgraph=True, dynamic=False) if args.compile and args.device == "cuda" else model
+    held = 2 * sum(p.nbytes for p in model.parameters())  # parameters are there, gradients come
+
+    def fits(n):
+        if device.type in ("cpu", "mps"):
+            return fixed + n * sequence <= memory_free(device)
+        try:
+            room = torch.empty(max(0, fixed - held), dtype=torch.uint8, device=device)
+            tokens = torch.zeros(n, args.seq_len, dtype=torch.int64, device=device)
+            form(tokens, tokens).backward()
+            del room
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+    most, parts = -(-args.bsz // world_size()), 1
+    while parts < most and not fits(-(-most // parts)):
+        parts *= 2
+    if world_size() > 1:
+        parts = torch.tensor(parts, device=device)
+        dist.all_reduce(parts, dist.ReduceOp.MAX)
+    return -(-most // int(parts))
+
+
+def set_up(args, rank, peers=None):
     """Device, data, model and optimisers, checked before anything is written or timed. Raises ValueError, OSError."""
     local_rank, alone = int(os.environ.get("LOCAL_RANK", 0)), world_size() == 1 or args.check
+    say = tqdm.write if rank == 0 else lambda text: None
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*|", args.name):
         raise ValueError(f"--name {args.name!r}: letters, digits, '-', '_' and '.' only; it becomes a folder's name.")
     resolve(args, world_size())
-    device = torch.device(args.device, local_rank) if args.device == "cuda" else torch.device("cpu")
+    device = torch.device(args.device, local_rank) if args.device == "cuda" else torch.device(args.device)
     if args.device == "cuda":
         torch.cuda.set_device(device)
     else:
         keep_memory()
+    if args.compile and args.device == "cuda":  # torch's own choice is a folder of a name that others can take
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_folder("inductor")))
     if not alone:
-        dist.init_process_group("nccl", device_id=device) if args.device == "cuda" else dist.init_process_group("gloo")
-    data = None if args.print_params else open_data(args, rank)
+        on_gpu = dict(backend="nccl", device_id=device) if args.device == "cuda" else dict(backend="gloo")
+        dist.init_process_group(**on_gpu, timeout=PATIENCE, rank=rank, world_size=world_size(),
+                                store=peers and peers.store)
+    data = None if args.print_params else open_data(args, rank, peers and peers.store)
     torch.manual_seed(args.random_seed)
     model = build_model(args)
     model.to(device)
@@ -1385,7 +1602,19 @@ def set_up(args, rank):
     if args.track == "fineweb" and active > ACTIVE_LIMIT:
         raise ValueError(f"{active:,} parameters are active per token; track fineweb allows {ACTIVE_LIMIT:,}. "
                          "Make --width, --layers or --ffn_ratio smaller.")
-    return device, data, model, optimizers, dict(parameters=sum(sizes.values()), active=active)
+    counts = dict(parameters=sum(sizes.values()), active=active)
+    if not args.check and not args.print_params:
+        if text := banner(args, device):
+            say(text)
+        fixed, sequence = memory_needed(model, optimizers, args)
+        if args.device_bsz == "auto":
+            args.device_bsz = largest_device_bsz(model, args, device, fixed, sequence)
+        at_once = min(args.device_bsz, -(-args.bsz // world_size()))
+        counts["memory"] = dict(fixed=fixed, sequence=sequence, estimate=fixed + at_once * sequence)
+        say(f"memory: about {(fixed + at_once * sequence) / 1e9:.3g} GB a process: {fixed / 1e9:.3g} for parameters, "
+            f"gradients and optimisers, {at_once} x {sequence / 1e9:.3g} for the sequences taken at once; "
+            f"{memory_free(device) / 1e9:.3g} GB are free")
+    return device, data, model, optimizers, counts
 
 
 def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
@@ -1397,7 +1626,8 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
         sources = read_sources([Path(__file__), *model.sources])
         facts = dict(
             schema=SCHEMA, run=record.path.name, script=Path(__file__).name, seed=args.random_seed, config=asdict(args),
-            command=[Path(__file__).name, *sys.argv[1:]], environment=environment(), hardware=hardware(clock.device),
+            command=[Path(__file__).name, *sys.argv[1:]], environment=environment(),
+            hardware=dict(hardware(clock.device), memory_needed=counts.pop("memory")),
             data=described, model=dict(counts, flops_per_token=model.flops_per_token(counts["active"])),
             sources=[about for about, _ in sources])
         if start:
@@ -1544,16 +1774,19 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, signals)
     clock, args = Clock(), Hyperparameters.parse(argv)
     rank, record = int(os.environ.get("RANK", 0)), None
+    peers = Peers(rank, alone=world_size() == 1 or args.check)
     try:
-        clock.device, data, model, optimizers, counts = set_up(args, rank)
+        clock.device, data, model, optimizers, counts = set_up(args, rank, peers)
         if args.print_params:
             return print_parameters(model, optimizers) if rank == 0 else None
         if args.check:
             return None
         start = resume_point(args, rank, model, data[2])
-        record = Record(args, rank, start[2]["log.txt"] if start and rank == 0 else b"")
+        peers.record = record = Record(args, rank, start[2]["log.txt"] if start and rank == 0 else b"")
         run(args, rank, record, clock, data, model, optimizers, counts, start)
     except KeyboardInterrupt as interrupt:
+        if not interrupt.args:  # else all ranks end after the same step
+            peers.failed("interrupted")
         number = signal.Signals(signals.number or signal.SIGTERM)  # the rank that the signal did not reach follows
         log = record.close(f"interrupted by {number.name}{interrupt}") if record else None
         if rank == 0:
@@ -1561,11 +1794,17 @@ def main(argv=None):
                   file=sys.stderr)
         raise SystemExit(128 + number)
     except Diverged as error:
+        peers.failed(error)
         log = record.close(f"failed: {error}")
         stop(f"{error}; the log: {log}")
     except Exception as error:
+        short = out_of_memory(error, args)
+        plain = isinstance(error, (OSError, ValueError))
+        peers.failed(short or (str(error) if plain else f"{type(error).__name__}: {error}"))
         if record:
-            record.close(f"failed: {type(error).__name__}: {error}")
+            record.close(f"failed: {short or f'{type(error).__name__}: {error}'}")
+        if short:
+            stop(short)
         if isinstance(error, OSError):
             where = "" if error.filename or not record else f" (writing {record.path})"
             stop(f"{error}{where}. Make room, set permissions or choose --records FOLDER or --checkpoints FOLDER; "
@@ -1574,6 +1813,7 @@ def main(argv=None):
             stop(error)
         raise
     finally:
+        peers.leave()
         if dist.is_initialized():
             dist.destroy_process_group()
 

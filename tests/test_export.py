@@ -34,7 +34,7 @@ import os, sys
 os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="1", RWKV_CUDA_ON="0")
 import torch
 from rwkv.model import RWKV
-tokens, results = torch.load(sys.argv[1]), {}
+tokens, results = torch.load(sys.argv[1], weights_only=True), {}
 for path in sys.argv[2:]:
     model, state, one = RWKV(path[:-len(".pth")], "cpu fp32"), None, []
     at_once, _ = model.forward(tokens, None, full_output=True)
@@ -121,7 +121,7 @@ def package(files):
     done = subprocess.run([sys.executable, "-c", PACKAGE, str(exchange), *map(str, files.values())], env=environment(),
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    results = torch.load(exchange)
+    results = torch.load(exchange, weights_only=True)
     return {case: results[str(path)] for case, path in files.items()}
 
 
@@ -141,7 +141,7 @@ def ours(model):
 def test_the_package_computes_the_same(case, checkpoints, files, package):
     mine, its = ours(recurrent.load(checkpoints.get(case, files[case]))), package[case]
     assert mine["parallel"].abs().max() > 2, "logits too small to tell anything"
-    zeros = [name for name, t in torch.load(files[case]).items() if not t.any()]
+    zeros = [name for name, t in torch.load(files[case], weights_only=True).items() if not t.any()]
     assert not zeros, f"not trained: {zeros}"
     errors = {f"{a} / {b}": (mine[a] - its[b]).abs().max().item() for a in mine for b in its}
     assert max(errors.values()) < LIMIT, errors
@@ -224,7 +224,7 @@ def test_foreign_files(files, tmp_path):
     assert (config.layers, config.width, config.headsz, config.ffn_ratio, config.vocab_size, config.x070) == (
         2, 128, 64, 4.0, 301, True)
     assert model.trained["blocks.1.att.w1"].shape == (128, 32) and ours(model)["parallel"].shape == (256, 301)
-    found = torch.load(files["foreign"])
+    found = torch.load(files["foreign"], weights_only=True)
     safetensors.torch.save_file(found, tmp_path / "official.safetensors")
     torch.save(found, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     for name in ("official.safetensors", "old.pth"):
@@ -234,7 +234,7 @@ def test_foreign_files(files, tmp_path):
     assert same_logits(recurrent.load(out), model) and recurrent.load(out).hash == model.hash
     flags = ["--dtype", "bf16", "--to", "rwkv", "--out"]
     assert export.main([str(files["plain"]), *flags, str(tmp_path / "half.pth")]) == 0
-    half, whole = torch.load(tmp_path / "half.pth"), torch.load(files["plain"])
+    half, whole = torch.load(tmp_path / "half.pth", weights_only=True), torch.load(files["plain"], weights_only=True)
     assert all(torch.equal(half[name], whole[name].bfloat16()) for name in whole)
     assert (tmp_path / "half.pth").stat().st_size < 0.6 * files["plain"].stat().st_size
 
@@ -308,7 +308,7 @@ class Malicious:
 def test_bad_files(files, tmp_path, monkeypatch):
     """One clear line each, and nothing in them is run."""
     monkeypatch.chdir(tmp_path)
-    good, raw = torch.load(files["plain"]), files["plain"].read_bytes()
+    good, raw = torch.load(files["plain"], weights_only=True), files["plain"].read_bytes()
     changed = lambda **tensors: {**good, **{name.replace("__", "."): t for name, t in tensors.items()}}
     less = lambda *gone: {name: t for name, t in good.items() if name not in gone}
     tables = {

@@ -199,7 +199,7 @@ def train(rank, world, folder, state=None):
         g["names"] = [names[p] for p in g["params"]]
     optimizers = [Adam(groups[1], betas=(0.9, 0.95)), Muon(groups[0], lr=0.02)]
     if state:
-        before = torch.load(f"{folder}/{state}_0.pt")["taken"]
+        before = torch.load(f"{folder}/{state}_0.pt", weights_only=True)["taken"]
         model.load_state_dict(before["model"])
         for optimizer, tensors in zip(optimizers, before["states"]):
             optimizer.load_full_state(tensors if rank == 0 else {})
@@ -256,7 +256,7 @@ def worlds(tmp_path_factory):
     done = subprocess.run([sys.executable, __file__, str(folder)], env=environment(), capture_output=True, text=True,
                           timeout=300)
     assert done.returncode == 0, done.stderr
-    return {world: [torch.load(folder / f"{world}_{rank}.pt") for rank in range(int(world[-1]))]
+    return {world: [torch.load(folder / f"{world}_{rank}.pt", weights_only=True) for rank in range(int(world[-1]))]
             for world in ("1", "2", "3", "2to1", "2to3", "3to2")}
 
 

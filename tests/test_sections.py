@@ -14,7 +14,7 @@ from helpers import ROOT, environment
 
 SHARED = ("Command line", "Muon optimizer", "Data loader", "Record", "Checkpoint", "Learning rate", "Main")
 SHARED_BY_SOME = {"Kernel build": ("train_rwkv6.py", "train_rwkv7.py")}  # sections shared by these only
-SCRIPT_LINES = 2300  # a training script; raising it is a change with a reason (dev/LOG.md)
+SCRIPT_LINES = 2520  # a training script; raising it is a change with a reason (dev/LOG.md)
 KERNEL_LINES = 400  # a file under cuda/
 COLUMNS = {".py": 120, ".sh": 120, ".cpp": 140, ".cu": 140, ".cuh": 140, ".h": 140}  # C++ spells out its types
 SCRIPTS = sorted(ROOT.glob("train_*.py"))

@@ -2,6 +2,7 @@
 and against the unfused time_mix in bf16, every gradient, parameters' too; shapes, races, memory, registration, nvcc."""
 
 import ctypes
+import json
 import subprocess
 import sys
 
@@ -163,7 +164,7 @@ def test_model_in_one_graph(T):
 # Without the operator, in a process of its own: every order of threads, every access watched, sanitizers.
 
 DIRECT = """
-import ctypes, sys
+import ctypes, json, sys
 import numpy as np
 library = ctypes.CDLL(sys.argv[1])
 B, T, H, seen = 2, 80, 2, set()
@@ -171,7 +172,7 @@ random = np.random.default_rng(0).standard_normal
 bf16 = lambda x: (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 inputs, dout = [bf16(random((B, T, H, 64))) for _ in range(6)], bf16(random((B, T, H, 64)))
 parameters = random((7, H, 64)).astype(np.float32)
-for order, seed, copies in eval(sys.argv[2]):
+for order, seed, copies in json.loads(sys.argv[2]):
     library.cuda_on_cpu_schedule(order, ctypes.c_uint64(seed), copies)
     out, *grads = (np.full(dout.shape, 0xffff, np.uint16) for _ in range(7))
     kept, parts = np.full((B, H, 2, 64, 64), 0xffff, np.uint16), np.full((B, H, 7, 64), np.nan, np.float32)
@@ -188,7 +189,7 @@ assert len(seen) == 1, "the order of threads changes the results"
 
 
 def direct(library, orders, **env):
-    done = subprocess.run([sys.executable, "-c", DIRECT, str(library), repr(orders)], env=environment(**env),
+    done = subprocess.run([sys.executable, "-c", DIRECT, str(library), json.dumps(orders)], env=environment(**env),
                           capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
 
