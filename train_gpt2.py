@@ -382,9 +382,12 @@ def build_optimizers(model, args):
     for name, p in model.named_parameters():
         groups[group_of(name)]["params"].append(p)
         groups[group_of(name)]["names"].append(name)
+    # Until the blocks' outputs, which start at 0, have grown, the gradient of these numbers is rounding alone. An eps
+    # above it keeps Adam from making steps of that, which differ with the number of ranks.
+    groups["scalars"]["eps"] = 1e-5
     muon = groups.pop("muon")
     adam = Adam(list(groups.values()), betas=(0.9, args.adam_beta2))
-    return [adam, Muon([muon], lr=args.muon_lr, scale=args.muon_scale)]
+    return [adam, Muon([muon], lr=args.muon_lr, scale=args.muon_scale, bf16=args.dtype != "fp32")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -587,9 +590,10 @@ class Muon(Sharded):
     KEYS = "M",
     SCALES = dict(spectral=lambda rows, cols: max(1, rows / cols) ** 0.5, rms=lambda rows, cols: max(rows, cols) ** 0.5)
 
-    def __init__(self, params, lr, momentum=0.95, scale="spectral"):
+    def __init__(self, params, lr, momentum=0.95, scale="spectral", bf16=True):
         super().__init__(params, dict(lr=lr, momentum=momentum, scale=scale))
-        self.dtype = torch.bfloat16 if has_bf16(self.param_groups[0]["params"][0].device) else torch.float32
+        bf16 = bf16 and has_bf16(self.param_groups[0]["params"][0].device)
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
         flops = lambda p: min(p.shape) ** 2 * (2 * max(p.shape) + min(p.shape))  # of Newton-Schulz, up to a factor
         buckets, elements, load = {}, 0, [0] * ranks()[1]
         for p in (p for group in self.param_groups for p in group["params"]):
@@ -950,18 +954,18 @@ class StepLines:
             step, report, event, train_ms = self.pending.popleft()
             if event:
                 event.synchronize()
-            self.last, asked, *norms = report.tolist()
+            self.last, asked, *squares = report.tolist()
             self.stopping |= asked > 0
             name = f"step:{step}/{self.args.steps}"
             self.record.line(f"{name} train_loss:{self.last:.4f} {timing(train_ms, step)}")
-            if not math.isfinite(self.last + sum(norms)):
-                bad = next((name for name, norm in zip(self.names, norms) if not math.isfinite(norm)), None)
+            if not math.isfinite(self.last + sum(squares)):
+                bad = next((name for name, square in zip(self.names, squares) if not math.isfinite(square)), None)
                 self.fail(step, f"the loss is {self.last}" + (f", the gradient of {bad} not finite" if bad else ""))
             if words := spike(self.last, self.losses):
                 self.record.line(f"{name} spike:{words}")
             self.losses.append(self.last)
             if self.args.norm_every and step % self.args.norm_every == 0:
-                self.record.line(f"{name} grad_norm:{math.hypot(*norms):.4e}")
+                self.record.line(f"{name} grad_norm:{math.sqrt(math.fsum(squares)):.4e}")
 
     def fail(self, step, what):
         raise Diverged(f"step {step} of {self.args.steps}: {what}. Last good checkpoint: "
@@ -1309,22 +1313,21 @@ def all_sum(tensor):
 
 
 @torch.no_grad()
-def gradient_norms(model, optimizers):
-    """Norm of each parameter's gradient of the global batch, fp32 (parameters,), on the device, without waiting for it.
-
-    The same on all ranks, in the order of model.parameters(). To be called between the backward and zero_grad.
-    """
+def gradient_squares(model, optimizers):
+    """Squared norm of this rank's piece of each parameter's gradient, fp32 (parameters,) in the order of
+    model.parameters(), on the device without waiting for it: 0 for what other ranks own. Only between the backward and
+    zero_grad."""
     grads = {p: g for optimizer in optimizers for p, g in optimizer.gradients().items()}
     norms = dict(zip(grads, torch._foreach_norm(list(grads.values())))) if grads else {}
     zero = torch.zeros((), device=next(model.parameters()).device)
-    return all_sum(torch.stack([norms.get(p, zero).float() for p in model.parameters()]).square()).sqrt()
+    return torch.stack([norms.get(p, zero).float() for p in model.parameters()]).square()
 
 
 def train_step(model, optimizers, inputs, targets, args):
     """One optimiser step on this rank's share (n, T), n >= 0.
 
-    Returns, on the device, the mean loss of the global batch, the number of ranks asked to stop and the norms of the
-    gradients (2 + parameters,).
+    Returns, on the device, the mean loss of the global batch, the number of ranks asked to stop and the squared norm of
+    each parameter's gradient (2 + parameters,).
     """
     SENT.clear()
     total = torch.zeros((), device=inputs.device)
@@ -1341,12 +1344,12 @@ def train_step(model, optimizers, inputs, targets, args):
     with averaging(model, optimizers):
         for x, y in batches[-1:]:
             backward(x, y)
-    norms = gradient_norms(model, optimizers)
+    squares = gradient_squares(model, optimizers)
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)
     asked = torch.full_like(total, float(signals.number > 0))
-    return torch.cat([all_sum(torch.stack([total, asked])), norms])
+    return all_sum(torch.cat([torch.stack([total, asked]), squares]))
 
 
 def validation_set(stream, args, rank):

@@ -216,7 +216,7 @@ def train(rank, world, folder, state=None):
             result["early"].append(len(sent))
         for g in optimizers[0].param_groups:
             g["step"] = step
-        result["norms"].append(script.gradient_norms(model, optimizers))
+        result["norms"].append(script.all_sum(script.gradient_squares(model, optimizers)).sqrt())
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad(set_to_none=True)
