@@ -2172,6 +2172,8 @@ def set_up(args, rank, peers=None):
         dist.init_process_group(**on_gpu, timeout=PATIENCE, rank=rank, world_size=world_size(),
                                 store=peers and peers.store)
     data = None if args.print_params else open_data(args, rank, peers and peers.store)
+    if not alone:
+        dist.barrier()  # nothing is written before every machine has checked its own
     torch.manual_seed(args.random_seed)
     model = build_model(args)
     model.to(device)
