@@ -222,7 +222,7 @@ def worker(job):
 
     def step():
         script.schedule(optimizers, next(numbers), args)
-        return script.train_step(compiled, optimizers, *loader.next(), args)
+        return script.train_step(compiled, optimizers, *loader.next(), args)[0]
 
     wait = torch.cuda.synchronize if cuda else lambda: None
     for _ in range(WARM_UP[device]):

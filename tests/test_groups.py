@@ -178,7 +178,8 @@ def test_names_shapes_optimisers_and_rates(case):
     script.check_cover(model, optimizers)
     assert trained_by(model, optimizers) == {name: row[1:3] for name, row in expected.items()}
     for group in adam.param_groups:
-        assert (tuple(group["betas"]), group["eps"]) == ((0.9, 0.95), 1e-8), group["names"]
+        eps = 1e-5 if group["names"][0].endswith((".lambdas", ".mix")) else 1e-8
+        assert (tuple(group["betas"]), group["eps"]) == ((0.9, 0.95), eps), group["names"]
     assert [group["scale"] for group in muon.param_groups] == ["rms" if case == "rwkv6" else "spectral"]
 
 
