@@ -3,8 +3,9 @@
 #   sbatch run_slurm.sh ./run_rwkv7.sh --adam_lr 0.0026 --fast_cuda
 #   sbatch --nodes=4 --gpus-per-node=4 run_slurm.sh ./run_gpt2.sh --seq_len 2048
 # Submit it from this folder, on a disk that every machine sees. Edit the lines below, or override them as above. Three
-# minutes before its time is up the run saves itself and the job queues again, as it does after a machine was lost or
-# taken from it; each time it goes on from its last checkpoint in checkpoints/slurm_<job>/.
+# minutes before its time is up the run saves itself and the job queues again, as SLURM does itself when it takes a
+# machine away; each time it goes on from its last checkpoint in checkpoints/slurm_<job>/. After another end,
+# scontrol requeue <job> does the same.
 #SBATCH --job-name=rwkv-speedrun
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -27,11 +28,14 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=${MASTER_ADDR%%$'\n'*}  # the first machine
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export NNODES MASTER_ADDR MASTER_PORT
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take sbatch's by itself
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150            # s that torchrun gives a run that saves itself
 
 run=$1 again=""
 shift
 trap 'again=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1  # to the processes of srun, not to this shell
-srun --kill-on-bad-exit=1 "$run" --save_every 125 --checkpoints "checkpoints/slurm_$SLURM_JOB_ID" --resume auto "$@" &
+checkpoints=checkpoints/slurm_$SLURM_JOB_ID
+srun --kill-on-bad-exit=1 "$run" --save_every 125 --keep 2 --checkpoints "$checkpoints" --resume auto "$@" &
 status=0
 wait "$!" || status=$?
 if [ -n "$again" ]; then  # the signal broke off the wait

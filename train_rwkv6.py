@@ -15,7 +15,6 @@ import argparse
 import base64
 import collections
 import contextlib
-import copy
 import ctypes
 import difflib
 import errno
@@ -38,6 +37,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -419,14 +419,14 @@ def build_lock(path):
             pass
         file.seek(0)
         left = file.read().splitlines()
-        if left:
+        if left and left[0].endswith(f" on {platform.node()}"):  # another machine's may live, where locks do not reach
             print(f"{OPERATOR}: a killed build left {path} (age {(time.time() - path.stat().st_mtime) / 60:.0f} min, "
                   f"process {left[0]} not running). Removing it.", file=sys.stderr)
             shutil.rmtree(left[-1], ignore_errors=True)
         work = tempfile.mkdtemp(prefix=f"{path.stem}.", dir=path.parent)
         try:
             file.truncate(0)
-            file.write(f"{os.getpid()}\n{work}")
+            file.write(f"{os.getpid()} on {platform.node()}\n{work}")
             file.flush()
             yield Path(work)
         finally:
@@ -1558,8 +1558,8 @@ def timing(train_ms, step):
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoint [shared]
 
-# checkpoints/<run>/step000100/ holds the model (fp32, plain names), what a resumed run needs besides it (none after the
-# last step) and checkpoint.json with the size and hash of each file. A folder of such a name is whole: it was renamed.
+# checkpoints/<run>/step000100/ holds the model (plain names, dtypes as trained), what a resumed run needs besides it
+# (nothing after the last step) and checkpoint.json with the size and hash of each file. Under this name it is whole.
 STEP_FOLDER = re.compile(r"step\d{6,}")
 FREE = ("device_bsz", "data", "records", "checkpoints", "name", "save_every", "keep", "resume", "stop_after", "check",
         "print_params", "usd_per_hour")  # flags that a resumed run may change; of the data the shards count
@@ -1641,30 +1641,38 @@ def read_files(folder, about):
     return files
 
 
+def another_run(about, args):
+    """In words what makes a checkpoint one of another run than that of these flags; "" when nothing does."""
+    if about["script"] != Path(__file__).name:
+        return f"it is of {about['script']}"
+    return "; ".join(f"--{key} was {value}, is {getattr(args, key, None)}" for key, value in about["config"].items()
+                     if key not in FREE and value != getattr(args, key, None))
+
+
 def not_resumable(about, args, sources, data):
-    """(the obstacle is its script or its flags, words for it) when a checkpoint's run cannot go on so; (False, "")."""
-    flags = [f"--{key} was {value}, is {getattr(args, key)}" for key, value in about["config"].items()
-             if key not in FREE and value != getattr(args, key, None)]
-    if flags or about["script"] != Path(__file__).name:
-        return True, "; ".join(flags) if about["script"] == Path(__file__).name else f"it is of {about['script']}"
+    """In words why a checkpoint's run cannot go on with these sources and data; "" when it can."""
     if changed := [source["name"] for source in about["sources"] + sources
                    if (source in about["sources"]) != (source in sources)]:
-        return False, f"{changed[0]} has changed since"
-    shards = lambda split: zip(*([shard["sha256"] for shard in all[split]] for all in (about["data"], data)))
-    if any(a != b for split in ("train", "val") for a, b in shards(split)):
-        return False, f"it was trained on other shards than those in {args.data}"
-    return False, "" if "training.safetensors" in about["files"] else "its run is finished"
+        return f"{changed[0]} has changed since"
+    read = about["step"] * args.bsz * args.seq_len + 1
+    for split in ("train", "val"):  # a run opens as many train shards as it needs
+        before, now = ([(shard["sha256"], shard["tokens"]) for shard in all[split]] for all in (about["data"], data))
+        same = [tokens for (digest, tokens), other in zip(before, now) if digest == other[0]]
+        fewer = len(same) < max(len(before), len(now))
+        if len(same) < min(len(before), len(now)) or fewer and (args.order == "cubic" or sum(same) < read):
+            return f"it was trained on other shards than those in {args.data}"
+    return "" if "training.safetensors" in about["files"] else "its run is finished"
 
 
 def find_checkpoint(args, sources, data):
     """(folder, checkpoint.json, files) that --resume means, None: from the beginning. ValueError when it is refused."""
-    auto, given, found, finished = args.resume == "auto", Path(args.resume), [], set()
-    one = STEP_FOLDER.fullmatch(given.name) and int(given.name[4:])
-    run = given if checkpoints_of(given) or one else Path(args.checkpoints) / given.resolve().name
-    run = given.parent if one and given.is_dir() else run
+    auto, given, found, finished, other = args.resume == "auto", Path(args.resume), [], set(), ""
+    step = STEP_FOLDER.fullmatch(given.name) and int(given.name[4:])  # that one, or a whole one before it
+    run = given if checkpoints_of(given) or step else Path(args.checkpoints) / given.resolve().name
+    run = given.parent if step and given.is_dir() else run
     pass_over = lambda folder, why: tqdm.write(f"--resume: {folder} is passed over: {why}")
-    for run in Path(args.checkpoints).glob("*") if auto else [run]:
-        for folder in (folder for folder in checkpoints_of(run) if not one or int(folder.name[4:]) <= one):
+    for one in Path(args.checkpoints).glob("*") if auto else [run]:
+        for folder in (folder for folder in checkpoints_of(one) if not step or int(folder.name[4:]) <= step):
             try:
                 found.append((folder, read_about(folder)))
             except ValueError as why:
@@ -1673,10 +1681,11 @@ def find_checkpoint(args, sources, data):
         if "training.safetensors" not in about["files"]:
             finished.update([about["run"], *(part["run"] for part in about["resumed"])])
     for folder, about in sorted(found, key=lambda pair: pair[1]["saved"], reverse=True):
-        another, why = not_resumable(about, args, sources, data)
-        if why and not auto:
-            raise ValueError(f"--resume {args.resume}: {folder} cannot go on: {why}.")
-        if another or auto and about["run"] in finished:
+        another, why = another_run(about, args), not_resumable(about, args, sources, data)
+        if (another or why) and not auto:
+            raise ValueError(f"--resume {args.resume}: {folder} cannot go on: {another or why}.")
+        if auto and (another or about["run"] in finished):
+            other = other or another and f" ({folder}: {another})"
             continue
         try:
             if not why:
@@ -1687,23 +1696,17 @@ def find_checkpoint(args, sources, data):
     if not auto:
         raise ValueError(f"--resume {args.resume}: no whole checkpoint in {run}. Give a step's or a run's folder below "
                          "--checkpoints, a record's folder, or auto.")
-    tqdm.write(f"--resume auto: nothing in {args.checkpoints} to go on with: from the beginning")
+    tqdm.write(f"--resume auto: nothing in {args.checkpoints} to go on with{other}: from the beginning")
 
 
 def resume_point(args, rank, model, data):
     """find_checkpoint's answer, as rank 0 sees it, on every rank; only rank 0 has the files."""
-    found, answer = None, [None, None]
+    found = None
     if args.resume and rank == 0:
-        try:
-            sources = [about for about, _ in read_sources([Path(__file__), *model.sources])]
-            if found := find_checkpoint(args, sources, data):
-                answer[0] = found[:2]
-        except ValueError as error:
-            answer[1] = str(error)
+        found = find_checkpoint(args, [about for about, _ in read_sources([Path(__file__), *model.sources])], data)
+    answer = [found and found[:2]]
     if args.resume and world_size() > 1:
         dist.broadcast_object_list(answer, device=torch.device(args.device))
-    if answer[1]:
-        raise ValueError(answer[1])
     return found or answer[0] and (*answer[0], {})
 
 
@@ -1765,14 +1768,14 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "GH200": 989e12, 
 class Signals:
     """SIGINT and SIGTERM: in the training loop the first asks for an end after the step; else the run ends at once.
 
-    A launcher and a batch system may each pass one on: what comes within a second counts once.
+    A launcher and a batch system may each pass one on: what comes within ten seconds counts once.
     """
 
     def __init__(self):
         self.number, self.since, self.patient = 0, 0.0, False
 
     def __call__(self, number, frame):
-        if self.number and time.monotonic() - self.since < 1:
+        if self.number and time.monotonic() - self.since < 10:  # a handler waits while Python waits for the device
             return
         first, self.number, self.since = not self.number, self.number or number, time.monotonic()
         if not (first and self.patient):
@@ -1827,7 +1830,8 @@ class Peers:
                 if time.monotonic() > deadline:
                     raise OSError(f"{len(self.links) + 1} of {world_size()} ranks came in 5 minutes")
         except (OSError, RuntimeError) as error:
-            raise SystemExit(f"{Path(__file__).name}: {self.name}: the ranks do not find each other: {error}") from None
+            print(f"{Path(__file__).name}: {self.name}: the ranks do not find each other: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
 
     def _accept(self, server):
         while True:
@@ -1897,9 +1901,9 @@ def gradient_squares(model, optimizers):
     model.parameters(), on the device without waiting for it: 0 for what other ranks own. Only between the backward and
     zero_grad."""
     grads = {p: g for optimizer in optimizers for p, g in optimizer.gradients().items()}
-    norms = dict(zip(grads, torch._foreach_norm(list(grads.values())))) if grads else {}
+    norms = dict(zip(grads, torch._foreach_norm(list(grads.values()), dtype=torch.float32))) if grads else {}
     zero = torch.zeros((), device=next(model.parameters()).device)
-    return torch.stack([norms.get(p, zero).float() for p in model.parameters()]).square()
+    return torch.stack([norms.get(p, zero) for p in model.parameters()]).square()
 
 
 def train_step(model, optimizers, inputs, targets, args):
@@ -1973,22 +1977,18 @@ def warm_up(model, compiled, optimizers, val, count, args):
     """
     before = state_hash(model)
     saved = {name: t.detach().clone() for name, t in model.state_dict().items()}
-    saved_optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
-    rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state() if args.device == "cuda" else None
     generator = torch.Generator().manual_seed(args.random_seed)
-    validate(compiled, [torch.zeros_like(t[:args.device_bsz]) for t in val], args)
-    for step in range(2):
-        schedule(optimizers, step, args)
-        tokens = torch.randint(args.vocab_size, (count, args.seq_len + 1), generator=generator).to(args.device)
-        train_step(compiled, optimizers, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), args)
+    with torch.random.fork_rng([torch.cuda.current_device()] if args.device == "cuda" else []):
+        validate(compiled, [torch.zeros_like(t[:args.device_bsz]) for t in val], args)
+        for step in range(2):
+            schedule(optimizers, step, args)
+            tokens = torch.randint(args.vocab_size, (count, args.seq_len + 1), generator=generator).to(args.device)
+            train_step(compiled, optimizers, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), args)
     model.load_state_dict(saved)
-    for optimizer, state in zip(optimizers, saved_optimizers):
-        optimizer.load_state_dict(state)
-    torch.set_rng_state(rng)
-    if cuda_rng is not None:
-        torch.cuda.set_rng_state(cuda_rng)
-    if state_hash(model) != before or any(optimizer.state for optimizer in optimizers):
-        raise RuntimeError("the warm-up left a trace in the model or its optimisers; a run must not start from it")
+    for optimizer in optimizers:
+        optimizer.state.clear()  # rates, momentum and step are set before each step
+    if state_hash(model) != before:
+        raise RuntimeError("the warm-up left a trace in the model; a run must not start from it")
     return before
 
 
@@ -2052,13 +2052,14 @@ def open_data(args, rank, store=None):
     for shard in (s for s in shards[0] + shards[1] if listed and listed.get(s["name"]) != s["sha256"]):
         raise ValueError(f"{Path(args.data) / shard['name']} is not what manifest.json lists: damaged, or of another "
                          "tokenizer? Make the data again, or delete manifest.json if you vouch for every shard.")
-    mine = [[str(Path(args.data) / shard["name"]), shard["sha256"]] for shard in shards[0] + shards[1]]
+    mine = {shard["name"]: shard["sha256"] for shard in shards[0] + shards[1]}
     if store and rank == 0:
         store.set("shards", json.dumps(mine))
-    for (path, here), (there, digest) in zip(mine, json.loads(store.get("shards")) if store and rank else ()):
-        if (path, here) != (there, digest):
-            raise ValueError(f"{path} on {platform.node()} is not rank 0's {there}: sha256 {here[:12]}, there "
-                             f"{digest[:12]}. Damaged, or made elsewhere? Fetch or copy it again.")
+    there = json.loads(store.get("shards")) if store else mine
+    for name in sorted(name for name in {*mine, *there} if mine.get(name) != there.get(name)):
+        here, other = (str(all.get(name))[:12] for all in (mine, there))
+        raise ValueError(f"{Path(args.data) / name} on {platform.node()} is not rank 0's: sha256 {here}, there "
+                         f"{other}. Damaged, or made elsewhere? Fetch or copy it again.")
     return train, val, dict(folder=str(args.data), train=shards[0], val=shards[1], manifest=about or None)
 
 
@@ -2143,7 +2144,9 @@ def largest_device_bsz(model, args, device, fixed, sequence):
             return False
         finally:
             model.zero_grad(set_to_none=True)
+            torch._dynamo.reset()  # it compiles a function eight times, no more
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
     most, parts = -(-args.bsz // world_size()), 1
     while parts < most and not fits(-(-most // parts)):
         parts *= 2
@@ -2203,7 +2206,7 @@ def set_up(args, rank, peers=None):
 
 def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
     """Warm-up, training and validation, and the record of it. start: resume_point's answer."""
-    (train, val, described), tokens_a_step, (first, last) = data, args.bsz * args.seq_len, share(args.bsz, rank)
+    (train, val, described), tokens_a_step, (first, end) = data, args.bsz * args.seq_len, share(args.bsz, rank)
     say = tqdm.write if rank == 0 else lambda text: None
     facts, done, curve, losses = None, 0, [], []
     if rank == 0:
@@ -2224,12 +2227,13 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
     clock.switch("warm-up")
     val_batches = validation_set(val, args, rank)
     compiled = torch.compile(model, fullgraph=True, dynamic=False) if args.compile and args.device == "cuda" else model
-    digest = warm_up(model, compiled, optimizers, val_batches, last - first, args)
+    digest = warm_up(model, compiled, optimizers, val_batches, end - first, args)
     if start:
         done, curve, record.checkpoint = start[1]["step"], start[1]["curve"], start[0]
         losses = restore(start[2], args, model, optimizers)
+        start[2].clear()  # gigabytes
         say(f"resumed from {start[0]}: after step {done} of {args.steps}")
-    loader = DataLoader(train, args, first, last, done)
+    loader = DataLoader(train, args, first, end, done)
     gc.collect()
     clock.switch("rest")
     record.line(f"warm-up: 2 steps and a validation batch of random tokens in {clock.seconds['warm-up']:.1f} s; model, "
@@ -2290,7 +2294,7 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
     record.line(f"losses: {json.dumps(dict(float32=losses))}")
 
     if stopping:
-        raise KeyboardInterrupt(f" after step {step} of {args.steps}, checkpoint {record.checkpoint}")
+        raise KeyboardInterrupt(f" after step {step} of {args.steps}, checkpoint {record.checkpoint or 'none'}")
     if step < args.steps:
         log = record.close(f"stopped after step {step} of {args.steps}")
         say(f"stopped after step {step} of {args.steps}: a beginning to compare with, not a result; the log: {log}")
@@ -2377,18 +2381,13 @@ def main(argv=None):
             print(f"\n{Path(__file__).name}: interrupted{interrupt}{f'; the log so far: {log}' if log else ''}",
                   file=sys.stderr)
         raise SystemExit(128 + number)
-    except Diverged as error:
-        peers.failed(error)
-        log = record.close(f"failed: {error}")
-        stop(f"{error}; the log: {log}")
     except Exception as error:
-        short = out_of_memory(error, args)
+        short = str(error) if isinstance(error, Diverged) else out_of_memory(error, args)
         plain = isinstance(error, (OSError, ValueError))
         peers.failed(short or (str(error) if plain else f"{type(error).__name__}: {error}"))
-        if record:
-            record.close(f"failed: {short or f'{type(error).__name__}: {error}'}")
+        log = record and record.close(f"failed: {short or f'{type(error).__name__}: {error}'}")
         if short:
-            stop(short)
+            stop(f"{short.rstrip('.')}; the log: {log or 'not begun'}.")
         if isinstance(error, OSError):
             where = "" if error.filename or not record else f" (writing {record.path})"
             stop(f"{error}{where}. Make room, set permissions or choose --records FOLDER or --checkpoints FOLDER; "
@@ -2398,13 +2397,21 @@ def main(argv=None):
         raise
     finally:
         peers.leave()
-        if dist.is_initialized():
+        if dist.is_initialized() and sys.exc_info()[0] is None:  # after an error NCCL could wait for the others in it
             dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    status = 0
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
     if world_size() > 1:  # all is written; now and then a thread of the process group aborts the interpreter's shutdown
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
+    sys.exit(status)

@@ -700,7 +700,6 @@ def compare(record, again, count):
     other = [key for part in parts for key, value in facts(part).items() if facts(again.facts).get(key, None) != value]
     where = f"another machine or other versions ({', '.join(other)})" if other else "the same machine and versions"
     recorded = {point["step"]: point["val_loss"] for point in record.result["curve"] if point["step"] <= count}
-    recorded = {point["step"]: point["val_loss"] for point in record.result["curve"] if point["step"] <= count}
     rows = [(i, f"step {i}", a, b) for i, (a, b) in enumerate(zip(there, here), 1)]
     rows += [(step, f"the validation of step {step}", float(f"{recorded[step]:.4f}"), float(match[4]))  # as in the log
              for _, match in again.steps if match[3] == "val" and (step := int(match[1])) in recorded]

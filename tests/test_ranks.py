@@ -35,8 +35,9 @@ def runs():
         yield (f"{script}-{ranks}-{device_bsz}", script, ranks,
                ["--bsz", 7, "--device_bsz", device_bsz, "--steps", 20, "--val_every", 10, "--epochs", 9])
     for ranks, device_bsz in FEW:
-        yield (f"few-{ranks}-{device_bsz}", "train_gpt2", ranks,
-               ["--bsz", 2, "--device_bsz", device_bsz, "--order", "cubic", "--val_tokens", 64])
+        for order in ("cubic", "sequential"):
+            yield (f"{order}-{ranks}-{device_bsz}", "train_gpt2", ranks,
+                   ["--bsz", 2, "--device_bsz", device_bsz, "--order", order, "--val_tokens", 64])
 
 
 def train(script, flags, rank, ranks, port):
@@ -123,11 +124,12 @@ def test_the_bytes_sent_are_in_the_log(results):
         assert sent["all-reduce"] == 2 * report * (ranks - 1) // ranks  # the loss and the squares of the gradients
 
 
-def test_more_ranks_than_sequences(results):
-    whole = results["few-1-2"]
+@pytest.mark.parametrize("order", ["cubic", "sequential"])
+def test_more_ranks_than_sequences(results, order):
+    whole = results[f"{order}-1-2"]
     assert len(set(whole[0])) == 6
     for ranks, device_bsz in FEW:
-        assert apart(results[f"few-{ranks}-{device_bsz}"], whole) < 1e-5, ranks
+        assert apart(results[f"{order}-{ranks}-{device_bsz}"], whole) < 1e-5, ranks
 
 
 if __name__ == "__main__":
