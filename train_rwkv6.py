@@ -15,6 +15,7 @@ import argparse
 import base64
 import collections
 import contextlib
+import copy
 import ctypes
 import difflib
 import errno
@@ -1642,7 +1643,7 @@ def read_files(folder, about):
 
 
 def another_run(about, args):
-    """In words what makes a checkpoint one of another run than that of these flags; "" when nothing does."""
+    """In words what makes a checkpoint one of another run than this; "" when nothing does."""
     if about["script"] != Path(__file__).name:
         return f"it is of {about['script']}"
     return "; ".join(f"--{key} was {value}, is {getattr(args, key, None)}" for key, value in about["config"].items()
@@ -1658,8 +1659,8 @@ def not_resumable(about, args, sources, data):
     for split in ("train", "val"):  # a run opens as many train shards as it needs
         before, now = ([(shard["sha256"], shard["tokens"]) for shard in all[split]] for all in (about["data"], data))
         same = [tokens for (digest, tokens), other in zip(before, now) if digest == other[0]]
-        fewer = len(same) < max(len(before), len(now))
-        if len(same) < min(len(before), len(now)) or fewer and (args.order == "cubic" or sum(same) < read):
+        needed = args.order == "cubic" or sum(same) < read
+        if len(same) < (max if needed else min)(len(before), len(now)):
             return f"it was trained on other shards than those in {args.data}"
     return "" if "training.safetensors" in about["files"] else "its run is finished"
 
@@ -1977,6 +1978,7 @@ def warm_up(model, compiled, optimizers, val, count, args):
     """
     before = state_hash(model)
     saved = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    saved_optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
     generator = torch.Generator().manual_seed(args.random_seed)
     with torch.random.fork_rng([torch.cuda.current_device()] if args.device == "cuda" else []):
         validate(compiled, [torch.zeros_like(t[:args.device_bsz]) for t in val], args)
@@ -1985,10 +1987,10 @@ def warm_up(model, compiled, optimizers, val, count, args):
             tokens = torch.randint(args.vocab_size, (count, args.seq_len + 1), generator=generator).to(args.device)
             train_step(compiled, optimizers, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), args)
     model.load_state_dict(saved)
-    for optimizer in optimizers:
-        optimizer.state.clear()  # rates, momentum and step are set before each step
-    if state_hash(model) != before:
-        raise RuntimeError("the warm-up left a trace in the model; a run must not start from it")
+    for optimizer, state in zip(optimizers, saved_optimizers):
+        optimizer.load_state_dict(state)
+    if state_hash(model) != before or any(optimizer.state for optimizer in optimizers):
+        raise RuntimeError("the warm-up left a trace in the model or its optimisers; a run must not start from it")
     return before
 
 
@@ -2402,16 +2404,15 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    status = 0
     try:
-        main()
+        status = main()
     except SystemExit as end:
-        status = end.code or 0
+        status = end.code
     except BaseException:
         traceback.print_exc()
         status = 1
     if world_size() > 1:  # all is written; now and then a thread of the process group aborts the interpreter's shutdown
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
+        os._exit(status or 0)
     sys.exit(status)

@@ -1,6 +1,7 @@
 """Building kernels: every message for what can be missing or wrong, locks, ranks, and what is kept of a build."""
 
 import os
+import platform
 import re
 import shutil
 import signal
@@ -259,8 +260,8 @@ def test_a_build_and_what_a_killed_one_leaves(copy):
 
     out, err = finish(start(copy))
     assert out == ["cpu", "cpu", "True", "16.0"]
-    assert re.fullmatch(rf"wkv7: a killed build left {re.escape(str(lock))} \(age 41 min, process {first.pid} not "
-                        rf"running\). Removing it.\n{SELF_TEST}", err), err
+    assert re.fullmatch(rf"wkv7: a killed build left {re.escape(str(lock))} \(age 41 min, process {first.pid} on "
+                        rf"{re.escape(platform.node())} not running\). Removing it.\n{SELF_TEST}", err), err
     (library,) = build.iterdir()
     assert library.suffix == ".so" and not (copy / "ninja_was_called").exists()
     # And now it is built, no compiler is needed.

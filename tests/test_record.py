@@ -425,8 +425,8 @@ def test_lines_wait_for_no_loss():
             self.waited = True
 
     first, second = Event(), Event()
-    lines.pending.extend([(1, torch.tensor([2.0, 0.0, 3.0, 4.0]), first, 10.0),
-                          (2, torch.tensor([1.0, 2.0, 3.0, 4.0]), second, 25.0)])
+    lines.pending.extend([(1, torch.tensor([2.0, 0.0, 9.0, 16.0]), first, 10.0),
+                          (2, torch.tensor([1.0, 2.0, 9.0, 16.0]), second, 25.0)])
     lines.flush(ahead=1)
     assert written == ["step:1/9 train_loss:2.0000 train_time:10ms step_avg:10.00ms"] and lines.last == 2.0
     assert first.waited and not second.waited and not lines.stopping
