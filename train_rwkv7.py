@@ -2250,7 +2250,7 @@ def largest_device_bsz(model, args, device, fixed, sequence):
             model.zero_grad(set_to_none=True)
             torch._dynamo.reset()  # it compiles a function eight times, no more
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            device.type == "cuda" and torch.cuda.reset_peak_memory_stats()
     most, parts = -(-args.bsz // world_size()), 1
     while parts < most and not fits(-(-most // parts)):
         parts *= 2

@@ -145,8 +145,8 @@ def test_data_of_another_machine(data, tmp_path):
     for status, _, err in done:
         line, = said(err)
         assert status == 1 and re.fullmatch(
-            rf"train_gpt2.py: rank 1 on {here}: text/toy_train_000001.bin on {here} is not rank 0's text/toy_train_"
-            r"000001.bin: sha256 [0-9a-f]{12}, there [0-9a-f]{12}\. Damaged, .*", line), err
+            rf"train_gpt2.py: rank 1 on {here}: text/toy_train_000001.bin on {here} is not rank 0's: "
+            r"sha256 [0-9a-f]{12}, there [0-9a-f]{12}\. Damaged, .*", line), err
     assert not (tmp_path / "records").exists(), "nothing is written before all have checked"
 
 
