@@ -121,7 +121,7 @@ def test_its_record_replays(go, capsys):
     go("--stop_after", 4)
     last, *_ = go("--resume", "auto", "--usd_per_hour", 2.0)
     done = subprocess.run([sys.executable, ROOT / "records" / "verify.py", "--replay", "6", last], text=True,
-                          env=environment(), capture_output=True, timeout=200)
+                          env=environment(OMP_NUM_THREADS="1"), capture_output=True, timeout=200)
     assert done.returncode == 0 and "6 steps and 4 validations are equal bit for bit, on the same" in done.stdout, done
 
 
