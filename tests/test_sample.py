@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import recurrent
 import sample
-from helpers import ROOT, SCRIPTS, make_corpus, one_thread, only_record, run_here, tiny, write_shard
+from helpers import ROOT, SCRIPTS, make_corpus, one_thread, only_record, run_here, signed, tiny, write_shard
 from test_recurrent import CASES, scattered
 
 TEXT = (ROOT / "README.md").read_bytes()[:6000]
@@ -33,7 +33,7 @@ def write_checkpoint(folder, script, config, weights, **about):
     about = dict(dict(format=1, script=f"{script.__name__}.py", run="random", step=1, config=asdict(config),
                       tokenizer="bytes", tokenizer_sha256=sample.tokenizers.Bytes.sha256,
                       files={"model.safetensors": dict(sha256=hashlib.sha256(data).hexdigest())}), **about)
-    (folder / "checkpoint.json").write_text(json.dumps(about))
+    (folder / "checkpoint.json").write_text(json.dumps(signed(about)))
     return folder
 
 
@@ -358,6 +358,9 @@ def test_states_that_do_not_fit(paths, gpt, say, tmp_path):
     say(gpt, "--dtype", "int8", "--max_new_tokens", 2, "--save_state", state)
     say(gpt, "--dtype", "int8", "--max_new_tokens", 2, "--load_state", state)
     refused(state, gpt, "dtype is int8")
+    model.new_state().save(state, model, pending=1, seen=[], count={}, waiting=[])
+    model.about["tokenizer"] = "another name"
+    assert model.load_state(state)[0].position == 0, "the same vocabulary"
     model.about["tokenizer_sha256"] = "other"
     model.new_state().save(state, model, pending=1, seen=[], count={}, waiting=[])
     refused(state, gpt, "tokenizer_sha256")
