@@ -25,7 +25,7 @@ PLAIN = dict(x070=True, width=128, headsz=64, layers=3)  # 64 is the size that t
 CASES = {"plain": ("train_rwkv7", PLAIN), "heads of 32": ("train_rwkv7", dict(x070=True, width=96, headsz=32)),
          "speedrun": ("train_rwkv7", dict(width=64)), "train_rwkv6": ("train_rwkv6", dict(width=64)),
          "train_gpt2": ("train_gpt2", dict(width=128))}
-LIMIT = 1e-5  # of absolute logit differences of up to 256 tokens, where logits reach 3; measured 2e-6
+LIMIT = 3e-6  # of differences of the logits of 256 tokens, relative to the largest, which is 3 to 7; measured 1.5e-6
 TOKENS = torch.randint(257, (1, 256), generator=torch.Generator().manual_seed(5))
 
 PACKAGE = """
@@ -142,7 +142,8 @@ def test_the_package_computes_the_same(case, checkpoints, files, package):
     assert mine["parallel"].abs().max() > 2, "logits too small to tell anything"
     zeros = [name for name, t in torch.load(files[case], weights_only=True).items() if not t.any()]
     assert not zeros, f"not trained: {zeros}"
-    errors = {f"{a} / {b}": (mine[a] - its[b]).abs().max().item() for a in mine for b in its}
+    largest = mine["parallel"].abs().max()
+    errors = {f"{a} / {b}": ((mine[a] - its[b]).abs().max() / largest).item() for a in mine for b in its}
     assert max(errors.values()) < LIMIT, errors
 
 
@@ -156,7 +157,7 @@ def test_every_parameter_takes_part(files):
             kept = p.clone()
             p.copy_(scatter(kept, generator))
             change = (module.logits(few) - before).abs().max()
-            assert change > 100 * LIMIT, f"{name}: {change:.1e}"
+            assert change > 100 * LIMIT * before.abs().max(), f"{name}: {change:.1e}"
             p.copy_(kept)
         assert torch.equal(module.logits(few), before)
 
