@@ -2,6 +2,7 @@
 
     python bench.py CHECKPOINT            a step's folder, a run's, a record's, the word latest, a file (recurrent.py)
     python bench.py --shape 124m          the three scripts' fineweb models with random weights; no checkpoint needed
+    python bench.py CHECKPOINT --shape 124m   and beside these figures what int8 costs the checkpoint's model in loss
     python sample.py CHECKPOINT --bench   the same
 
 A checkpoint is held against the GPT-2 of its track (a GPT-2 against RWKV-7) with random weights, on which the time does
@@ -17,7 +18,8 @@ not depend. Everything runs in one process, on the CPU, one stream.
 - Bound: bytes of the weights a token reads over the bandwidth of torch's matrix-vector product (the faster of torch.mv
   and linear() of recurrent.py) on 264 MB of fp32 matrices (2688, 768), measured right before the tokens in fp32 and
   int8. Share: bound / ms, each round's, the median; not for weights below 64 MB, which may stay in caches.
-- Loss: 64 pieces of the validation data, token by token, the same ones in fp32 and int8.
+- Loss: 64 pieces of the validation data of CHECKPOINT's run, token by token, the same ones in fp32 and int8.
+- Memory: weights and state are each model's own; the peak is the process's, which holds all models and states at once.
 Table, CSV, plot and JSON, printed as the last line too, go to bench/<run> or --out.
 """
 
@@ -35,9 +37,10 @@ from pathlib import Path
 import torch
 
 import recurrent
+from train_gpt2 import OneLineParser
 
+ROOT = Path(__file__).resolve().parent
 NAMES = dict(train_rwkv7="RWKV-7", train_rwkv6="RWKV-6", train_gpt2="GPT-2")
-FAMILIES = dict(train_rwkv7=recurrent.RWKV7, train_rwkv6=recurrent.RWKV6, train_gpt2=recurrent.GPT2)
 FIELDS = ("model", "dtype", "position", "ms", "ms_error", "state_bytes")
 POSITIONS = 1024, 4096, 16384, 65536
 ROOM = 128  # tokens of the GPT's cache beyond the position
@@ -53,7 +56,7 @@ def random_model(name, track):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         weights = {key: t + 0.02 * torch.randn_like(t) for key, t in script.build_model(config).state_dict().items()}
-    return FAMILIES[name](config, weights, "fp32", "cpu", None, script)
+    return recurrent.FAMILIES[name](config, weights, "fp32", "cpu", None, script)
 
 
 def validation(model, count):
@@ -61,7 +64,9 @@ def validation(model, count):
     try:
         if not model.about.get("run"):
             raise ValueError("the model does not tell its data")
-        stream = model.script.TokenStream(model.config.data, "val", count, "The bench's text", repeat=0)
+        data = Path(model.config.data)
+        data = data if data.exists() else ROOT / data
+        stream = model.script.TokenStream(data, "val", count, "The bench's text", repeat=0)
         tokens = torch.from_numpy(stream.read(0, min(count, len(stream))))
         if len(tokens) < 1024 or tokens.max() >= model.vocab_size:
             raise ValueError(f"{model.config.data} is not the text of this model")
@@ -187,14 +192,18 @@ def losses(models, text):
                 change_error=statistics.stdev(change) / len(change) ** 0.5, pieces=len(pieces))
 
 
-def bench(models, args, say):
-    """The result, as plain JSON. models: in fp32; without --shape the first is the trained one."""
-    lines, speeds, slopes, jobs, rates = [], [], [], {}, bandwidth()
-    trained = None if args.shape else models[0]
-    for model in models:
-        name, text, why = names(model), *validation(model, 20000)
-        if why and model is trained:
+def bench(models, trained, args, say):
+    """The result, as plain JSON. models: those timed, in fp32; trained: the checkpoint's, whose loss counts."""
+    lines, speeds, slopes, jobs, rates, loss = [], [], [], {}, bandwidth(), None
+    if trained:
+        text, why = validation(trained, 20000)
+        if why:
             say(f"Random tokens stand in for the text, loss is not measured: {why}")
+        else:
+            model = f"{names(trained)}, {trained.about['run']}, step {trained.step}"
+            loss = dict(losses([trained, trained.quantize()], text), model=model)
+    for model in models:
+        name, (text, _) = names(model), validation(model, 20000)
         found, work, rate = states(model, text, args, say)
         for position, state, size in found:
             jobs[name, position] = token_ms(model, work, state, position)
@@ -205,8 +214,6 @@ def bench(models, args, say):
         for m in (model, small):
             speeds.append(dict(model=name, dtype=m.dtype, weight_bytes=m.weight_bytes(),
                                bytes_read=m.weight_bytes(read=True), prefill_tokens_per_s=rate if m is model else None))
-        if model is trained:
-            loss = None if why else losses([model, small], text)
     times = measure(jobs, args.rounds)
     for line in lines:
         ms = times[line["model"], line["position"]]
@@ -228,7 +235,7 @@ def bench(models, args, say):
     return dict(machine=models[0].script.hardware(torch.device("cpu"))["name"], threads=torch.get_num_threads(),
                 torch=torch.__version__, load=os.getloadavg()[0], rounds=args.rounds,
                 bandwidth=dict(zip(("mv", "linear"), rate)), positions=lines, slopes=slopes, speed=speeds,
-                loss=loss if trained else None, peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+                loss=loss, peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def table(result):
@@ -239,7 +246,7 @@ def table(result):
     positions = sorted({line["position"] for line in result["positions"]})
     out = [f"{result['machine']}, torch {result['torch']}; {result['rounds']} rounds; load {result['load']:.1f}; "
            + ", ".join(f"{way} {rate / 1e9:.1f} GB/s" for way, rate in result["bandwidth"].items())
-           + f"; process at most {mb(result['peak_rss'])} MB", "",
+           + f"; peak of the process, all models and states together, {mb(result['peak_rss'])} MB", "",
            " | ".join(["| fp32, ms per token at", *(f"{p / 1024:g}k" for p in positions), "slope, ms per 16k", "time",
                        "state, MB", "memory |"]),
            "|---" * (len(positions) + 5) + "|"]
@@ -258,7 +265,7 @@ def table(result):
                    f"{row['ms']:.2f} | {row['tokens_per_s']:.1f} | {share} | {row['times_fp32']:.2f} | {rate} |")
     said = "not measured, for want of a trained model and its validation data"
     if loss := result["loss"]:
-        said = (f"fp32 {loss['fp32']:.4f}, int8 {loss['int8']:.4f}, change {loss['change']:+.5f} ± "
+        said = (f"{loss['model']}: fp32 {loss['fp32']:.4f}, int8 {loss['int8']:.4f}, change {loss['change']:+.5f} ± "
                 f"{loss['change_error']:.5f} nats per token")
     return "\n".join([*out, "", f"Validation loss: {said}."])
 
@@ -281,14 +288,12 @@ def plot(result, path):
     axes[1].set_yscale("log")
     axes[0].legend()
     figure.tight_layout()
-    figure.savefig(path)
+    recurrent.write(path, lambda part: figure.savefig(part, format="png"))
     pyplot.close(figure)
 
 
 def write(path, text):
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    recurrent.write(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def into(path, text):
@@ -310,6 +315,7 @@ def show(result, folder, say):
     try:
         plot(result, folder / "bench.png")
     except ImportError:
+        (folder / "bench.png").unlink(missing_ok=True)  # of an earlier run, with other figures
         say("No plot: matplotlib is missing (pip install -r records/requirements.txt).")
     print(f"\n{folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     print(json.dumps(result))
@@ -327,11 +333,10 @@ def parse(argv):
             raise argparse.ArgumentTypeError(f"{words} is not a rising list such as 1024,4096")
         return found
 
-    parser = argparse.ArgumentParser("bench.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"bench.py: {message} (all flags: python bench.py --help)\n")
+    parser = OneLineParser(prog="bench.py", description=__doc__, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT")
-    parser.add_argument("--shape", choices=("124m",), help="random weights of the fineweb models, no checkpoint")
+    parser.add_argument("--shape", choices=("124m",), help="time the fineweb models, random weights")
     parser.add_argument("--positions", type=positions, default=POSITIONS, help="tokens [1024,4096,16384,65536]")
     parser.add_argument("--rounds", type=count, default=20, help="measurements of everything [20]")
     parser.add_argument("--chunk", type=count, default=512, help="tokens a piece of prefill [512]")
@@ -340,8 +345,8 @@ def parse(argv):
     parser.add_argument("--out", type=Path, help="folder of table.md, bench.csv, .json, .png [bench/<run or shape>]")
     parser.add_argument("--write", type=Path, metavar="FILE", help="also put the table between its markers there")
     args = parser.parse_args(argv)
-    if (args.checkpoint is None) == (args.shape is None):
-        parser.error("give a CHECKPOINT or --shape 124m")
+    if args.checkpoint is None and args.shape is None:
+        parser.error("give a CHECKPOINT, --shape 124m or both")
     return args
 
 
@@ -351,14 +356,14 @@ def main(argv=None):
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads or threads)
     try:
+        mine = recurrent.load(args.checkpoint) if args.checkpoint else None
         if args.shape:
             models = [random_model(name, "fineweb") for name in NAMES]
         else:
-            mine = recurrent.load(args.checkpoint)
             other = "train_rwkv7" if mine.script.__name__ == "train_gpt2" else "train_gpt2"
             models = [mine, random_model(other, mine.config.track)]
-        result = bench(models, args, say)
-        run = args.shape or models[0].about.get("run") or Path(args.checkpoint).stem
+        result = bench(models, mine, args, say)
+        run = args.shape or mine.about.get("run") or Path(args.checkpoint).stem
         show(result, args.out or Path("bench") / run, say)
         if args.write:
             into(args.write, table(result))

@@ -12,12 +12,12 @@ place for plain RWKV-7 alone: train with --x070. What has none is listed, and no
     logits, state = model.forward([ids], None)           # of the last token; full_output=True: of all
 
 Both kinds are read again by recurrent.load, sample.py and this program. A safetensors file's header holds, as JSON
-under the name checkpoint: script, its sha256, config, tokenizer and its sha256, run, step, sha256 of the weights.
+under the name checkpoint: script, its sha256, config, tokenizer and its sha256, run, step, sha256 of the weights and
+sha256 of all these.
 """
 
 import argparse
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -26,6 +26,7 @@ import safetensors.torch
 import torch
 
 import recurrent
+from train_gpt2 import OneLineParser
 
 SUFFIX = dict(rwkv=".pth", safetensors=".safetensors")  # the rwkv package appends its own
 KEPT = ("script", "source_sha256", "run", "step", "config", "tokenizer", "tokenizer_sha256")
@@ -36,11 +37,6 @@ NO_PLACE = {  # what the format cannot hold of the scripts that train no RWKV-7
     "train_rwkv6.py": ["the recurrence of RWKV-6 with its bonus (att.u)", "data-dependent token shift (att.x_x, A, B)",
                        "gate through tanh", "factor on the embedding (emb_scale)", "head tied to the embedding",
                        "channel mixing without token shift", "x070's in-context learning rate is missing"]}
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (all flags: python {self.prog} --help)\n")
 
 
 def without_place(model):
@@ -56,22 +52,12 @@ def without_place(model):
 
 
 def write(out, force, writer):
-    """Call writer(path) for a path beside `out`, which then takes its place."""
+    """recurrent.write() of a file that is new, or may be replaced."""
     if out.is_dir() or (out.exists() and not force):
         raise ValueError(f"{out} is there already. Name another --out" + ("." if out.is_dir() else ", or add --force."))
     if not out.parent.is_dir():
         raise ValueError(f"{out.parent} is no folder. Make it, or name another --out.")
-    part = out.with_name(f"{out.name}.{os.getpid()}.part")
-    try:
-        writer(part)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, out)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # a full disk in Python's, torch's, its words
-        said = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise ValueError(f"cannot write {out}: {said}. Make room, or name another --out.") from None
-    finally:
-        part.unlink(missing_ok=True)
+    recurrent.write(out, writer)
 
 
 def export(checkpoint, to, out, dtype="fp32", force=False):
@@ -92,6 +78,7 @@ def export(checkpoint, to, out, dtype="fp32", force=False):
     else:
         about = {key: model.about.get(key) for key in KEPT}
         about.update(format=1, model_sha256=recurrent.weights_hash(weights))
+        about["sha256"] = recurrent.facts_hash(about)
         header = dict(format="pt", checkpoint=json.dumps(about))
         write(out, force, lambda path: safetensors.torch.save_file(weights, path, metadata=header))
     rows = next(t for name, t in weights.items() if name in ("emb.weight", "wte.weight")).size(0)

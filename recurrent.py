@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib
 import json
+import os
 import pickle
 import re
 import warnings
@@ -27,7 +28,6 @@ import torch
 import torch.nn.functional as F
 
 CHECKPOINTS = Path("checkpoints")
-SCRIPTS = ("train_gpt2.py", "train_rwkv6.py", "train_rwkv7.py")
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 LOOK_UPS = ("emb.weight", "wte.weight")
 
@@ -58,10 +58,25 @@ class State:
     def save(self, file, model, **more):
         """Write the state to a safetensors file, atomically, with what model.load_state() checks; more: plain facts."""
         facts = dict(model.identity(), position=self.position, **more)
-        part = Path(f"{file}.part")
         tensors = {name: t.cpu().contiguous() for name, t in self.tensors.items()}
-        safetensors.torch.save_file(tensors, part, metadata=dict(state=json.dumps(facts)))
-        part.replace(file)
+        header = dict(state=json.dumps(facts))
+        write(file, lambda part: safetensors.torch.save_file(tensors, part, metadata=header))
+
+
+def write(file, writer):
+    """Call writer(path) for a path beside `file`, which then takes its place; or ValueError, and nothing is left."""
+    file = Path(file)
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        writer(part)
+        with open(part, "rb+") as opened:
+            os.fsync(opened.fileno())
+        os.replace(part, file)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # a full disk in Python's, torch's, its words
+        said = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ValueError(f"cannot write {file}: {said}. Make room, set permissions or name another file.") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -81,7 +96,7 @@ class Model:
     def __init__(self, config, weights, dtype="fp32", device="cpu", about=None, script=None):
         self.config, self.about, self.script = config, about or {}, script
         self.dtype, self.device, self.trained = dtype, torch.device(device), weights
-        self.type = DTYPES.get(dtype, torch.float32)  # of the activations
+        self.activations = DTYPES.get(dtype, torch.float32)
         self.C, self.N, self.L = config.width, config.headsz, config.layers
         self.H = self.C // self.N
         self.W, self.blocks = {}, [{} for _ in range(self.L)]  # names without and with "blocks.<l>."
@@ -97,7 +112,8 @@ class Model:
     def prepare(self, name, t):
         """A weight as the forward pass takes it; vectors lose their dimensions of size 1."""
         t = t.squeeze() if t.dim() == 3 and t.size(0) == 1 else t
-        t = t.to(self.device, self.type, copy=True).contiguous()  # bytes of a file lie askew: other sums
+        # Copied, since tensors mapped from a file are unaligned, and sums then round differently.
+        t = t.to(self.device, self.activations, copy=True).contiguous()
         if on_the_right(name):  # x @ w1 in training; here W is (rows out, rows in)
             return t.T if name.endswith("2") else t.T.contiguous()  # short rows: columns first is twice as fast
         return t
@@ -136,7 +152,7 @@ class Model:
     def identity(self):
         """What a saved state must agree in."""
         return dict(script=self.script.__name__, model_sha256=self.hash, dtype=self.dtype,
-                    tokenizer=self.about.get("tokenizer"), tokenizer_sha256=self.about.get("tokenizer_sha256"))
+                    tokenizer_sha256=self.about.get("tokenizer_sha256"))
 
     def parallel(self):
         """The training script's own module with these weights and dtype: logits(tokens), (B, T) -> (B, T, V)."""
@@ -165,19 +181,27 @@ class Model:
             with safetensors.safe_open(file, "pt") as opened:
                 facts = json.loads((opened.metadata() or {})["state"])
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{file} is no saved state ({error}). Make one: sample.py --save_state FILE.") from None
+            theirs, position = {key: facts.get(key) for key in self.identity()}, facts["position"]
+            if type(position) is not int or position < 0:
+                raise ValueError(f"its position is {position}")
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, safetensors.SafetensorError) as error:
+            said = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{file} is no saved state ({said}). Make one: sample.py --save_state FILE.") from None
         for key, mine in self.identity().items():
-            if facts.get(key) != mine:
-                raise ValueError(f"{file} is a state of another model: its {key} is {facts.get(key)}, "
-                                 f"this one's {mine}.")
+            if theirs[key] != mine:
+                raise ValueError(f"{file} is a state of another model: its {key} is {theirs[key]}, this one's {mine}.")
         fresh = self.new_state(1).tensors
         for name in {*fresh, *tensors}:
             mine, its = (t[name].shape if name in t else None for t in (fresh, tensors))
-            if mine is None or its is None or self.shape_key(mine) != self.shape_key(its):
+            there = mine is not None and its is not None and len(mine) == len(its)
+            if not there or self.shape_key(mine) != self.shape_key(its):
                 raise ValueError(f"{file} does not fit: its tensor {name} is {its and tuple(its)}, "
                                  f"here {mine and tuple(mine)}.")
-        return State({name: t.to(self.device) for name, t in tensors.items()}, facts["position"]), facts
+        if len(batches := {t.size(1) for t in tensors.values()}) > 1:
+            raise ValueError(f"{file} does not fit: its tensors are of batches {', '.join(map(str, sorted(batches)))}.")
+        if "k" in tensors and not position <= tensors["k"].size(3) == tensors["v"].size(3):
+            raise ValueError(f"{file} does not fit: its keys and values are not those of {position} tokens.")
+        return State({name: t.to(self.device) for name, t in tensors.items()}, position), facts
 
     @staticmethod
     def shape_key(shape):
@@ -216,8 +240,13 @@ class RWKV7(Model):
         """S of the heads and the last inputs of time and channel mixing, all 0."""
         zeros = functools.partial(torch.zeros, device=self.device)
         return State(dict(wkv=zeros(self.L, batch, self.H, self.N, self.N),
-                          att_x=zeros(self.L, batch, self.C, dtype=self.type),
-                          ffn_x=zeros(self.L, batch, self.C, dtype=self.type)))
+                          att_x=zeros(self.L, batch, self.C, dtype=self.activations),
+                          ffn_x=zeros(self.L, batch, self.C, dtype=self.activations)))
+
+    def prepare(self, name, t):
+        if name.endswith(".lambdas"):  # in fp32, as training keeps them with bf16 too
+            return t.to(self.device, torch.float32)
+        return super().prepare(name, t)
 
     def stack(self, p):
         """The six mixes of the token shift become one tensor; 1 - k_a and the lambdas' values are ready."""
@@ -265,11 +294,10 @@ class RWKV7(Model):
         y = torch.addcmul(heads(y), (r * k).mul_(p["att.r_k"]).sum(-1, keepdim=True), v)
         return linear(y.view(B, T, C).mul_(g), p["att.output.weight"]), v_first
 
-    @staticmethod
-    def step7(r, w, k, v, kappa, alpha, S):
+    def step7(self, r, w, k, v, kappa, alpha, S):
         """One token: r w k v kappa alpha (BH, 1, N) fp32, S (B, H, N, N), changed in place. Returns y (BH, 1, N)."""
         S = S.flatten(0, 1)
-        d = torch.sigmoid(w).mul_(-0.6065306597126334).exp_()  # exp(-e^{-1/2} sigmoid(w))
+        d = torch.sigmoid(w).mul_(-self.script.DECAY_BOUND).exp_()  # exp(-e^{-1/2} sigmoid(w))
         u = torch.bmm(kappa, S.mT).neg_()  # S a; row times matrix is several times as fast as matrix times column
         S.mul_(d).baddbmm_(torch.cat((u, v), 1).mT, torch.cat((kappa * alpha, k), 1))
         return torch.bmm(r, S.mT)
@@ -286,7 +314,7 @@ class RWKV6(Model):
         """S of the heads and the last input of time mixing, all 0."""
         zeros = functools.partial(torch.zeros, device=self.device)
         return State(dict(wkv=zeros(self.L, batch, self.H, self.N, self.N),
-                          att_x=zeros(self.L, batch, self.C, dtype=self.type)))
+                          att_x=zeros(self.L, batch, self.C, dtype=self.activations)))
 
     def prepare(self, name, t):
         if name.endswith("att.u"):
@@ -342,7 +370,7 @@ class GPT2(Model):
 
     def new_state(self, batch=1):
         """No keys and values yet, (L, B, H, tokens, N) each; room is made by doubling."""
-        empty = lambda: torch.zeros(self.L, batch, self.H, 0, self.N, dtype=self.type, device=self.device)
+        empty = lambda: torch.zeros(self.L, batch, self.H, 0, self.N, dtype=self.activations, device=self.device)
         return State(dict(k=empty(), v=empty()))
 
     @staticmethod
@@ -361,7 +389,7 @@ class GPT2(Model):
         n = torch.arange(0, self.N, 2, device=self.device, dtype=torch.float32)
         t = torch.arange(state.position, end, device=self.device, dtype=torch.float32)
         angle = torch.outer(t, 10000 ** (-n / self.N))[:, None]
-        rotary = angle.cos().to(self.type), angle.sin().to(self.type)  # (T, 1, N/2)
+        rotary = angle.cos().to(self.activations), angle.sin().to(self.activations)  # (T, 1, N/2)
         x = x0 = rms(F.embedding(tokens, W["wte.weight"]))  # (B, T, C)
         v_first = None
         for l, p in enumerate(self.blocks):
@@ -388,6 +416,9 @@ class GPT2(Model):
     def rotate(x, cos, sin):
         x1, x2 = x.chunk(2, dim=-1)
         return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+FAMILIES = dict(train_rwkv7=RWKV7, train_rwkv6=RWKV6, train_gpt2=GPT2)
 
 
 def weights_hash(weights):
@@ -434,7 +465,8 @@ class Int8:
     def product(self, x):
         """W x. Few rows of x: torch's weight-only product, x in bf16. Many: by W again in fp32.
 
-        torch 2.13's product reads beyond the rows' ends, and may crash, unless they are multiples of 16 long.
+        torch 2.13's product reads beyond the rows' ends, and may crash, unless they are multiples of 16 long; 32, which
+        all the scripts' sizes are, leaves a margin for CPUs that were not tried.
         """
         if x.numel() > 16 * x.size(-1) or x.size(-1) % 32 or not x.is_cpu:
             return linear(x, self.rounded.float() * self.scale[:, None])
@@ -449,7 +481,8 @@ class Int8:
 def find(path):
     """The folder of a checkpoint from "latest", the folder itself, that of its run, or that of the run's record; or a
     file, of export.py or an official one, as it is."""
-    steps = lambda folder: sorted(p.parent for p in folder.glob("step[0-9]*/checkpoint.json") if p.parent.suffix == "")
+    steps = lambda folder: sorted((p.parent for p in folder.glob("step*/checkpoint.json")
+                                   if p.parent.name[4:].isdecimal()), key=lambda p: int(p.name[4:]))
     if str(path) == "latest":
         found = [p for run in CHECKPOINTS.glob("*") for p in steps(run)]
         if not found:
@@ -468,20 +501,30 @@ def find(path):
                      "Give a step's folder, a run's, its record's, an exported or official file, or the word latest.")
 
 
+def facts_hash(about):
+    """sha256 of what a checkpoint tells of itself, as the training scripts compute it."""
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def read_facts(text, where):
+    """What a checkpoint tells of itself, held against its own digest. Raises what strange JSON leads to."""
+    about = json.loads(text)
+    if about.pop("sha256") != facts_hash(about):
+        raise ValueError(f"{where} is not as it was written")
+    if about["format"] != 1 or about["script"] not in (f"{name}.py" for name in FAMILIES):
+        raise ValueError(f"format {about['format']}, script {about['script']}")
+    return about
+
+
 def read(folder):
-    """(about, weights) of a checkpoint's folder, every file held against the digest of checkpoint.json. ValueError."""
+    """(about, weights) of a checkpoint's folder, held against the digests in checkpoint.json. ValueError."""
     try:
-        about = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-        if about["format"] != 1 or about["script"] not in SCRIPTS:
-            raise ValueError(f"format {about['format']}, script {about['script']}")
-        file, expected = folder / "model.safetensors", about["files"]["model.safetensors"]
-        with open(file, "rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else (
-                hashlib.sha256(opened.read()).hexdigest())
-        if digest != expected["sha256"]:
-            raise ValueError(f"{file.name} has {file.stat().st_size} bytes and another sha256 than when it was written")
-        return about, safetensors.torch.load_file(file)
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        about = read_facts((folder / "checkpoint.json").read_bytes(), "checkpoint.json")
+        data = (folder / "model.safetensors").read_bytes()
+        if hashlib.sha256(data).hexdigest() != about["files"]["model.safetensors"]["sha256"]:
+            raise ValueError(f"model.safetensors has {len(data)} bytes and another sha256 than when it was written")
+        return about, safetensors.torch.load(data)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, safetensors.SafetensorError) as error:
         said = f"no {error} in checkpoint.json" if isinstance(error, KeyError) else error
         raise ValueError(f"{folder} is damaged: {said}. Take another step of the run, or train again.") from None
 
@@ -503,20 +546,19 @@ def read_file(path):
         raise ValueError(f"{path} holds a Python object ({strange[1]}), whose loading could run code; only tables of "
                          "tensors are read. Save its state_dict() alone." if strange else
                          f"{path} is damaged, or no file of tensors. Fetch or export it again.") from None
-    except (OSError, EOFError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+    except Exception as error:  # torch meets damage with whatever it leads to
         said = f"{type(error).__name__} {error}".splitlines()[0][:120]
         raise ValueError(f"{path} is damaged, or no file of tensors ({said}). Fetch or export it again.") from None
     if "checkpoint" not in facts:
         config, weights = official(path, weights)
         return dict(script="train_rwkv7.py", config=asdict(config), step=None), weights
     try:
-        about = json.loads(facts["checkpoint"])
-        if about["format"] != 1 or about["script"] not in SCRIPTS:
-            raise ValueError(f"format {about['format']}, script {about['script']}")
+        about = read_facts(facts["checkpoint"], "its header")
         if weights_hash(weights) != about["model_sha256"]:
             raise ValueError("its weights have another sha256 than when it was written")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Export it again.") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        said = f"no {error} in its header" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is damaged: {said}. Export it again.") from None
     return about, weights
 
 
@@ -582,9 +624,8 @@ def load(path, dtype="fp32", device="cpu"):
     script = importlib.import_module(about["script"][:-len(".py")])
     known = {f.name for f in fields(script.Hyperparameters)}
     config = script.Hyperparameters(**{key: value for key, value in about["config"].items() if key in known})
-    family = dict(train_gpt2=GPT2, train_rwkv6=RWKV6, train_rwkv7=RWKV7)[script.__name__]
     try:
-        model = family(config, weights, dtype, device, about, script)
+        model = FAMILIES[script.__name__](config, weights, dtype, device, about, script)
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit {about['script']}: {error}.") from None
     if dtype == "int8":

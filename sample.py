@@ -38,7 +38,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import torch
 import torch.nn.functional as F
 
@@ -46,7 +45,7 @@ import recurrent
 from train_gpt2 import OneLineParser
 
 ROOT = Path(__file__).resolve().parent
-sys.path.append(str(ROOT / "data"))
+sys.path.insert(0, str(ROOT / "data"))
 import tokenizer as tokenizers  # noqa: E402
 
 PIECES = (1, 15, 16, 17, 2, 33, 7, 64, 3)  # odd places to split a prompt at
@@ -117,11 +116,12 @@ def draw(p, u):
 def choose(z, seen, count, how, u):
     """The next token from logits z (V,), by the samplers in the order of the file's head. how: the flags."""
     z = z.double()
-    if not z.max().isfinite():
-        raise ValueError("the model's logits are not finite: its weights are broken. Take an earlier step of the run.")
     z = repetition(z, seen, how.repetition) if how.repetition != 1 else z
     z = presence(z, count, how.presence) if how.presence else z
     z = frequency(z, count, how.frequency) if how.frequency else z
+    if not z.max().isfinite():
+        raise ValueError("the logits are not finite: --repetition, --presence or --frequency are out of all measure, "
+                         "or the model's weights are broken. Take usual values, or an earlier step of the run.")
     if how.temperature == 0:
         return best(z)
     p = temperature(z, how.temperature)
@@ -145,7 +145,7 @@ def open_tokenizer(model, args):
 
 def read_text(path):
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_bytes().decode()  # read_text() would change \r\n
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}. Give a file of text.") from None
     except UnicodeDecodeError as error:
@@ -205,7 +205,9 @@ class Text:
 
 def write(text):
     """To stdout at once. A terminal gets no control characters, of which broken models know many."""
-    print(re.sub(r"[^\n\t -~\xa0-\U0010ffff]", "\ufffd", text) if sys.stdout.isatty() else text, end="", flush=True)
+    if sys.stdout.isatty():
+        text = re.sub(r"[^\n\t -~\xa0-\U0010ffff]", "\ufffd", text.replace("\r\n", "\n"))
+    print(text, end="", flush=True)
 
 
 def begin(model, tokenizer, args):
@@ -249,9 +251,10 @@ def sample(model, args):
         head = lambda i: write((f"--- sample {i + 1} of {args.num_samples}\n" if args.num_samples > 1 else "") + prompt)
         head(first)
         for step in generate(model, branch, int(tokens[-1]), seen_n, count_n, args, rngs, tokenizer.document_mark):
-            for text, last in ((text, token) for text, token in zip(texts, step) if token is not None):
-                text.add(last)
-                drawn += 1
+            for text, token in zip(texts, step):
+                if token is not None:
+                    text.add(token)
+                    drawn, last = drawn + 1, token
         for i, text in enumerate(texts):
             if i:
                 head(first + i)
@@ -308,9 +311,9 @@ def check(args):
         print(f"{dtype:5} {form:11}{cell('absolute')}{cell('logits')}{cell('kl')}{1 - d['top1']:>9.2%}{cell('state')}"
               f"  {end}", flush=True)
 
-    true, good = [], True
+    true, good, path = [], True, recurrent.find(args.checkpoint)  # once: latest may become another
     for dtype in ("fp32", "bf16"):
-        model, limits = recurrent.load(args.checkpoint, dtype, args.device), dict(FP32) if dtype == "fp32" else {}
+        model, limits = recurrent.load(path, dtype, args.device), dict(FP32) if dtype == "fp32" else {}
         if not true:
             tokens, source = check_tokens(model, args)
             print(f"{model.script.__name__}, step {model.step}: {tokens.size(1)} tokens of {source}\n{'dtype':5} "
@@ -319,10 +322,11 @@ def check(args):
             true = true or [z, None]
             true[1] = true[1] or state
             d = distance(z, state, *true)
-            for key in (key for key in BF16 if key not in limits and d[key] is not None):
-                limits[key] = BF16[key][0] * d[key] + BF16[key][1]
+            own = [key for key in BF16 if key not in limits and d[key] is not None]
+            limits.update({key: BF16[key][0] * d[key] + BF16[key][1] for key in own})
             broken = [key for key in limits if d[key] is not None and not d[key] <= limits[key]]  # a nan breaks it too
-            row(dtype, form, d, f"BROKEN: {', '.join(broken)}" if broken else "ok")
+            end = "ok" if not own else "-" if "logits" in own else f"ok, sets the limit of {', '.join(own)}"
+            row(dtype, form, d, f"BROKEN: {', '.join(broken)}" if broken else end)
             good = good and not broken
         row(dtype, "limit", limits, "")
     print("all forms agree" if good else "the forms do NOT agree")
@@ -385,18 +389,19 @@ def losses(model, tokens, context, mark):
     """Nats of each token but the first, given those before it in its sequence of `context` tokens, or, context 0, in
     its document; a sequence or document starts from the empty state."""
     tokens, out = torch.from_numpy(tokens), []
-    nats = lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten().to(z.device), reduction="none").double().cpu()
     if context:
-        at_once = max(1, min(2 ** 12, 2 ** 24 // model.vocab_size) // context)  # sequences; more only take memory
-        for x, y in zip(*(t.view(-1, context).split(at_once) for t in (tokens[:-1], tokens[1:]))):
-            out.append(nats(model(x, model.new_state(len(x))), y))
+        size = max(1, min(2 ** 12, 2 ** 24 // model.vocab_size) // min(context, 512))  # more only take memory
+        batches = zip(*(t.view(-1, context).split(size) for t in (tokens[:-1], tokens[1:])))
     else:
         starts = sorted({0, *(tokens[:-1] == mark).nonzero().flatten().tolist()})
-        for start, end in zip(starts, [*starts[1:], len(tokens) - 1]):
-            state = model.new_state()
-            for at in range(start, end, 512):
-                x = slice(at, min(at + 512, end))
-                out.append(nats(model(tokens[None, x], state), tokens[x.start + 1:x.stop + 1]))
+        sizes = np.diff([*starts, len(tokens) - 1]).tolist()
+        batches = zip(tokens[None, :-1].split(sizes, 1), tokens[None, 1:].split(sizes, 1))
+    for batch in batches:
+        state, nats = model.new_state(len(batch[0])), []
+        for x, y in zip(*(t.split(512, 1) for t in batch)):
+            z = model(x, state)  # (B, T, V)
+            nats.append(F.cross_entropy(z.mT, y.to(z.device), reduction="none").double().cpu())
+        out.append(torch.cat(nats, 1).flatten())
     return torch.cat(out).numpy()
 
 
@@ -507,6 +512,8 @@ def parse(argv):
         parser.error("--device cuda: torch sees no CUDA device. Take --device cpu")
     if args.save_state and not Path(args.save_state).absolute().parent.is_dir():
         parser.error(f"--save_state {args.save_state}: there is no such folder")
+    if args.save_state and Path(args.save_state).is_dir():
+        parser.error(f"--save_state {args.save_state} is a folder. Name a file")
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     return args
 
@@ -528,7 +535,7 @@ def main(argv=None):
         return 1
     except BrokenPipeError:  # the reader has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         print(f"sample.py: {error}. Make room, set permissions or name another file.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -184,17 +184,18 @@ def read_vocabulary(data, where):
 
 def read_longest(data, where):
     """[bytes] of the content of a file of RWKV's own kind: a line is the id, a Python string or bytes, its length."""
-    tokens = {0: b""}
+    tokens, known = {0: b""}, {b""}
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
             try:
                 i, text = line.decode().strip().split(" ", 1)
                 text, size = text.rsplit(" ", 1)
                 token = ast.literal_eval(text)
-                token = token.encode() if isinstance(token, str) else bytes(token)
-                if int(i) in tokens or len(token) != int(size):
+                token = token.encode() if isinstance(token, str) else token
+                if not isinstance(token, bytes) or len(token) != int(size) or int(i) in tokens or token in known:
                     raise ValueError
                 tokens[int(i)] = token
+                known.add(token)
             except (ValueError, SyntaxError, TypeError):
                 raise Failure(f'{where} line {number} is not "id token length". Fetch it again.') from None
     if not {bytes([i]) for i in range(256)} <= set(tokens.values()) or max(tokens) > LARGEST_ID:
@@ -261,8 +262,8 @@ def for_model(about, size, wanted=None):
         if "--tokenizer" not in said:
             said += ", or give GPT-2's vocabulary, r50k_base.tiktoken, with --tokenizer FILE"
         raise Failure(said) from None
-    theirs, padded = about.get("tokenizer_sha256"), lambda n: -(-n // 128)  # tables of models are padded
-    if theirs not in (None, tokenizer.sha256) or padded(tokenizer.vocab_size) != padded(size):
+    theirs = about.get("tokenizer_sha256")
+    if theirs not in (None, tokenizer.sha256) or not size - 128 < tokenizer.vocab_size <= size:  # tables are padded
         was = f"{about.get('tokenizer')}, sha256 {theirs[:12]}" if theirs else f"{size} ids"
         raise Failure(f"wrong tokenizer: {name} has {tokenizer.vocab_size} ids, sha256 {tokenizer.sha256[:12]}; the "
                       f"model was trained with another ({was}). Give its vocabulary file with --tokenizer FILE")

@@ -1,6 +1,7 @@
 """What the tests share: shards to train on, runs of the scripts and what a run leaves behind."""
 
 import contextlib
+import hashlib
 import importlib
 import json
 import os
@@ -96,6 +97,11 @@ def only_record(records):
     folder, = pathlib.Path(records).iterdir()
     log, result = (folder / "log.txt").read_text(encoding="utf-8"), folder / "result.json"
     return folder, log, json.loads(result.read_text()) if result.exists() else None
+
+
+def signed(about):
+    """What a checkpoint tells of itself, with its digest, as the training scripts write it."""
+    return dict(about, sha256=hashlib.sha256(json.dumps(about).encode()).hexdigest())
 
 
 def tree(folder):

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import importlib.util
 import json
 import os
 import pickle
@@ -17,7 +16,7 @@ import torch
 
 import export
 import recurrent
-from helpers import ROOT, environment, make_corpus, run_here, tiny, tree
+from helpers import ROOT, environment, make_corpus, run_here, signed, tiny, tree
 
 sys.path.append(str(ROOT / "data"))
 import tokenizer  # noqa: E402
@@ -26,7 +25,7 @@ PLAIN = dict(x070=True, width=128, headsz=64, layers=3)  # 64 is the size that t
 CASES = {"plain": ("train_rwkv7", PLAIN), "heads of 32": ("train_rwkv7", dict(x070=True, width=96, headsz=32)),
          "speedrun": ("train_rwkv7", dict(width=64)), "train_rwkv6": ("train_rwkv6", dict(width=64)),
          "train_gpt2": ("train_gpt2", dict(width=128))}
-LIMIT = 1e-5  # of absolute logit differences of up to 256 tokens, where logits reach 3; measured 2e-6
+LIMIT = 3e-6  # of differences of the logits of 256 tokens, relative to the largest, which is 3 to 7; measured 1.5e-6
 TOKENS = torch.randint(257, (1, 256), generator=torch.Generator().manual_seed(5))
 
 PACKAGE = """
@@ -68,7 +67,7 @@ def write_checkpoint(folder, case):
     about = dict(format=1, script=f"{script.__name__}.py", source_sha256="0" * 64, run="a_run", step=7,
                  config=asdict(config), tokenizer="bytes", tokenizer_sha256=tokenizer.Bytes.sha256,
                  files={"model.safetensors": dict(sha256=digest)})
-    (folder / "checkpoint.json").write_text(json.dumps(about))
+    (folder / "checkpoint.json").write_text(json.dumps(signed(about)))
     return folder
 
 
@@ -143,7 +142,8 @@ def test_the_package_computes_the_same(case, checkpoints, files, package):
     assert mine["parallel"].abs().max() > 2, "logits too small to tell anything"
     zeros = [name for name, t in torch.load(files[case], weights_only=True).items() if not t.any()]
     assert not zeros, f"not trained: {zeros}"
-    errors = {f"{a} / {b}": (mine[a] - its[b]).abs().max().item() for a in mine for b in its}
+    largest = mine["parallel"].abs().max()
+    errors = {f"{a} / {b}": ((mine[a] - its[b]).abs().max() / largest).item() for a in mine for b in its}
     assert max(errors.values()) < LIMIT, errors
 
 
@@ -157,7 +157,7 @@ def test_every_parameter_takes_part(files):
             kept = p.clone()
             p.copy_(scatter(kept, generator))
             change = (module.logits(few) - before).abs().max()
-            assert change > 100 * LIMIT, f"{name}: {change:.1e}"
+            assert change > 100 * LIMIT * before.abs().max(), f"{name}: {change:.1e}"
             p.copy_(kept)
         assert torch.equal(module.logits(few), before)
 
@@ -210,6 +210,12 @@ def test_safetensors_and_back(case, checkpoints, tmp_path, capsys):
     assert list(tree(tmp_path)) == ["model.safetensors"]
     with safetensors.safe_open(out, "pt") as opened:  # a byte of a weight changes and the file is refused
         assert opened.metadata()["format"] == "pt"
+        header, weights = json.loads(opened.metadata()["checkpoint"]), {n: opened.get_tensor(n) for n in opened.keys()}
+    header["config"]["layers"] -= 1  # and so does one of its facts
+    for about, said in ((header, "its header is not as it was written"), ({}, "no 'sha256' in its header"), ([], "")):
+        safetensors.torch.save_file(weights, tmp_path / "x.safetensors", metadata=dict(checkpoint=json.dumps(about)))
+        with pytest.raises(ValueError, match=f"is damaged: .*{said}.*Export it again"):
+            recurrent.load(tmp_path / "x.safetensors")
     damaged = bytearray(out.read_bytes())
     damaged[-3] ^= 1
     out.write_bytes(damaged)
@@ -349,23 +355,3 @@ def test_bad_files(files, tmp_path, monkeypatch):
         assert said.startswith(name) and "\n" not in said and said.endswith(".") and len(said) < 400, said
         assert all(part in said for part in parts), f"{parts} not all in: {said}"
     assert not (tmp_path / "executed").exists()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# RWKV's vocabulary
-
-MIXED = ["", "The Eiffel tower is in the city of", "  def f(x):\n\t\treturn x ** 2  # émigré\r\n", "日本語。\n中文，\n…\n",
-         "🙂🙃\U0001F9D1‍🚀", "\x00\x7f\x80ÿ", "=" * 200 + " " * 150, "ａｂｃ ﬁ Ωμέγα שלום مرحبا नमस्ते", "\n\n\n\n  \n"]
-
-
-def test_world_vocabulary(monkeypatch):
-    """The tokens of the rwkv package's own tokenizer, from the file that comes with it."""
-    where = importlib.util.find_spec("rwkv").submodule_search_locations[0]
-    monkeypatch.syspath_prepend(where)
-    its = importlib.import_module("rwkv_tokenizer").TRIE_TOKENIZER(f"{where}/rwkv_vocab_v20230424.txt")
-    world = tokenizer.from_file(f"{where}/rwkv_vocab_v20230424.txt")
-    assert (world.name, world.document_mark) == ("rwkv_world", 0) and 65529 < world.vocab_size <= 65536
-    for text in [*MIXED, (ROOT / "README.md").read_text(encoding="utf-8")]:
-        ids = world.encode(text)
-        assert ids.dtype == "<u2" and ids.tolist() == its.encode(text), text
-        assert world.decode(ids) == text.encode()

@@ -2,15 +2,17 @@
 
 import json
 import statistics
+import sys
 
 import pytest
 import torch
 
 import bench
 import recurrent
+from helpers import make_corpus
+from recurrent import FAMILIES
 from test_recurrent import scattered, tokens
-
-FAMILIES = bench.FAMILIES
+from test_sample import write_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +102,8 @@ def test_every_round_does_every_job():
 def result_of(name):
     args = bench.parse(["x", "--positions", "24,48,96", "--rounds", "3", "--chunk", "16"])
     said = []
-    return bench.bench([build(name), build("train_gpt2")], args, said.append), said
+    trained = build(name)
+    return bench.bench([trained, build("train_gpt2")], trained, args, said.append), said
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +172,36 @@ def test_loss_of_both():
     assert found["change"] == pytest.approx(found["int8"] - found["fp32"], abs=1e-6) and found["change"] != 0
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_shape_and_what_int8_costs_a_trained_model(relative, tmp_path, monkeypatch, capsys):
+    """Times are of the shape's models, the loss of the checkpoint's; its data may lie in the repository's folder."""
+    script, config, weights = scattered("train_rwkv6")
+    data, path = make_corpus(tmp_path / "data", val=(5000,)), tmp_path / "step000001"
+    config.data = "data" if relative else str(data)
+    write_checkpoint(path, script, config, weights)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    monkeypatch.setattr(bench, "random_model", lambda name, track: build(name))
+    monkeypatch.setattr(bench, "bandwidth", lambda: lambda: [1e10, 2e10])
+    monkeypatch.setattr(bench, "losses", lambda pair, text, right=bench.losses: right(pair, text[:800]))
+    flags = ["--positions", "24,48", "--rounds", "2", "--chunk", "16", "--out", tmp_path / "out"]
+    assert bench.main([path, "--shape", "124m", *flags]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert [row["model"] for row in result["slopes"]] == ["RWKV-7", "RWKV-6", "GPT-2"]
+    assert result["loss"]["model"] == "RWKV-6, random, step 1" and result["loss"]["change"] != 0
+    assert f"Validation loss: RWKV-6, random, step 1: fp32 {result['loss']['fp32']:.4f}, int8 " in out
+    assert "all models and states together" in out
+
+
+def test_no_plot_of_another_run_stays(result, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bench.png").write_bytes(b"old")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    bench.show(result[0], tmp_path, print)
+    assert not (tmp_path / "bench.png").exists() and "bench.png" not in capsys.readouterr().out
+
+
 def test_table_goes_between_the_markers(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n")
@@ -181,7 +214,7 @@ def test_table_goes_between_the_markers(tmp_path):
         assert page.read_text() == text
 
 
-@pytest.mark.parametrize("flags, word", [([], "give a CHECKPOINT"), (["x", "--shape", "124m"], "give a CHECKPOINT"),
+@pytest.mark.parametrize("flags, word", [([], "give a CHECKPOINT"),
                                          (["x", "--rounds", "0"], "at least 1"), (["x", "--positions", "9"], "rising"),
                                          (["x", "--positions", "9,3"], "rising"), (["x", "--rouns", "3"], "--rouns"),
                                          (["--shape", "7b"], "124m")])

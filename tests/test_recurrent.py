@@ -1,12 +1,17 @@
 """recurrent.py: the models token by token, in pieces and at once give the same logits; states are plain values."""
 
+import hashlib
 import importlib
 import json
+import random
+from dataclasses import asdict
 
 import pytest
+import safetensors.torch
 import torch
 
 import recurrent
+from helpers import signed, tree
 
 CASES = {"train_rwkv7": {}, "train_rwkv7 x070": dict(x070=True), "train_rwkv6": {}, "train_gpt2": {}}
 
@@ -25,8 +30,8 @@ def scattered(case):
 @pytest.fixture(scope="module", params=CASES)
 def model(request):
     script, config, weights = scattered(request.param)
-    family = dict(train_gpt2=recurrent.GPT2, train_rwkv6=recurrent.RWKV6, train_rwkv7=recurrent.RWKV7)[script.__name__]
-    return family(config, weights, "fp32", "cpu", dict(step=1, tokenizer="bytes", tokenizer_sha256="x"), script)
+    return recurrent.FAMILIES[script.__name__](
+        config, weights, "fp32", "cpu", dict(step=1, tokenizer="bytes", tokenizer_sha256="x"), script)
 
 
 def tokens(*shape):
@@ -74,7 +79,8 @@ def test_state_survives_a_file(model, tmp_path):
 
 def test_state_of_another_model_is_refused(model, tmp_path):
     model.new_state().save(tmp_path / "state", model)
-    for change, word in ((dict(about=dict(model.about, tokenizer="gpt2")), "tokenizer"), (dict(dtype="bf16"), "dtype"),
+    for change, word in ((dict(about=dict(model.about, tokenizer_sha256="y")), "tokenizer_sha256"),
+                         (dict(dtype="bf16"), "dtype"),
                          (dict(weights={n: t + 1 for n, t in model.trained.items()}), "model_sha256")):
         now = dict(config=model.config, weights=model.trained, dtype="fp32", about=model.about, script=model.script)
         with pytest.raises(ValueError, match=word):
@@ -82,6 +88,35 @@ def test_state_of_another_model_is_refused(model, tmp_path):
     (tmp_path / "state").write_bytes(b"no state")
     with pytest.raises(ValueError, match="no saved state"):
         model.load_state(tmp_path / "state")
+
+
+def test_damaged_states(model, tmp_path):
+    state, facts = model.new_state(), model.identity()
+    model(tokens(1, 9), state)
+    tensors, name = state.tensors, "k" if "k" in state.tensors else "wkv"
+    damage = [([1], tensors, "no saved state"), (facts, tensors, "no 'position'"), ("x", tensors, "no saved state"),
+              (dict(facts, position="9"), tensors, "its position is 9"), (dict(facts, position=-1), tensors, "is -1"),
+              (dict(facts, position=9), {**tensors, name: tensors[name].repeat_interleave(2, 1)}, "of batches 1, 2"),
+              (dict(facts, position=9), {**tensors, name: torch.ones(3)}, "does not fit"),
+              (dict(facts, position=9), {"x": torch.ones(3)}, "does not fit")]
+    if name == "k":
+        damage += [(dict(facts, position=500), tensors, "not those of 500 tokens"),
+                   (dict(facts, position=9), dict(tensors, v=tensors["v"][:, :, :, :9].clone()), "of 9 tokens")]
+    for facts, tensors, said in damage:
+        safetensors.torch.save_file(tensors, tmp_path / "state", metadata=dict(state=json.dumps(facts)))
+        with pytest.raises(ValueError, match=said):
+            model.load_state(tmp_path / "state")
+
+
+def test_a_state_that_cannot_be_written(model, tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half of it")
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device")
+    (tmp_path / "state").write_bytes(b"precious")
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(ValueError, match="cannot write .*No space left on device. Make room"):
+        model.new_state().save(tmp_path / "state", model)
+    assert tree(tmp_path) == dict(state=b"precious")
 
 
 @pytest.mark.parametrize("where", ["nothing", "empty", "latest"])
@@ -95,8 +130,57 @@ def test_no_checkpoint(where, tmp_path, monkeypatch):
 def test_damaged_checkpoint(tmp_path):
     folder = tmp_path / "step000001"
     folder.mkdir()
-    for about in ({}, dict(format=9, script="train_gpt2.py"), dict(format=1, script="os.py"),
-                  dict(format=1, script="train_gpt2.py", files={})):
+    (folder / "model.safetensors").write_bytes(b"weights")
+    for about, said in ((dict(format=1, script="train_gpt2.py", files={}), "no 'sha256'"), ([], ""), (3, ""),
+                        (signed(dict(format=9, script="train_gpt2.py")), "format 9"),
+                        (signed(dict(format=1, script="os.py")), "script os.py"),
+                        (signed(dict(format=1, script="train_gpt2.py", files={})), "model.safetensors"),
+                        (dict(signed(dict(format=1, script="train_gpt2.py")), config={}), "is not as it was written")):
         (folder / "checkpoint.json").write_text(json.dumps(about))
-        with pytest.raises(ValueError, match="is damaged: .*Take another step"):
+        with pytest.raises(ValueError, match=f"is damaged: .*{said}.*Take another step"):
             recurrent.load(folder)
+
+
+def test_an_edited_config(tmp_path):
+    """A folder whose weights are whole, and one value of its config is not."""
+    script, config, weights = scattered("train_gpt2")
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    digest = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    about = signed(dict(format=1, script="train_gpt2.py", config=asdict(config),
+                        files={"model.safetensors": dict(sha256=digest)}))
+    (tmp_path / "checkpoint.json").write_text(json.dumps(about, indent=1))
+    assert recurrent.load(tmp_path).config.softcap == 30
+    about["config"]["softcap"] = 80.0
+    (tmp_path / "checkpoint.json").write_text(json.dumps(about, indent=1))
+    with pytest.raises(ValueError, match="checkpoint.json is not as it was written"):
+        recurrent.load(tmp_path)
+
+
+def test_damaged_pth(tmp_path):
+    """Bytes changed at random, in both of torch's formats: one line, whatever torch says to it."""
+    rng, small = random.Random(0), {f"blocks.0.{i}": torch.ones(4) for i in range(6)}
+    for zipped in (True, False):
+        torch.save(small, tmp_path / "whole.pth", _use_new_zipfile_serialization=zipped)
+        whole = (tmp_path / "whole.pth").read_bytes()
+        for _ in range(150):
+            data = bytearray(whole)
+            for _ in range(rng.choice((1, 2, 8))):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+            (tmp_path / "x.pth").write_bytes(data)
+            with pytest.raises(ValueError) as caught:
+                recurrent.load(tmp_path / "x.pth")
+            assert "\n" not in str(caught.value)
+
+
+def test_the_last_step_is_the_largest_number(tmp_path):
+    for name in ("step999999", "step1000000", "step000002", "step1000001.part", "steps"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint.json").write_text("{}")
+    assert recurrent.find(tmp_path).name == "step1000000"
+
+
+def test_lambdas_stay_as_in_training():
+    script, config, weights = scattered("train_rwkv7")
+    model = recurrent.RWKV7(config, weights, "bf16", "cpu", {}, script)
+    assert [p["lambdas"] for p in model.blocks] == [weights[f"blocks.{l}.lambdas"].tolist() for l in range(model.L)]
+    assert model.parallel().blocks[1].lambdas.dtype == torch.float32

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import recurrent
 import sample
-from helpers import ROOT, SCRIPTS, make_corpus, one_thread, only_record, run_here, tiny, write_shard
+from helpers import ROOT, SCRIPTS, make_corpus, one_thread, only_record, run_here, signed, tiny, write_shard
 from test_recurrent import CASES, scattered
 
 TEXT = (ROOT / "README.md").read_bytes()[:6000]
@@ -33,7 +33,7 @@ def write_checkpoint(folder, script, config, weights, **about):
     about = dict(dict(format=1, script=f"{script.__name__}.py", run="random", step=1, config=asdict(config),
                       tokenizer="bytes", tokenizer_sha256=sample.tokenizers.Bytes.sha256,
                       files={"model.safetensors": dict(sha256=hashlib.sha256(data).hexdigest())}), **about)
-    (folder / "checkpoint.json").write_text(json.dumps(about))
+    (folder / "checkpoint.json").write_text(json.dumps(signed(about)))
     return folder
 
 
@@ -204,6 +204,9 @@ def test_edges_of_choosing():
         for t in (0, 1.0):
             with pytest.raises(ValueError, match="not finite"):
                 pick(bad, temperature=t)
+    for flags in (dict(repetition=1e-320), dict(frequency=-1e308), dict(presence=-1e308, frequency=-1e308)):
+        with pytest.raises(ValueError, match="not finite: --repetition"):
+            sample.choose(torch.tensor([1.0, 2.0]), none[:2] == 0, torch.tensor([5.0, 0.0]), how(**flags), 0.5)
 
 
 # Text
@@ -358,6 +361,9 @@ def test_states_that_do_not_fit(paths, gpt, say, tmp_path):
     say(gpt, "--dtype", "int8", "--max_new_tokens", 2, "--save_state", state)
     say(gpt, "--dtype", "int8", "--max_new_tokens", 2, "--load_state", state)
     refused(state, gpt, "dtype is int8")
+    model.new_state().save(state, model, pending=1, seen=[], count={}, waiting=[])
+    model.about["tokenizer"] = "another name"
+    assert model.load_state(state)[0].position == 0, "the same vocabulary"
     model.about["tokenizer_sha256"] = "other"
     model.new_state().save(state, model, pending=1, seen=[], count={}, waiting=[])
     refused(state, gpt, "tokenizer_sha256")
@@ -398,6 +404,8 @@ def test_all_forms_agree(path, say, tmp_path):
     for line in lines:
         if line[0] == "bf16" and line[1] != "limit":
             assert float(line[3]) > 1e-4, "bf16 is bf16"
+    verdicts = [line[-1] for line in lines if line[1] != "limit"]
+    assert verdicts == ["ok"] * 4 + ["-", "ok, sets the limit of state", "ok", "ok"], "no limit holds what set it"
 
 
 def test_check_without_data_or_vocabulary(paths, say, tmp_path, monkeypatch):
@@ -541,7 +549,8 @@ def test_eval_by_hand(run, say):
     starts = [0, *(m for m in marks if m)]
     document = [sum(s <= i for s in starts) for i in range(1500)]
     by_document = [nats(tokens[a:b + 1]) for a, b in zip(starts, [*starts[1:], 1500])]
-    for flags, want in (((100,), [nats(tokens[i:i + 101]) for i in range(0, 1500, 100)]), ((0,), by_document)):
+    sequences = lambda size: [nats(tokens[i:i + size + 1]) for i in range(0, 1500, size)]
+    for flags, want in (((100,), sequences(100)), ((750,), sequences(750)), ((0,), by_document)):
         losses = list(itertools.chain(*want))
         got, out = evaluated(say, path, "--eval", data, "--context", *flags, "--eval_tokens", 1500)
         assert got["tokens"] == len(losses) == 1500 and got["documents"] == len(starts) == len(set(document)) > 3
@@ -555,7 +564,7 @@ def test_eval_by_hand(run, say):
             mean = sum(losses) / scale / n
             error = math.sqrt(D / (D - 1) * sum((s[0] / scale - mean * s[column]) ** 2 for s in sums.values())) / n
             assert got[key] == pytest.approx(error, abs=1e-6)
-        assert ("whole documents" if flags == (0,) else "100 tokens") in out
+        assert ("whole documents" if flags == (0,) else f"{flags[0]} tokens") in out
 
 
 def test_check_of_a_trained_run(run, say):
@@ -583,6 +592,8 @@ def test_eval_of_a_shard_and_of_text(gpt, say, tmp_path):
     assert shard["standard_error"] is None and shard["documents"] == 1
     short = evaluated(say, gpt, "--eval", tmp_path / "one.txt", "--eval_tokens", 60)[0]
     assert (short["tokens"], short["context"]) == (60, 60)
+    (tmp_path / "lines.txt").write_bytes(b"one line\r\n\ranother\r\n" * 40)
+    assert evaluated(say, gpt, "--eval", tmp_path / "lines.txt", "--context", 0)[0]["bytes"] == 40 * 20
     rounded = evaluated(say, gpt, "--eval", tmp_path / "one.bin", "--dtype", "bf16")[0]
     eight = evaluated(say, gpt, "--eval", tmp_path / "one.bin", "--dtype", "int8")[0]
     for other in (rounded, eight):
@@ -623,6 +634,17 @@ def test_an_official_file(say, tmp_path):
     assert "all forms agree" in say(*path, "--check", "--tokens", 40)[0]
 
 
+def test_check_loads_one_checkpoint(gpt, say, tmp_path, monkeypatch):
+    """Another step may be saved between fp32 and bf16."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "run").symlink_to(gpt.parent)
+    monkeypatch.setattr(recurrent, "CHECKPOINTS", tmp_path / "checkpoints")
+    loaded, load = [], recurrent.load
+    monkeypatch.setattr(recurrent, "load", lambda path, *a: loaded.append(path) or load(path, *a))
+    say("latest", "--check", "--tokens", 5)
+    assert [path.resolve() for path in loaded] == [gpt.resolve()] * 2
+
+
 def damaged(path, tmp_path):
     copy = tmp_path / "step000001"
     copy.mkdir()
@@ -644,6 +666,7 @@ BAD_FLAGS = {
     "top_a": (["--top_a", -0.2], ["--top_a", "0: off"]),
     "huge": (["--seed", "1" + "0" * 400], ["--seed"]),
     "no folder": (["--save_state", "no/folder/F"], ["--save_state no/folder/F", "no such folder"]),
+    "a folder": (["--save_state", ROOT], [f"--save_state {ROOT}", "is a folder", "Name a file"]),
     "top_p_x alone": (["--top_p_x", 0.1], ["--top_p_x", "--top_p"]),
     "no sample": (["--num_samples", 0], ["--num_samples", "at least 1"]),
     "negative length": (["--max_new_tokens", -1], ["--max_new_tokens"]),
@@ -719,5 +742,5 @@ def test_a_terminal_gets_no_control_characters(monkeypatch, capsys):
     sample.write("a\x1b[2J\n")
     assert capsys.readouterr().out == "a\x1b[2J\n"
     monkeypatch.setattr(sample.sys.stdout, "isatty", lambda: True)
-    sample.write("a\x1b[2J\té你\n")
-    assert capsys.readouterr().out == "a\ufffd[2J\té你\n"
+    sample.write("a\x1b[2J\té你\r\n\r")
+    assert capsys.readouterr().out == "a\ufffd[2J\té你\n\ufffd"

@@ -72,9 +72,9 @@ def test_as_the_rwkv_package(tmp_path):
     theirs = pytest.importorskip("rwkv.rwkv_tokenizer", reason="the package rwkv (tests/requirements.txt) is missing")
     path = next(iter(ROOT.__class__(theirs.__file__).parent.glob("rwkv_vocab_v*.txt")))
     own, known = tokenizer.from_file(path), theirs.TRIE_TOKENIZER(str(path))
-    assert own.vocab_size == 65530
+    assert (own.name, own.vocab_size) == ("rwkv_world", 65530)
     for text in texts():
-        assert own.encode(text).tolist() == known.encode(text)
+        assert own.encode(text).tolist() == known.encode(text) and own.decode(known.encode(text)) == text.encode()
 
 
 def test_lengths(pairs, world):
@@ -86,8 +86,9 @@ def test_lengths(pairs, world):
 
 
 @pytest.mark.parametrize("line, said", [
-    ("1 'a' 2", "line 1 is not"), ("1 'a", "line 1"), ("1 [1] 1", "line 1"), ("1 'a' 1\n1 'b' 1", "line 2"),
-    ("1 __import__('os') 1", '"base64 rank"'), ("1 'a'+open('x').read() 1", "line 1"), ("70000 'a' 1", "single bytes")])
+    ("1 'a' 2", "line 1 is not"), ("1 'a", "line 1"), ("1 'a' 1\n2 [1] 1", "line 2"), ("1 'a' 1\n1 'b' 1", "line 2"),
+    ("1 'a' 1\n2 3 3", "line 2"), ("1 'a' 1\n2 b'a' 1", "line 2"), ("1 'a' 1\n2 __import__('os') 1", "line 2"),
+    ("1 'a'+open('x').read() 1", "line 1"), ("70000 'a' 1", "single bytes")])
 def test_bad_files_of_rwkv(tmp_path, line, said):
     (tmp_path / "vocab").write_text(line)
     with pytest.raises(tokenizer.Failure, match=said) as failure:
@@ -105,6 +106,7 @@ def test_for_model(pairs, world):
     for about, size, wanted, said in (
             (about, mine.vocab_size, None, "small, is not known here"), ({}, 1000, None, "tokenizer is not known here"),
             (about, mine.vocab_size, "bytes", "wrong tokenizer: bytes"), ({}, 65536, "bytes", "65536 ids"),
-            (about, mine.vocab_size, str(world[0]), "wrong tokenizer"), ({}, 257, "gone", "cannot read")):
+            (about, mine.vocab_size, str(world[0]), "wrong tokenizer"), ({}, 257, str(pairs), "wrong tokenizer: .*275"),
+            ({}, 257, "gone", "cannot read")):
         with pytest.raises(tokenizer.Failure, match=said):
             tokenizer.for_model(about, size, wanted)
