@@ -75,7 +75,7 @@ def write_checkpoint(folder, case):
 def checkpoints(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
     made = {case: write_checkpoint(root / case.replace(" ", "_") / "step000007", case) for case in CASES}
-    data = make_corpus(root / "data", train=(9000,), text=(ROOT / "README.md").read_bytes())
+    data = make_corpus(root / "data", train=(9000,), text=(ROOT / "LICENSE").read_bytes())
     run_here("train_rwkv7", *tiny("train_rwkv7", data, root / "records", "--checkpoints", root / "runs", "--x070",
                                   "--width", 64, "--headsz", 32, "--steps", 40, "--val_every", 40))
     made["trained"], = (root / "runs").iterdir()

@@ -18,6 +18,8 @@ from train_rwkv7 import KERNELS as ABOUT, load_kernel, wkv7, wkv7_recurrent
 
 sys.path.append(str(ROOT / "cuda"))
 import operators  # noqa: E402
+import recurrent  # noqa: E402
+import test_recurrent as models  # noqa: E402
 
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -183,3 +185,16 @@ def test_time_mixing(family, B, T, H):
     print(family, {name: f"{error:.1e} ({apart[name]:.1e})" for name, error in fused.items()})
     over = {name: error for name, error in fused.items() if not error <= max(apart[name], mixing.GATE[name])}
     assert not over, f"worse than unfused: {over}"
+
+
+@pytest.mark.parametrize("case", models.CASES)
+def test_the_recurrent_forms(case):
+    """Token by token and in pieces the logits are those of the training script's module, in fp32."""
+    script, config, weights = models.scattered(case)
+    model = recurrent.FAMILIES[script.__name__](config, weights, "fp32", DEVICE, dict(step=1), script)
+    tokens = models.tokens(2, 100).to(DEVICE)
+    with torch.no_grad():
+        whole = model.parallel().logits(tokens)
+    one, pieces = model.new_state(2), model.new_state(2)
+    assert models.difference(torch.cat([model(part, one) for part in tokens.split(1, 1)], 1), whole) < 1e-4
+    assert models.difference(torch.cat([model(part, pieces) for part in tokens.split(33, 1)], 1), whole) < 1e-4

@@ -36,7 +36,8 @@ def data(tmp_path_factory):
 def go(data, tmp_path, monkeypatch):
     """go(*flags): a run of ten steps in this process. Returns (its folder, log, result.json or None)."""
     module = importlib.import_module(GPT2)
-    facts, count = module.environment(), iter(range(99))
+    with one_thread():  # as in run_here: a replay takes as many
+        facts, count = module.environment(), iter(range(99))
     monkeypatch.setattr(module, "environment", lambda: dict(facts))  # spares its time
 
     def run(*flags, script=GPT2, ends=None):
@@ -121,7 +122,7 @@ def test_its_record_replays(go, capsys):
     go("--stop_after", 4)
     last, *_ = go("--resume", "auto", "--usd_per_hour", 2.0)
     done = subprocess.run([sys.executable, ROOT / "records" / "verify.py", "--replay", "6", last], text=True,
-                          env=environment(OMP_NUM_THREADS="1"), capture_output=True, timeout=200)
+                          env=environment(), capture_output=True, timeout=200)
     assert done.returncode == 0 and "6 steps and 4 validations are equal bit for bit, on the same" in done.stdout, done
 
 
