@@ -1065,8 +1065,8 @@ def averaging(model, optimizers):
     A bucket is sent when its gradients are complete and those before it are sent: one order on all ranks. What is left
     goes at the end; on a rank without a sequence that is all.
     """
-    position = {p: i for i, p in enumerate(model.parameters())}
     buckets = [bucket for optimizer in optimizers for bucket in optimizer.buckets if bucket.world > 1]
+    position = {p: i for i, p in enumerate(model.parameters())} if buckets else {}
     buckets.sort(key=lambda bucket: min(position[p] for p in bucket.params))  # the model's first are complete last
     complete = set()
 

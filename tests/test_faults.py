@@ -2,7 +2,6 @@
 of others. Two machines are two torchruns on this one, each with a checkout of its own or both with one."""
 
 import importlib
-import json
 import os
 import re
 import shutil

@@ -2,7 +2,6 @@
 figure, and what users get wrong. Models: random ones on disk (every term counts), and one trained run a script."""
 
 import hashlib
-import importlib
 import itertools
 import json
 import math
