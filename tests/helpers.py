@@ -3,18 +3,28 @@
 import contextlib
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_rwkv7", "train_rwkv6", "train_gpt2")
+
+
+def load_program(path):
+    """A program of the repository as a module, by its path from the root; its folder is no package."""
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def write_shard(path, tokens, magic=20240520, version=1, count=None):
@@ -68,6 +78,31 @@ def run_script(script, *flags, ranks=1, cwd=ROOT, limit=None, **env):
     """Run a script to its end in processes of its own. limit: called in the child before it starts."""
     return subprocess.run(command(script, *flags, ranks=ranks), cwd=cwd, env=environment(**env), preexec_fn=limit,
                           capture_output=True, text=True, timeout=300)
+
+
+def git_head():
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "none"
+
+
+def finish_a_run(script, folder):
+    """The run that the fixture finished_run shares, on data with a manifest."""
+    data = make_corpus(folder / "data", train=(300, 400, 10**4))
+    shards = [dict(name=path.name, tokens=(path.stat().st_size - 1024) // 2, bytes=path.stat().st_size,
+                   sha256=hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(data.glob("*.bin"))]
+    manifest = dict(dataset="toy", tokenizer="bytes", tokenizer_sha256="0f" * 32, vocab_size=257, shards=shards)
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    kernel = ["--kernel", "cpu"] if "rwkv" in script else []
+    flags = tiny(script, data, folder / "records", "--name", "first-run_1.0", "--save_every", 4, "--usd_per_hour", 36.0,
+                 "--random_seed", 7, "--epochs", 1, *kernel)
+    if kernel:  # built here, if at all: what the build says is not the run's
+        assert importlib.import_module(script).load_kernel("cpu") == "cpu"
+    begin, before = time.time(), git_head()
+    done = run_script(script, *flags, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    facts = dict(flags=flags, stdout=done.stdout, stderr=done.stderr, seconds=time.time() - begin,
+                 commits=[before, git_head()])
+    (folder / "run.json").write_text(json.dumps(facts))
 
 
 @contextlib.contextmanager

@@ -114,22 +114,6 @@ def test_a_missing_file(machine, monkeypatch):
         load_kernel("gone", required=True)
 
 
-def test_asked_for_it_ends_the_run_else_torch(machine, capfd):
-    machine(nvcc=None)
-    args = train_rwkv7.Hyperparameters(track="tiny", device="cuda", dtype="fp32", kernel="cuda", width=64, headsz=32)
-    with pytest.raises(ValueError, match="(?s)no nvcc.*\nOr go on without it: --kernel torch"):
-        train_rwkv7.build_model(args)
-    capfd.readouterr()
-    args = train_rwkv7.Hyperparameters(track="tiny", device="cuda", dtype="fp32", width=64, headsz=32)
-    train_rwkv7.build_model(args)
-    assert args.kernel == "torch"
-    said = capfd.readouterr().err.splitlines()
-    assert len(said) == 4 and "no nvcc" in said[0] and said[3] == "wkv7: going on with --kernel torch", said
-    args = train_rwkv7.Hyperparameters(track="tiny", device="cuda", dtype="fp32", width=64, headsz=16)
-    train_rwkv7.build_model(args)  # --kernel cuda has no N = 16
-    assert args.kernel == "torch" and capfd.readouterr().err == ""
-
-
 @pytest.mark.parametrize("flags, parts", [
     (dict(kernel="cuda", device="cpu"), ["--kernel cuda runs on a GPU only", "--device cuda", "--kernel torch"]),
     (dict(fast_cuda=True, device="cpu"), ["--fast_cuda runs on a GPU only"]),

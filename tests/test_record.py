@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import ROOT, SCRIPTS, command, environment, make_corpus, only_record, run_here, run_script, tiny, tree
+from helpers import ROOT, SCRIPTS, command, environment, make_corpus, only_record, run_here, tiny, tree
 
 RULE = "=" * 100
 STEP = re.compile(r"step:(\d+)/(\d+) train_loss:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d\d)ms")
@@ -47,39 +47,19 @@ def parse(log):
     return facts, sources, rest
 
 
-def git_head():
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or "none"
-
-
-MANIFEST = dict(dataset="toy", fingerprint="abc", tokenizer="bytes", tokenizer_sha256="0f" * 32, vocab_size=257)
-
-
 @pytest.fixture(scope="module", params=SCRIPTS)
-def finished(request, tmp_path_factory):
-    """One run of each script to its end, in a folder of its own, with everything on that a record can hold."""
-    script, folder = request.param, tmp_path_factory.mktemp("record")
-    data = make_corpus(folder / "data", train=(300, 400, 10**4))
-    (data / "manifest.json").write_text(json.dumps(MANIFEST))
-    kernel = ["--kernel", "cpu"] if "rwkv" in script else []
-    flags = tiny(script, data, folder / "records", "--name", "first-run_1.0", "--save_every", 4, "--usd_per_hour", 36.0,
-                 "--random_seed", 7, *kernel)
-    if kernel:  # built here, if at all: the line of its self-test is not the run's
-        assert importlib.import_module(script).load_kernel("cpu") == "cpu"
-    operator = script.replace("train_r", "")  # wkv6, wkv7
-    kernel_files = [ROOT / "cuda" / operator / f"{operator}_cpu.cpp", ROOT / "cuda" / "cpu.h"]
-    files = [ROOT / f"{script}.py"] + (kernel_files if kernel else [])
-    files = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in files}
-    begin, commits = time.time(), [git_head()]
-    done = run_script(script, *flags, cwd=folder)
-    seconds = time.time() - begin
-    commits.append(git_head())
-    assert done.returncode == 0, done.stderr
+def finished(request, finished_run):
+    """A finished run of each script: path, log, result, its parts, files (what its sources must be), and run.json."""
+    script, folder = request.param, finished_run(request.param)
+    files = [f"{script}.py"]
+    if "rwkv" in script:
+        operator = script.replace("train_r", "")  # wkv6, wkv7
+        files += [f"cuda/{operator}/{operator}_cpu.cpp", "cuda/cpu.h"]
     path, log, result = only_record(folder / "records")
     facts, sources, rest = parse(log)
-    return types.SimpleNamespace(script=script, folder=folder, data=data, flags=flags, files=files, done=done,
-                                 path=path, log=log, result=result, facts=facts, sources=sources, rest=rest,
-                                 seconds=seconds, commits=commits)
+    return types.SimpleNamespace(**json.loads((folder / "run.json").read_text()), script=script, folder=folder,
+                                 data=folder / "data", files={name: (ROOT / name).read_bytes() for name in files},
+                                 path=path, log=log, result=result, facts=facts, sources=sources, rest=rest)
 
 
 def test_folder(finished):
@@ -134,7 +114,8 @@ def test_hardware(finished):
 def test_data(finished):
     data = finished.facts["data"]
     assert data == finished.result["data"]
-    assert data["folder"] == str(finished.data) and data["manifest"] == MANIFEST
+    assert data["folder"] == str(finished.data)
+    assert data["manifest"] == json.loads((finished.data / "manifest.json").read_text())
     shards = {split: [dict(name=path.name, tokens=(path.stat().st_size - 1024) // 2,
                            sha256=hashlib.sha256(path.read_bytes()).hexdigest())
                       for path in sorted(finished.data.glob(f"*_{split}_*"))] for split in ("train", "val")}
@@ -243,7 +224,7 @@ def test_checkpoints(finished):
         contents = {p.name: p.read_bytes() for p in path.iterdir() if p.name != "checkpoint.json"}
         assert about["files"] == {name: dict(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
                                   for name, content in contents.items()}
-        assert all(about[key] == MANIFEST[key] for key in ("tokenizer", "tokenizer_sha256"))
+        assert all(about[key] == finished.facts["data"]["manifest"][key] for key in ("tokenizer", "tokenizer_sha256"))
         assert about["config"] == finished.result["config"] and about["run"] == finished.path.name
         assert (about["format"], about["script"], about["step"]) == (1, f"{finished.script}.py", step)
         assert about["source_sha256"] == finished.result["sources"][0]["sha256"]
@@ -267,8 +248,8 @@ def test_checkpoints(finished):
 
 
 def test_console(finished):
-    out, final = finished.done.stdout, finished.result["final"]
-    assert finished.done.stderr == ""
+    out, final = finished.stdout, finished.result["final"]
+    assert finished.stderr == ""
     for part in (f"validation loss {final['val_loss']:.4f}", f"{final['bits_per_byte']:.4f} bits per byte", "tokens/s",
                  str(finished.path), "next:"):
         assert part in out, part

@@ -5,7 +5,6 @@ import gzip
 import hashlib
 import json
 import os
-import pathlib
 import random
 import resource
 import signal

@@ -1,7 +1,6 @@
 """The fused time mixing (--wind_cuda): the .cu file itself on the CPU of tests/cuda_on_cpu, against time_mix in float64
 and against the unfused time_mix in bf16, every gradient, parameters' too; shapes, races, memory, registration, nvcc."""
 
-import ctypes
 import json
 import subprocess
 import sys
