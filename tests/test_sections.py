@@ -15,7 +15,7 @@ from helpers import ROOT, environment
 SHARED = ("Command line", "Muon optimizer", "Data loader", "Record", "Checkpoint", "Learning rate", "Main")
 SHARED_BY_SOME = {"Kernel build": ("train_rwkv6.py", "train_rwkv7.py")}  # sections shared by these only
 SCRIPT_LINES = 2520  # a training script; raising it is a change with a reason (dev/LOG.md)
-KERNEL_LINES = 400  # a file under cuda/
+KERNEL_LINES = {".py": 420}  # a file under cuda/, else 400
 COLUMNS = {".py": 120, ".sh": 120, ".cpp": 140, ".cu": 140, ".cuh": 140, ".h": 140}  # C++ spells out its types
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
 SOURCES = sorted(path for folder in (".", "data", "dev", "tests", "records", "cuda", "cuda/wkv7", "cuda/wkv6")
@@ -165,7 +165,7 @@ def test_limits_and_first_lines(path):
     if path in SCRIPTS:
         assert len(lines) <= SCRIPT_LINES
     if "cuda" in path.parts:
-        assert len(lines) <= KERNEL_LINES
+        assert len(lines) <= KERNEL_LINES.get(path.suffix, 400)
     wide = [(i, len(line)) for i, line in enumerate(lines, 1) if len(line) > COLUMNS[path.suffix]]
     assert not wide, f"(line, columns): {wide}"
     assert text.endswith("\n") and not any(line != line.rstrip() for line in lines), "blanks at a line's end"
