@@ -19,6 +19,7 @@ import copy
 import ctypes
 import difflib
 import errno
+import functools
 import gc
 import hashlib
 import importlib.metadata
@@ -59,10 +60,9 @@ from torch.optim.adam import adam
 from tqdm import tqdm
 
 try:
-    import fcntl
     import resource
 except ImportError:  # Windows
-    fcntl = resource = None
+    resource = None
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line [shared]
@@ -246,405 +246,15 @@ class Hyperparameters(Flags):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Kernel build [shared]
-#
-# Kernels are built once into cuda/build/, by local rank 0, with plain calls of the compilers (no ninja). The section
-# after this one names the OPERATOR, its OPERANDS, KERNELS and LIMITS, and defines kept_like(kernel, r), what a forward
-# keeps for its backward, register_kernel(kernel) and self_test(kernel).
-
-CUDA_FOLDER = Path(__file__).absolute().parent / "cuda"
-LOADED_KERNELS = {"torch"}
-AROUND = "Or go on without it: --kernel torch (any device, no compiler; slower, the same maths)."
-
-
-@dataclass
-class Kernel:
-    """A form of the operator: its files below cuda/, where it runs, the flag that asks for it and what it takes."""
-    files: tuple
-    device: str | None  # None: any
-    flag: str
-    head_sizes: tuple
-    dtypes: tuple = (torch.float32,)  # what it computes on as it is; other inputs are converted to the last of these
-    states: bool = True  # an initial state in and the final state out
-    multiple: int = 1  # of which T must be a multiple inside
-    wide: tuple = ()  # head sizes that need more shared memory than a GPU before Hopper has
-
-    def head_sizes_here(self):
-        """The head sizes that the present GPU has the shared memory for: 227 KB a block for the wide ones."""
-        if not self.wide or self.device != "cuda" or not torch.cuda.is_available():
-            return self.head_sizes
-        room = torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
-        return tuple(N for N in self.head_sizes if N not in self.wide or room >= 227 * 1024)
-
-
-class KernelError(RuntimeError):
-    """A kernel cannot be had: three lines, the cause, how to mend it, how to go on without it; then the compiler's."""
-
-
-def kernel_sources(kernel):
-    """The files that `kernel` is built from, headers included."""
-    return [CUDA_FOLDER / file for file in KERNELS[kernel].files]
-
-
-def toolchain(gpu=True):
-    """Plain facts on what kernels are built with here: versions as text ("13.0"), architectures as numbers (90 for
-    sm_90), None for what is not there. compiler_refused: what nvcc says if it will not work with the C++ compiler.
-    Without `gpu` nvcc is not looked for."""
-    def ask(*command):
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        return done.stdout + done.stderr
-    cxx = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    home = os.environ.get("CUDA_HOME")
-    nvcc = [*[f"{home}/bin/nvcc"] * bool(home), "nvcc", "/usr/local/cuda/bin/nvcc"]
-    facts = dict(
-        torch=torch.__version__, torch_cuda=torch.version.cuda, cxx_named=cxx[0], cxx_version=None, gcc=None,
-        torch_archs=[int(arch[3:]) for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", arch)],
-        devices=[dict(name=torch.cuda.get_device_name(i), arch=10 * major + minor) for i in range(
-            torch.cuda.device_count()) for major, minor in [torch.cuda.get_device_capability(i)]],
-        cxx=[shutil.which(cxx[0]), *cxx[1:]] if shutil.which(cxx[0]) else None, cuda_home=home,
-        nvcc=next(filter(None, map(shutil.which, nvcc if gpu else ())), None), cuda=None, nvcc_archs=[],
-        compiler_refused=None)
-    if facts["cxx"]:
-        facts["cxx_version"] = (ask(*facts["cxx"], "--version").splitlines() or [""])[0]
-        gcc = re.search(r"\b(\d+)\.\d+\.\d+", re.sub(r"\(.*?\)", "", facts["cxx_version"]))
-        facts["gcc"] = int(gcc[1]) if gcc and "clang" not in facts["cxx_version"] else None
-    if facts["nvcc"]:
-        version = re.search(r"release (\d+\.\d+)", ask(facts["nvcc"], "--version"))
-        facts["cuda"] = version[1] if version else None
-        facts["nvcc_archs"] = sorted(map(int, set(re.findall(r"sm_(\d+)\b", ask(facts["nvcc"], "--list-gpu-code")))))
-        if facts["cxx"]:  # nvcc's headers look at the compiler's version
-            said = ask(facts["nvcc"], "-ccbin", facts["cxx"][-1], "-x", "cu", "-E", os.devnull)
-            facts["compiler_refused"] = (re.search(r"#error (?:-- )?(.*)", said) or [None, None])[1]
-    return facts
-
-
-def obstacle(facts, kernel):
-    """Why `kernel` cannot be built where toolchain() finds these facts, in KernelError's three lines; else None."""
-    def because(cause, fix):
-        return f"{OPERATOR} {kernel} not built: {cause}\n{fix}\n{AROUND}"
-    missing = [str(file) for file in kernel_sources(kernel) if not file.exists()]
-    if missing:
-        return because(f"{missing[0]} is missing.", "Restore it: git checkout -- cuda")
-    if KERNELS[kernel].device == "cuda":
-        old = [device for device in facts["devices"] if device["arch"] < 80]
-        new = [device for device in facts["devices"] if device["arch"] not in facts["nvcc_archs"]]
-        if not facts["torch_cuda"]:
-            return because(f"torch {facts['torch']} was built without CUDA.", "For an NVIDIA GPU install one with it.")
-        if not facts["devices"]:
-            return because("torch sees no CUDA device.", "Run it where there is one (nvidia-smi lists them).")
-        if old:
-            return because(f"{old[0]['name']} (sm_{old[0]['arch']}) has no bf16; the kernel needs sm_80 or newer.",
-                           "Take another GPU (CUDA_VISIBLE_DEVICES), or train here with --dtype fp32 (slow).")
-        if not facts["nvcc"]:
-            looked = f"$CUDA_HOME: {facts['cuda_home'] or 'not set'}, PATH, /usr/local/cuda"
-            return because(f"no nvcc (looked in {looked}).", f"torch {facts['torch']} was built for CUDA "
-                           f"{facts['torch_cuda']}: install that toolkit and set CUDA_HOME, or use the Dockerfile.")
-        ours, theirs = (str(facts[name]).split(".")[0] for name in ("cuda", "torch_cuda"))
-        if ours != theirs:
-            return because(f"nvcc is of CUDA {facts['cuda']}, but torch {facts['torch']} wants {theirs}.x.",
-                           f"Set CUDA_HOME to a toolkit {theirs}.x (minor differences are fine), or install a torch "
-                           f"for CUDA {ours}.x.")
-        if new:
-            newest = max(facts["nvcc_archs"], default=0)
-            return because(f"{new[0]['name']} is sm_{new[0]['arch']}; nvcc {facts['cuda']} stops at sm_{newest}.",
-                           "Install a newer CUDA toolkit, and a torch for it (yours is for "
-                           f"{', '.join(f'sm_{arch}' for arch in facts['torch_archs']) or 'no GPU'}).")
-    if not facts["cxx"]:
-        return because(f"no C++ compiler ({facts['cxx_named']} not found).", "Install g++ or set CXX.")
-    if facts["gcc"] and facts["gcc"] < 10:
-        return because(f"{facts['cxx_version']} knows no C++20.", "Install gcc 10 or newer: CC=gcc-12 CXX=g++-12")
-    if KERNELS[kernel].device == "cuda" and facts["compiler_refused"]:
-        limit = re.search(r"gcc versions later than (\d+)", facts["compiler_refused"])
-        if limit:
-            return because(f"nvcc {facts['cuda']} supports gcc <= {limit[1]}, found gcc {facts['gcc']}.",
-                           f"Install that one: CC=gcc-{limit[1]} CXX=g++-{limit[1]}")
-        return because(f"nvcc {facts['cuda']}: {facts['compiler_refused']}", "Set CXX to a g++ that it supports.")
-    return None
-
-
-def kernel_flags(kernel):
-    """(flags for the kernel's files, architectures of the GPUs here): with its sources, what a library depends on."""
-    if KERNELS[kernel].device == "cuda":
-        capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-        return ["-O3"], sorted({10 * major + minor for major, minor in capabilities})
-    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    return ["-O3", native, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"], []
-
-
-def trusted(path):
-    """Whether nobody but this user, root and the owner of this script can have written it."""
-    about, owners = path.stat(), (0, Path(__file__).stat().st_uid, os.getuid() if hasattr(os, "getuid") else 0)
-    return about.st_uid in owners and not about.st_mode & 0o002
-
-
-def kernel_library(kernel):
-    """Where the library of `kernel` is, or would be. Its name tells other sources, flags, versions and chips apart. In
-    cuda/build/, or where that cannot be written in a folder of this user's for temporary files."""
-    flags, archs = kernel_flags(kernel)
-    cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else platform.processor()
-    cpu = sorted(set(re.findall(r"^(?:model name|flags|Features|CPU part).*", cpu, re.M))) or cpu
-    key = repr((torch.__version__, torch.version.cuda, flags, archs or cpu,
-                [source.read_bytes() for source in kernel_sources(kernel) if source.exists()]))
-    name, folder = f"{OPERATOR}_{kernel}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so", CUDA_FOLDER / "build"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not trusted(folder) or (folder / name).exists() and not trusted(folder / name):
-            raise PermissionError
-        if not (folder / name).exists():
-            tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
-        folder = private_folder("kernels")
-    return folder / name
-
-
-def compile_kernel(kernel, facts, archs, work):
-    """A library of the kernel's files in the folder `work`; what the compilers said if they failed, in KernelError."""
-    def call(command):
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace")
-        if done.returncode:
-            raise KernelError(f"{shlex.join(map(str, command))}\n{done.stdout}{done.stderr}")
-    cuda, torch_folder = KERNELS[kernel].device == "cuda", Path(torch.__file__).parent
-    flags = [*kernel_flags(kernel)[0], "-I", CUDA_FOLDER]
-    nvcc = [facts["nvcc"], "-ccbin", facts["cxx"][-1] if facts["cxx"] else "c++", "-Xcompiler", "-fPIC"]
-    chips = [f"{arch}a" if arch == 90 else arch for arch in archs]
-    tools = {".cpp": [*facts["cxx"], "-std=c++20", "-fPIC", f"-DKERNEL={kernel}", "-isystem", torch_folder / "include"],
-             ".cu": [*nvcc, "-std=c++17", *(f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips)]}
-    units = [source for source in kernel_sources(kernel) if source.suffix in tools]
-    objects, library = [work / f"{source.name}.o" for source in units], work / "kernel.so"
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(call, ([*tools[source.suffix], *flags, "-c", source, "-o", made]
-                             for source, made in zip(units, objects))))
-    torch_has = [f"-l{name}" for name in ("torch_cpu", "torch_cuda") if list((torch_folder / "lib").glob(f"*{name}.*"))]
-    linker = nvcc if cuda else facts["cxx"]
-    call([*linker, "-shared", *objects, "-L", torch_folder / "lib", *torch_has, "-o", library])
-    return library
-
-
-@contextlib.contextmanager
-def build_lock(path):
-    """One process builds, the others wait and say so. The lock is the system's and goes with its owner; what the file
-    says (process and folder of the owner) is only still there after a killed build, whose folder is then removed."""
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{OPERATOR}: waiting for another process that builds the kernel ({path})", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except (AttributeError, OSError):  # no such locks here: at worst two processes build the same
-            pass
-        file.seek(0)
-        left = file.read().splitlines()
-        if left and left[0].endswith(f" on {platform.node()}"):  # another machine's may live, where locks do not reach
-            print(f"{OPERATOR}: a killed build left {path} (age {(time.time() - path.stat().st_mtime) / 60:.0f} min, "
-                  f"process {left[0]} not running). Removing it.", file=sys.stderr)
-            shutil.rmtree(left[-1], ignore_errors=True)
-        work = tempfile.mkdtemp(prefix=f"{path.stem}.", dir=path.parent)
-        try:
-            file.truncate(0)
-            file.write(f"{os.getpid()} on {platform.node()}\n{work}")
-            file.flush()
-            yield Path(work)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-            file.truncate(0)
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-
-
-def build_kernel(kernel, library):
-    """Build and load `kernel`, hold it against the recurrence and only then keep it as `library`; else KernelError."""
-    facts = toolchain(gpu=KERNELS[kernel].device == "cuda")
-    archs, log = kernel_flags(kernel)[1], library.with_suffix(".log")
-    problem = obstacle(facts, kernel)
-    if problem:
-        raise KernelError(problem)
-    with build_lock(library.with_suffix(".lock")) as work:
-        if library.exists():  # by the process waited for
-            return torch.ops.load_library(library)
-        try:
-            made = compile_kernel(kernel, facts, archs, work)
-        except KernelError as error:
-            log.write_text(str(error))
-            said = str(error).partition("\n")[2]
-            first = re.search(r".*(?:\berror\b|\bfatal\b|undefined reference|cannot find).*|.*", said)
-            raise KernelError(f"{OPERATOR} {kernel} not built: the compiler failed.\nMend what it names first, below; "
-                              f"the compilers found: python cuda/doctor.py\n{AROUND}\n{first[0]}\nfull log: {log}"
-                              ) from error
-        torch.ops.load_library(made)
-        register_kernel(kernel)
-        try:
-            errors = self_test(kernel)
-        except RuntimeError as error:  # a launch or CUDA error
-            LOADED_KERNELS.discard(kernel)
-            raise KernelError(f"{OPERATOR} {kernel} self-test failed: {str(error).splitlines()[0]}\n"
-                              f"Please report this line with what python cuda/doctor.py prints.\n{AROUND}") from error
-        bad = [name for name, (error, limit) in errors.items() if not error <= limit]
-        said = ", ".join(f"{name} {error:.1e}" for name, (error, _) in errors.items())
-        limits = [limit for _, limit in errors.values()]
-        limits = " to ".join(f"{limit:.1e}" for limit in sorted({min(limits), max(limits)}))
-        said = f"{OPERATOR} {kernel} self-test: {said} (limit {limits})".replace("e-0", "e-")
-        if bad:
-            LOADED_KERNELS.discard(kernel)
-            raise KernelError(f"{said}: {', '.join(bad)} wrong, the kernel is refused.\n"
-                              f"Please report this line with what python cuda/doctor.py prints.\n{AROUND}")
-        print(f"{said} ok", file=sys.stderr)
-        os.replace(made, library)
-
-
-def load_kernel(kernel, required=False):
-    """Load `kernel`, built first if need be, and return its name. Where that fails: ValueError if it is required, else
-    a line and "torch". In a run of several ranks all must call this; local rank 0 builds."""
-    if kernel in LOADED_KERNELS:
-        return kernel
-    several, problem = dist.is_initialized(), None
-    rank, local_rank = (dist.get_rank(), int(os.environ.get("LOCAL_RANK", 0))) if several else (0, 0)
-    for first in (True, False):  # local rank 0 first, which builds
-        try:
-            if kernel not in LOADED_KERNELS and hasattr(getattr(torch.ops, OPERATOR), f"{kernel}_forward"):
-                raise KernelError(f"{OPERATOR} {kernel} was refused before.\n{AROUND}")  # twice in one process ends it
-            library = kernel_library(kernel)
-            if first == (local_rank == 0):
-                torch.ops.load_library(library) if library.exists() else build_kernel(kernel, library)
-                if kernel not in LOADED_KERNELS:
-                    register_kernel(kernel)
-            elif first and not library.exists():
-                print(f"rank {rank}: waiting for rank {rank - local_rank} to build {OPERATOR} (usually 40-90 s)",
-                      file=sys.stderr)
-        except (KernelError, OSError) as error:
-            problem = error
-        failed = torch.tensor(int(problem is not None))
-        if several:  # here all wait for all; and all take the same kernel
-            failed = failed.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-            dist.all_reduce(failed)
-        if failed:
-            break
-    else:
-        return kernel
-    if problem and local_rank == 0 and not (required and rank == 0):
-        print(problem, file=sys.stderr)
-    if required:
-        raise ValueError(problem or f"{OPERATOR} {kernel} cannot be had: see the message of another rank.\n{AROUND}")
-    if local_rank == 0:
-        why = "" if problem else ", as another machine must"
-        print(f"{OPERATOR}: going on with --kernel torch{why}", file=sys.stderr)
-    return "torch"
-
-
-def register_recurrence(kernel):
-    """Make <kernel>_forward(*OPERANDS, s0) -> (y, kept, sT) known to torch.compile, <kernel>_backward its backward."""
-    namespace, n = getattr(torch.ops, OPERATOR), len(OPERANDS)
-    forward, backward = (getattr(namespace, f"{kernel}_{way}").default for way in ("forward", "backward"))
-    states = KERNELS[kernel].states  # a kernel without takes and gives neither s0, sT nor their gradients
-
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs, output[1])
-        ctx.set_materialize_grads(False)
-
-    def backward_of(ctx, dy, _, dsT=None):  # what is kept for the backward has no gradient of its own
-        *inputs, kept = ctx.saved_tensors
-        if dy is None and dsT is None:
-            return (None,) * len(inputs)
-        dy = torch.zeros_like(inputs[0]) if dy is None else dy.contiguous()
-        grads = backward(*inputs, kept, dy, *[None if dsT is None else dsT.contiguous()] * states)
-        return *grads[:n], *[grads[-1] if inputs[-1] is not None else None] * states
-
-    def state_like(r):
-        B, T, H, N = r.shape
-        return r.new_empty(B, H, N, N, dtype=torch.promote_types(r.dtype, torch.float32))
-
-    def fake_forward(*inputs):
-        r = inputs[0]
-        return r.new_empty(r.shape), kept_like(kernel, r), *[state_like(r)] * states
-
-    def fake_backward(*inputs):
-        r = inputs[0]
-        ds0 = [state_like(r) if inputs[n] is not None else state_like(r).new_empty(0)] if states else []
-        return *(x.new_empty(x.shape) for x in inputs[:n]), *ds0
-
-    torch.library.register_fake(forward, fake_forward)
-    torch.library.register_fake(backward, fake_backward)
-    torch.library.register_autograd(forward, backward_of, setup_context=setup_context)
-    LOADED_KERNELS.add(kernel)
-
-
-def check_operands(inputs, kernel, state, final):
-    """Raise ValueError unless `kernel` is loaded and takes `inputs`, those of OPERANDS that are (B, T, H, N)."""
-    r, about = inputs[0], KERNELS.get(kernel)
-    if r.dim() != 4 or not r.numel() or not r.is_floating_point() or any(
-            (x.shape, x.dtype, x.device) != (r.shape, r.dtype, r.device) for x in inputs):
-        raise ValueError(f"{OPERATOR}: {' '.join(OPERANDS[:len(inputs)])} must be (B, T, H, N), not empty, of one "
-                         "floating dtype and device; got "
-                         + ", ".join(f"{tuple(x.shape)} {x.dtype} {x.device}" for x in inputs))
-    if kernel not in LOADED_KERNELS:
-        raise ValueError(f"{OPERATOR}: kernel {kernel!r} is not loaded (loaded: {', '.join(sorted(LOADED_KERNELS))})")
-    B, T, H, N = r.shape
-    if N not in about.head_sizes:
-        sizes = ", ".join(map(str, about.head_sizes))
-        raise ValueError(f"{OPERATOR}: head size {N} is not one of {sizes} ({about.flag})")
-    if r.dtype == torch.float64 and r.dtype not in about.dtypes or about.device not in (None, r.device.type):
-        takes = " or ".join(str(x)[6:] for x in about.dtypes)
-        raise ValueError(f"{OPERATOR}: {about.flag} computes in {takes} on {about.device}; "
-                         f"got {str(r.dtype)[6:]} on {r.device}")
-    if (final or state is not None) and not about.states:
-        raise ValueError(f"{OPERATOR}: {about.flag} starts from the zero state and gives no final one; "
-                         "use --kernel torch")
-    if state is not None and (state.shape, state.device) != ((B, H, N, N), r.device):
-        raise ValueError(f"{OPERATOR}: the state must be {(B, H, N, N)} on {r.device}; got {tuple(state.shape)} on "
-                         f"{state.device}")
-
-
-def errors_of(kernel, names, cases):
-    """{tensor: (relative error, limit)} of y and its gradients. cases: pairs of (y, leaves, dy), one in float64 and one
-    by the kernel."""
-    wrong, size = torch.zeros(len(names)), torch.zeros(len(names))
-    for case in cases:
-        right, mine = ([x.detach().double().cpu() for x in (y, *torch.autograd.grad(y, leaves, dy))]
-                       for y, leaves, dy in case)
-        wrong += torch.tensor([(x - true).square().sum() for true, x in zip(right, mine)])
-        size += torch.tensor([true.square().sum() for true in right])
-    return {name: pair for name, *pair in zip(names, (wrong / size).sqrt().tolist(), LIMITS[kernel])}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # WKV-7 operator
 # Per sequence and head, state S (row = value, column = key), S_0 = 0, decay d = exp(-e^{-1/2} sigmoid(w)) > 0.545:
 #     u_t = S_{t-1} a_t      S_t = S_{t-1} diag(d_t) + u_t b_t^T + v_t k_t^T      y_t = S_t r_t
 # r, w, k, v, a, b, y and the gradients are (B, T, H, N). w is the decay before its activation, since d is too close to
 # 1 for bf16; the state and every sum are fp32 whatever the dtype of the inputs.
 
-OPERATOR, OPERANDS = "wkv7", ("r", "w", "k", "v", "a", "b")
-HEAD_SIZES = (16, 32, 64, 96, 128, 192)
-ON_GPU = ("primitives.cuh", "launch.cuh", "binding.h", "wkv7/wkv7.h", "wkv7/wkv7_binding.cpp")
-CHUNKED = ("tiles.cuh", "wkv7/chunk.cuh", "wkv7/chunk_backward.cuh")
-KERNELS = dict(
-    torch=Kernel((), None, "--kernel torch", HEAD_SIZES, (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
-    cpu=Kernel(("wkv7/wkv7_cpu.cpp", "cpu.h"), "cpu", "--kernel cpu", HEAD_SIZES, states=False),
-    cuda=Kernel((*ON_GPU, "exact.cuh", "wkv7/wkv7_cuda.cu"), "cuda", "--kernel cuda", (32, 64, 96, 128, 192),
-                (torch.bfloat16, torch.float32), multiple=16, wide=(192,)),
-    fast=Kernel((*ON_GPU, *CHUNKED, "wkv7/wkv7_fast.cu"), "cuda", "--fast_cuda", (64, 128), (torch.bfloat16,),
-                multiple=16, wide=(128,)),
-    wind=Kernel((*ON_GPU[:-1], "wkv7/wkv7_wind_binding.cpp", *CHUNKED, "wkv7/wkv7_wind.cu"), "cuda", "--wind_cuda",
-                (64,), (torch.bfloat16,), states=False, multiple=16))  # time_mix in one operator
-LIMITS = dict(  # of the relative errors of y dr dw dk dv da db after a build
-    cpu=[2e-6] * 7, cuda=[2.5e-3, 2.5e-3, 4e-3, 2.5e-3, 2.5e-3, 3e-3, 3e-3],
-    fast=[5e-3, 5e-3, 6e-3, 5e-3, 5e-3, 7e-3, 7e-3],
-    wind=[5e-3, 2e-2, 2e-2, 2e-2, 5e-3, 2e-2, 5e-3])  # of out dr dw dk dv da dg; the norm costs digits where y is small
 DECAY_BOUND = 0.6065306597126334  # e^{-1/2}
+BUILD = Path(__file__).absolute().parent / "cuda" / "build.py"
 CHUNK = 16  # tokens; where keys repeat, small chunks are the accurate ones
-
-
-def wkv7_recurrent(r, w, k, v, a, b, state=None):
-    """The equation token by token, in the dtype of its inputs: in float64 the reference of all tests, and given a state
-    (B, H, N, N) the step of generation. Returns y and the state after the last token."""
-    B, T, H, N = r.shape
-    S = r.new_zeros(B, H, N, N) if state is None else state
-    d = torch.exp(-DECAY_BOUND * torch.sigmoid(w))
-    y = []
-    for t in range(T):
-        u = S @ a[:, t, :, :, None]  # (B, H, N, 1)
-        S = S * d[:, t, :, None, :] + u * b[:, t, :, None, :] + v[:, t, :, :, None] * k[:, t, :, None, :]
-        y.append((S @ r[:, t, :, :, None])[..., 0])
-    return torch.stack(y, dim=1), S
 
 
 def to_chunks(x, value=0.0):  # (B, T, H, N) -> (chunks, B, H, CHUNK, N), fp32 or fp64
@@ -725,66 +335,110 @@ def torch_backward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Ten
     return *(from_chunks(x, r) for x in (dr, dw, dk, dV, da, db)), ds0
 
 
-def kept_like(kernel, r):
-    """An empty tensor as the forward of `kernel` keeps it for its backward."""
+def empty(what, r):
+    """An empty tensor like a state, or like what the forward of a kernel keeps for its backward, at inputs like r."""
     (B, T, H, N), wide = r.shape, torch.promote_types(r.dtype, torch.float32)
-    shape, dtype = dict(torch=((-(-T // CHUNK), B, H, N, N), wide), cpu=(r.shape, r.dtype),
-                        cuda=((B, H, -(-T // 16), N + 16, N), torch.float32),
+    shape, dtype = dict(state=((B, H, N, N), wide), none=((0,), wide), torch=((-(-T // CHUNK), B, H, N, N), wide),
+                        cpu=(r.shape, r.dtype), cuda=((B, H, -(-T // 16), N + 16, N), torch.float32),
                         fast=((B, H, -(-T // 64), N, N), torch.bfloat16),
-                        wind=((B, H, -(-T // 64), N, N), torch.bfloat16))[kernel]
+                        wind=((B, H, -(-T // 64), N, N), torch.bfloat16))[what]
     return r.new_empty(shape, dtype=dtype)
 
 
-def register_wind():
-    """Make wkv7::wind_forward(r, w, k, v, a, g, parameters) -> (out, kept) and its backward known to torch.compile."""
-    forward, backward = (getattr(torch.ops.wkv7, f"wind_{way}").default for way in ("forward", "backward"))
+@functools.cache
+def register(kernel):
+    """Make wkv7::<kernel>_forward(r, w, k, v, a, b, s0) -> (y, kept, sT) known to torch.compile, and <kernel>_backward
+    as its gradient. cpu takes and gives no states; nor does wind, whose inputs are r w k v a g parameters."""
+    forward, backward = (getattr(torch.ops.wkv7, f"{kernel}_{way}").default for way in ("forward", "backward"))
+    states, n = kernel not in ("cpu", "wind"), 7 if kernel == "wind" else 6
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs, output[1])
         ctx.set_materialize_grads(False)
 
-    def backward_of(ctx, dout, _):
-        if dout is None:
-            return (None,) * 7
-        *grads, parts = backward(*ctx.saved_tensors, dout.contiguous())
-        return *grads, parts.sum(0).transpose(0, 1)  # a part for each sequence
+    def backward_of(ctx, dy, _, dsT=None):  # what is kept for the backward has no gradient of its own
+        *inputs, kept = ctx.saved_tensors
+        dy = torch.zeros_like(inputs[0]) if dy is None else dy.contiguous()
+        grads = list(backward(*inputs, kept, dy, *[None if dsT is None else dsT.contiguous()] * states))
+        if kernel == "wind":
+            grads[6] = grads[6].sum(0).transpose(0, 1)  # of parameters: a part for each sequence
+        return *grads[:n], *[grads[-1] if inputs[-1] is not None else None] * states
+
+    def fake_forward(r, *_):
+        return r.new_empty(r.shape), empty(kernel, r), *[empty("state", r)] * states
 
     def fake_backward(*inputs):
-        B, T, H, N = inputs[0].shape
-        return *(x.new_empty(x.shape) for x in inputs[:6]), inputs[6].new_empty(B, H, 7, N)
+        r = inputs[0]
+        B, T, H, N = r.shape
+        grads = [x.new_empty(x.shape) for x in inputs[:n]]
+        if kernel == "wind":
+            grads[6] = inputs[6].new_empty(B, H, 7, N)
+        return *grads, *[empty("none" if inputs[n] is None else "state", r)] * states
 
-    torch.library.register_fake(forward, lambda *x: (x[0].new_empty(x[0].shape), kept_like("wind", x[0])))
+    torch.library.register_fake(forward, fake_forward)
     torch.library.register_fake(backward, fake_backward)
     torch.library.register_autograd(forward, backward_of, setup_context=setup_context)
-    LOADED_KERNELS.add("wind")
 
 
-def register_kernel(kernel):
-    register_wind() if kernel == "wind" else register_recurrence(kernel)
+register("torch")
 
 
-register_kernel("torch")
+@functools.cache
+def load_kernel(kernel):
+    """Have cuda/build.py build the kernel if need be, load it and make it known to torch. Returns what build.py says of
+    it. Raises ValueError; then build.py has said why on stderr, once a machine."""
+    stderr = None if os.environ.get("LOCAL_RANK", "0") == "0" else subprocess.DEVNULL
+    command = [sys.executable, BUILD, "wkv7", kernel, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    if done.returncode:
+        raise ValueError(f"kernel {kernel} of wkv7 cannot be had: see above.")
+    facts = json.loads(done.stdout)
+    torch.ops.load_library(facts["library"])
+    register(kernel)
+    return facts
+
+
+def choose_kernel(args):
+    """(kernel, its source files) that the flags ask for; "auto": the device's own, else the torch form. Raises
+    ValueError where the kernel asked for cannot be had or does not fit the other flags."""
+    asked = "wind" if args.wind_cuda else "fast" if args.fast_cuda else args.kernel
+    kernel = asked if asked != "auto" else "cpu" if args.device == "cpu" else "cuda"
+    if kernel == "torch":
+        return kernel, []
+    flag = f"--{kernel}_cuda" if kernel in ("fast", "wind") else f"--kernel {kernel}"
+    try:
+        if (kernel == "cpu") != (args.device == "cpu"):
+            raise ValueError(f"{flag} does not run on a {args.device}. Use --kernel torch, or another --device.")
+        facts = load_kernel(kernel)
+        if args.headsz not in facts["head_sizes"]:
+            raise ValueError(f"--headsz {args.headsz}: {flag} has none for it here, only for {facts['head_sizes']}.")
+        if args.dtype == "fp32" and "fp32" not in facts["dtypes"]:
+            raise ValueError(f"{flag} computes in bf16: not with --dtype fp32. Use --kernel cuda or another --dtype.")
+    except ValueError as error:
+        if asked != "auto":
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(__file__).name}: {error} Going on with --kernel torch.", file=sys.stderr)
+        return "torch", []
+    return kernel, [BUILD.parent.parent / name for name in facts["sources"]]
 
 
 def wkv7(r, w, k, v, a, b, kernel="torch", state=None, final=False):
-    """y, by a kernel that load_kernel has loaded, from the state given, (B, H, N, N), or zero; with `final` also the
-    state after the last token. Differentiable in all inputs. Any T; any strides. bf16 and fp32 go to --kernel cuda as
-    they are; --fast_cuda rounds fp32 to bf16; the results have the dtype of r, the states are fp32."""
-    if kernel == "wind":
-        raise ValueError("wkv7: --wind_cuda is the whole time mixing, time_mix(), not this operator alone")
-    inputs = r, w, k, v, a, b
-    check_operands(inputs, kernel, state, final)
-    about, T = KERNELS[kernel], r.size(1)
-    dtype = r.dtype if r.dtype in about.dtypes else about.dtypes[-1]
-    inputs = [x.to(dtype).contiguous() for x in inputs]
-    pad = (0, 0, 0, 0, 0, -T % about.multiple)
-    if pad[-1]:  # with d = 1 and the rest 0, which leaves the state as it is
-        inputs = [F.pad(x, pad, value=-torch.inf if i == 1 else 0) for i, x in enumerate(inputs)]
-    if about.states:
-        state = state if state is None else state.to(torch.promote_types(dtype, torch.float32)).contiguous()
-        y, _, sT = getattr(torch.ops.wkv7, f"{kernel}_forward")(*inputs, state)
-    else:
-        y, sT = getattr(torch.ops.wkv7, f"{kernel}_forward")(*inputs)[0], None
+    """y (B, T, H, N) in the dtype of r, by "torch" or a kernel that is loaded, from the state given, (B, H, N, N), or
+    zero; with `final` also the state after the last token, fp32. Differentiable in all inputs. Any T, any strides. The
+    cpu kernel computes in fp32 and has no states; fast rounds to bf16; cuda takes bf16 and fp32 as they are."""
+    T, dtype = r.size(1), dict(cpu=torch.float32, fast=torch.bfloat16).get(kernel, r.dtype)
+    inputs = [x.to(dtype).contiguous() for x in (r, w, k, v, a, b)]
+    forward = getattr(torch.ops.wkv7, f"{kernel}_forward")
+    if kernel == "cpu":
+        if final or state is not None:
+            raise ValueError("wkv7: --kernel cpu starts from the zero state and gives no final one; use torch")
+        return forward(*inputs)[0].to(r.dtype)
+    if kernel != "torch" and T % 16:  # padding: d = 1 and the rest 0 leave the state as it is
+        inputs = [F.pad(x, (0, 0, 0, 0, 0, -T % 16), value=-torch.inf if i == 1 else 0) for i, x in enumerate(inputs)]
+    if state is not None:
+        state = state.to(torch.promote_types(dtype, torch.float32)).contiguous()
+    y, _, sT = forward(*inputs, state)
     y = y[:, :T].to(r.dtype)
     return (y, sT) if final else y
 
@@ -797,9 +451,6 @@ def time_mix(r, w, k, v, a, g, parameters, kernel="torch"):
     --wind_cuda does it in one operator, in fp32 between bf16 inputs and results."""
     B, T, H, N = r.shape
     if kernel == "wind":
-        if N != 64 or kernel not in LOADED_KERNELS or r.device.type != KERNELS[kernel].device:
-            raise ValueError(f"time_mix: --wind_cuda must be loaded and needs heads of 64 on {KERNELS[kernel].device}; "
-                             f"got {N} on {r.device}")
         inputs = [x.to(torch.bfloat16).contiguous() for x in (r, w, k, v, a, g)]
         if T % 16:  # padding: d = 1 and the rest 0
             pad = (0, 0, 0, 0, 0, -T % 16)
@@ -813,29 +464,6 @@ def time_mix(r, w, k, v, a, g, parameters, kernel="torch"):
     y = wkv7(r, w0 + w, k, v, -kappa, kappa * alpha, kernel)
     y = F.group_norm(y.reshape(B * T, H * N), H, ln_w.flatten(), ln_b.flatten(), eps=64e-5).view(B, T, H, N)
     return (y + (r * k * r_k).sum(-1, keepdim=True) * v) * g
-
-
-@torch.enable_grad()
-def self_test(kernel):
-    """{tensor: (relative error, limit)} against the recurrence in float64, on random inputs in the kernel's dtype."""
-    about, wind, cases = KERNELS[kernel], kernel == "wind", []
-    for N in {64, 128}.intersection(about.head_sizes_here()):
-        generator = torch.Generator().manual_seed(0)
-        normal = lambda *shape: torch.randn(*shape, generator=generator)
-        r, w, k, v, kappa, alpha, dy = (normal(1, 88, 2, N) for _ in range(7))
-        kappa, p = F.normalize(kappa, dim=-1), [mean + 0.1 * normal(2, N) for mean in (0, 0, 0.7, 1, 0, 1, 0)]
-        inputs = (r, w, k, v, kappa * N ** 0.5, alpha) if wind else (r, w, k, v, -kappa, kappa * alpha.sigmoid())
-        inputs = [x.to(about.dtypes[0]) for x in (*inputs, dy)]
-        exact = [x.double().requires_grad_() for x in inputs]
-        mine = [x.to(about.device, copy=True).requires_grad_() for x in inputs]
-        if wind:
-            forms = [time_mix(*inputs[:6], [x.to(inputs[0].device, type) for x in p], form) for inputs, type, form in
-                     ((exact, torch.float64, "torch"), (mine, torch.float32, kernel))]
-        else:
-            forms = wkv7_recurrent(*exact[:6])[0], wkv7(*mine[:6], kernel)
-        cases.append([(y, leaves, dy) for y, (*leaves, dy) in zip(forms, (exact, mine))])
-    names = ("out", "dr", "dw", "dk", "dv", "da", "dg") if wind else ("y", "dr", "dw", "dk", "dv", "da", "db")
-    return errors_of(kernel, names, cases)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -979,7 +607,7 @@ class RWKV7(nn.Module):
         C, V = args.width, -(-args.vocab_size // 128) * 128
         compute = torch.float32 if args.dtype == "fp32" else torch.bfloat16
         self.activations = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-        self.args, self.sources = args, kernel_sources(kernel)
+        self.args = args
         self.emb = nn.Embedding(V, C)  # starts N(0, 1): only its direction counts after the RMSNorm
         self.blocks = nn.ModuleList([Block(args, l, compute, kernel) for l in range(args.layers)])
         if not args.rms_norm:
@@ -1015,26 +643,17 @@ def build_model(args):
     """The model on the default device, seeded by the caller. Raises ValueError when the flags do not fit together."""
     if args.fast_cuda and args.wind_cuda:
         raise ValueError("--fast_cuda and --wind_cuda exclude each other: --wind_cuda is the larger fusion.")
-    wanted = "wind" if args.wind_cuda else "fast" if args.fast_cuda else args.kernel
-    required = wanted != "auto"
-    if not required:
-        ours = args.device == "cuda" and not torch.version.hip and args.headsz in KERNELS["cuda"].head_sizes
-        wanted = "cuda" if ours else "torch"
-        wanted = "cpu" if args.device == "cpu" else wanted
-    about = KERNELS[wanted]
-    if about.device not in (None, args.device):
-        raise ValueError(f"{about.flag} runs on a {'GPU' if about.device == 'cuda' else 'CPU'} only. "
-                         f"Use --kernel torch, or --device {about.device}.")
-    fits = [n for n in about.head_sizes_here() if args.width % n == 0]
-    if args.headsz not in fits:
-        divides = args.headsz > 0 and args.width % args.headsz == 0
-        why = f"{about.flag} has no kernel for it" if divides else f"{args.width} is not a multiple of {args.headsz}"
-        allowed = ", ".join(map(str, fits or about.head_sizes)) + ("" if fits else ", of which --width is a multiple")
-        raise ValueError(f"--headsz {args.headsz}: {why}. Allowed: {allowed}.")
-    if args.dtype == "fp32" and torch.float32 not in about.dtypes:
-        raise ValueError(f"{about.flag} computes in bf16: not with --dtype fp32. Use --kernel cuda or another --dtype.")
-    args.kernel = load_kernel(wanted, required)
-    return RWKV7(args, args.kernel)
+    if args.headsz < 1 or args.width % args.headsz:
+        raise ValueError(f"--headsz {args.headsz}: --width {args.width} is not a multiple of it.")
+    args.kernel, sources = choose_kernel(args)
+    if dist.is_initialized():
+        kernels = [None] * dist.get_world_size()
+        dist.all_gather_object(kernels, args.kernel)
+        if len(set(kernels)) > 1:
+            raise ValueError(f"the ranks would take different kernels, {', '.join(kernels)}: name one with --kernel.")
+    model = RWKV7(args, args.kernel)
+    model.sources = sources
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------------------

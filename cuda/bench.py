@@ -30,7 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT), str(ROOT / "cuda")]
 import train_rwkv7  # noqa: E402
-from operators import OPERATORS, first_line  # noqa: E402
+from cases import OPERATORS, first_line  # noqa: E402
 
 FAMILIES = ("random", "correlated")
 CHECK_SHAPE = {"cpu": (2, 50, 2), "cuda": (2, 200, 3)}  # B, T, H; no multiple of a chunk
@@ -65,7 +65,7 @@ def check(operator, kernel, N, device, dtype):
     for family in FAMILIES:
         inputs, dy = operator.make(family, *CHECK_SHAPE[device], N)
         inputs, dy = cast(inputs, dtype), dy.to(dtype)  # the rounding of the inputs is no kernel's fault
-        reference = run(operator.recurrence, [x.double() for x in inputs], dy.double(), "cpu")
+        reference = run(operator.reference, [x.double() for x in inputs], dy.double(), "cpu")
         results, again = (run(lambda *x: kernel.call(*kernel.prepare(x)), inputs, dy, device) for _ in range(2))
         errors[family] = {name: ((x - exact).norm() / exact.norm()).item()
                           for name, x, exact in zip(operator.tensors, results, reference)}

@@ -379,8 +379,8 @@ def listing(operators):
     for operator, kernel in KERNELS:
         if operator in operators:
             built = (CUDA / "build" / library_name(operator, kernel)).exists()
-            why = (() if built else obstacle(operator, kernel)) or ()
-            state = "built" if built else "cannot be built:" if why else "can be built"
+            why = (None if built else obstacle(operator, kernel)) or ()
+            state = "built" if built else "cannot be built" if why else "can be built"
             rows.append(dict(operator=operator, kernel=kernel, state=state, why=why))
     return rows
 
@@ -399,8 +399,12 @@ def main(argv=None):
     try:
         if not kernel:
             rows = listing([operator] if operator else ["wkv7", "wkv6"])
-            lines = [f"{row['operator']} {row['kernel']:5} {' '.join([row['state'], *row['why']])}" for row in rows]
-            print(json.dumps(rows) if args.json else "\n".join(lines))
+            if args.json:
+                print(json.dumps(rows))
+                return 0
+            for row in rows:
+                why = f": {' '.join(row['why'])}" if row["why"] else ""
+                print(f"{row['operator']} {row['kernel']:5} {row['state']}{why}")
             return 0
         library = place(library_name(operator, kernel))
         if not library.exists():

@@ -22,7 +22,6 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train_rwkv7", "train_rwkv6")  # those that are there are asked about their kernels
 NVCC_PLACES = ("/usr/local/cuda/bin/nvcc",)
 PACKAGES = ("torch", "numpy", "tqdm", "safetensors", "huggingface_hub")
 
@@ -134,29 +133,16 @@ def torch_facts(torch):
 
 
 def kernels():
-    """[{operator, kernel, flag, state, why}] as the scripts themselves see it, or in a line why that cannot be told.
-    state: ready (nothing to build), built, can be built, cannot be built; why: cause, fix, way round, a line each."""
-    rows = []
-    for name in SCRIPTS:
-        if not (ROOT / f"{name}.py").exists():
-            continue
-        try:
-            script = importlib.import_module(name)
-            facts = script.toolchain()
-            for kernel, about in script.KERNELS.items():
-                why = script.obstacle(facts, kernel) or "" if about.files else ""
-                state = "ready" if not about.files else "cannot be built" if why else (
-                    "built" if is_built(script, kernel) else "can be built")
-                rows.append(dict(operator=script.OPERATOR, kernel=kernel, flag=about.flag, state=state, why=why))
-        except Exception as error:  # whatever it is, the other facts are worth having
-            return f"{name}.py cannot be asked ({first_line(error)})"
+    """[{operator, kernel, flag, state, why}] by cuda/build.py, or in a line why it cannot tell. state: built, can be
+    built, cannot be built; why: cause and way out, where it cannot."""
+    try:
+        done = subprocess.run([sys.executable, ROOT / "cuda" / "build.py", "--json"], capture_output=True, text=True)
+        rows = json.loads(done.stdout)
+    except (OSError, ValueError):
+        return f"cuda/build.py cannot tell ({(done.stderr.splitlines() or ['no output'])[0]})"
+    for row in rows:
+        row["flag"] = f"--{row['kernel']}_cuda" if row["kernel"] in ("fast", "wind") else f"--kernel {row['kernel']}"
     return rows
-
-
-def is_built(script, kernel):
-    """Whether the library for these very sources is there. Only asked where there are some: asking makes a folder."""
-    some = any((ROOT / "cuda" / "build").glob(f"{script.OPERATOR}_{kernel}_*.so"))
-    return some and script.kernel_library(kernel).exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -280,8 +266,8 @@ def advice(facts):
     around = "./run_rwkv7.sh --kernel torch     (slower, the same maths)"
     if not wanted:
         return "", around
-    cause, fix, *_ = wanted[-1]["why"].splitlines() + [""]
-    return cause, f"{fix} Or: {around}"
+    cause, fix = wanted[-1]["why"]
+    return f"{wanted[-1]['operator']} {wanted[-1]['kernel']}: {cause}", f"{fix} Or: {around}"
 
 
 def unseen(facts):
@@ -326,7 +312,7 @@ def page(facts):
     else:
         for row in facts["kernels"]:
             say(f"{row['operator']} {row['kernel']}", row["state"])
-            for why in row["why"].splitlines():
+            for why in row["why"]:
                 say("", why)
     for d in facts["data"]:
         counted = ", ".join(f"{d[split]['shards']} {split} shards of {d[split]['tokens']:,} tokens"

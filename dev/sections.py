@@ -4,7 +4,7 @@
     python dev/sections.py copy train_rwkv7.py       gives its [shared] sections to the other scripts
 
 A section is a rule line of dashes, a line "# Title" or "# Title [shared]", and all that follows up to the next rule.
-A shared section is shared by all scripts, but for those in SHARED_BY_SOME.
+A shared section is shared by all scripts.
 """
 import difflib
 import os
@@ -12,7 +12,6 @@ import re
 import sys
 from pathlib import Path
 
-SHARED_BY_SOME = {"Kernel build [shared]": ("train_rwkv6.py", "train_rwkv7.py")}
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = re.compile(r"^# -{40,}\n# (?P<title>[^\n]+)\n", re.M)
 
@@ -37,21 +36,13 @@ def shared(text):
     return {title: body for title, body in sections(text).items() if title.endswith("[shared]")}
 
 
-def sharers(title, paths):
-    """The scripts of `paths` that share the section."""
-    return [path for path in paths if path.name in SHARED_BY_SOME.get(title, (path.name,))]
-
-
 def check(paths):
     """A list of complaints, one for each shared section that a script lacks or has otherwise than the first script."""
     complaints, parts = [], {path: shared(path.read_text(encoding="utf-8")) for path in paths}
+    first = paths[0]
     for title in sorted({title for part in parts.values() for title in part}):
-        complaints += [f"{path.name} has the section {title!r}, which is not its own to share"
-                       for path in paths if title in parts[path] and path not in sharers(title, paths)]
-        bodies = {path: parts[path].get(title) for path in sharers(title, paths)}
-        first = next(iter(bodies), None)
-        for path in list(bodies)[1:]:
-            a, b = bodies[first], bodies[path]
+        for path in paths[1:]:
+            a, b = parts[first].get(title), parts[path].get(title)
             if a is None or b is None:
                 complaints.append(f"{(first if a is None else path).name} lacks the section {title!r}")
             elif a != b:
@@ -66,14 +57,13 @@ def copy(source, paths):
     for path in paths:
         if path != source:
             old = sections(path.read_text(encoding="utf-8"))
-            own = {title: body for title, body in new.items() if path in sharers(title, paths)}
-            if missing := own.keys() - old.keys():
+            if missing := new.keys() - old.keys():
                 raise ValueError(f"{path.name} has no section {', '.join(sorted(missing))} to overwrite; add its title")
-            text = "".join({**old, **own}[title] for title in old)
+            text = "".join({**old, **new}[title] for title in old)
             temporary = path.with_suffix(".part")
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, path)
-            print(f"{path.name}: {len(own)} shared sections written")
+            print(f"{path.name}: {len(new)} shared sections written")
 
 
 def main():

@@ -50,7 +50,7 @@ PART = ("config", "environment", "hardware", "data")  # what another part of a r
 SAFE = re.compile(r"(train_\w+\.py|cuda(/\w[\w-]*)*/\w[\w.-]*)", re.ASCII)  # sources go nowhere else
 
 PROBE = """
-import importlib.util, json, os, sys
+import importlib.util, json, os, runpy, sys
 folder, script, out = sys.argv[1:]
 spec = importlib.util.spec_from_file_location(script[:-3], os.path.join(folder, script))
 module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -61,7 +61,13 @@ for command, config in json.load(sys.stdin):
     try:
         parsed = vars(module.Hyperparameters.parse(command[1:])).copy()
         args = module.Hyperparameters(**config)
-        files = module.kernel_sources(args.kernel) if hasattr(module, "kernel_sources") else ()
+        kernel, build = getattr(args, "kernel", "torch"), os.path.join(folder, "cuda", "build.py")
+        if hasattr(module, "kernel_sources"):  # a record from before cuda/build.py
+            files = module.kernel_sources(kernel)
+        elif kernel == "torch":
+            files = ()
+        else:
+            files = runpy.run_path(build)["sources"](script[7:-3].replace("r", "", 1), kernel)
         args.__dict__.update({name: value for name, value in dict(kernel="torch", fast_cuda=False, wind_cuda=False,
                                                                  device="cpu").items() if hasattr(args, name)})
         with torch.device("meta"):

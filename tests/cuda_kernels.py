@@ -12,9 +12,10 @@ import torch
 
 import cuda_build
 from cuda_build import build_on_cpu, find_nvcc, nvcc_report, sanitized_environment
-from helpers import environment, one_thread
+from helpers import ROOT, environment, load_program, one_thread
 
 pytestmark = pytest.mark.skipif(bool(cuda_build.MISSING), reason=cuda_build.MISSING or "")
+build = load_program("cuda/build.py")
 KERNELS = ("cuda", "fast")
 ORDERS = [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 0, 2), (2, 1, 0), (2, 2, 1), (2, 3, 2)]  # order, seed, when copies land
 
@@ -34,7 +35,6 @@ class Operator:
     fp32_gate: float  # of --kernel cuda on fp32
     families: dict  # "fp32", "states", "long", "sizes": families tried there
     layer: Callable  # kernel -> module, x (2, 20, 64) and state (2, 1, 64, 64) -> y, sT
-    perturb: Callable  # monkeypatch: makes the recurrence another, so that no gradient is right
     budget: Callable  # kernel, arch -> {kernel of the .cu file: (registers, bytes of spill)}
     direct_inputs: str  # Python: from `normal()`, (B, T, H, N), `bf16`, `generator` and `np` the list `inputs`
 
@@ -75,21 +75,18 @@ def check(found, gate, what):
 
 
 def files(op, kernel):
-    folder = op.script.CUDA_FOLDER / op.name
+    folder = ROOT / "cuda" / op.name
     return [folder / f"{op.name}_{kernel}.cu", folder / f"{op.name}_binding.cpp"]
 
 
 @pytest.fixture(scope="module", params=KERNELS)
 def kernel(request, op):
     """A kernel's name, loaded to run on the CPU while the module's tests run."""
-    name, about = request.param, op.script.KERNELS[request.param]
+    name = request.param
     torch.ops.load_library(build_on_cpu(files(op, name), flags=[f"-DKERNEL={name}"]))
-    about.device = "cpu"
-    op.script.register_kernel(name)
+    op.script.register(name)
     with one_thread():
         yield name
-    about.device = "cuda"
-    op.script.LOADED_KERNELS.discard(name)
 
 
 @pytest.fixture(autouse=True)
@@ -115,8 +112,8 @@ def test_a_long_sequence(op, kernel):
 
 @pytest.mark.parametrize("N", (32, 64, 96, 128, 192))
 def test_head_sizes(op, kernel, N):
-    if N not in op.script.KERNELS[kernel].head_sizes:
-        with pytest.raises(ValueError, match=f"head size {N} is not one of"):
+    if N not in build.KERNELS[op.name, kernel].head_sizes:
+        with pytest.raises(RuntimeError, match="not one of this kernel's head sizes"):
             op.call(*op.bf16("random", T=16, N=N)[0], kernel)
         return
     for family in op.families["sizes"]:
@@ -202,13 +199,21 @@ def test_bitwise_repeatable(op, kernel):
     assert all(torch.equal(first[name], second[name]) for name in op.names)
 
 
-def test_self_test(op, kernel, monkeypatch):
-    """The one after a build: it passes what is right and not what is wrong."""
-    found = op.script.self_test(kernel)
-    assert list(found) == list(op.names) and all(0 < error <= limit for error, limit in found.values()), found
-    assert sum(error > 1e-4 for error, _ in found.values()) >= 5, found  # those rounded to bf16
-    op.perturb(monkeypatch)
-    assert all(error > limit for error, limit in op.script.self_test(kernel).values())
+def judge(operator, kernel, library, monkeypatch):
+    """What cuda/build.py asks of a library before it is used: it passes what is right, and nothing that is 5 % off."""
+    errors = build.judge(operator, kernel, library, device="cpu")
+    assert sum(error > 1e-4 for error in errors.values()) >= 5, errors  # those rounded to bf16
+    right = build.runpy.run_path
+    off = lambda result: (1.05 * result[0], result[1]) if isinstance(result, tuple) else 1.05 * result
+    monkeypatch.setattr(build.runpy, "run_path", lambda path: {
+        name: lambda *inputs, form=form: off(form(*inputs)) for name, form in right(path).items() if callable(form)})
+    with pytest.raises(build.KernelError) as refused:
+        build.judge(operator, kernel, library, device="cpu")
+    assert f": {', '.join(errors)} wrong, it is refused." in refused.value.args[0]
+
+
+def test_judge(op, kernel, monkeypatch):
+    judge(op.name, kernel, build_on_cpu(files(op, kernel), flags=[f"-DKERNEL={kernel}"]), monkeypatch)
 
 
 @pytest.mark.parametrize("states", (False, True))
@@ -276,7 +281,7 @@ for B, T, H, N, kept_bytes in shapes:
 
 def direct(op, kernel, sizes, orders, env=(), flags=("-DHEAD_SIZES=64",), **how):
     like = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")
-    shapes = [(*shape, op.script.kept_like(kernel, like(*shape)).nbytes) for shape in sizes]
+    shapes = [(*shape, op.script.empty(kernel, like(*shape)).nbytes) for shape in sizes]
     library = str(build_on_cpu(files(op, kernel)[:1], flags=flags, **how))
     code = DIRECT.replace("INPUTS", op.direct_inputs.strip().replace("\n", "\n    "))
     done = subprocess.run([sys.executable, "-c", code, library, op.name, kernel, repr(shapes), repr(orders)],

@@ -96,7 +96,7 @@ def finish_a_run(script, folder):
     flags = tiny(script, data, folder / "records", "--name", "first-run_1.0", "--save_every", 4, "--usd_per_hour", 36.0,
                  "--random_seed", 7, "--epochs", 1, *kernel)
     if kernel:  # built here, if at all: what the build says is not the run's
-        assert importlib.import_module(script).load_kernel("cpu") == "cpu"
+        importlib.import_module(script).load_kernel("cpu")
     begin, before = time.time(), git_head()
     done = run_script(script, *flags, cwd=folder)
     assert done.returncode == 0, done.stderr

@@ -9,12 +9,11 @@ import types
 import pytest
 import torch
 
-import train_rwkv6
 import train_rwkv7
 from helpers import ROOT
 
 sys.path.append(str(ROOT / "cuda"))
-import operators  # noqa: E402
+import cases  # noqa: E402
 
 spec = importlib.util.spec_from_file_location("cuda_bench", ROOT / "cuda" / "bench.py")  # the root has a bench.py too
 bench = importlib.util.module_from_spec(spec)
@@ -38,8 +37,8 @@ def call(*flags, readme=None):
 
 def rows_of(kernels, timer=None, shape=SHAPE):
     """measure() of these kernels; rows by name."""
-    kernels = {"torch": operators.Kernel(train_rwkv7.wkv7), **kernels}
-    rows = bench.measure(operators.wkv7(), shape, kernels, timer or bench.WallClock(), "cpu", 3, 1e9)
+    kernels = {"torch": cases.Kernel(train_rwkv7.wkv7), **kernels}
+    rows = bench.measure(cases.wkv7(), shape, kernels, timer or bench.WallClock(), "cpu", 3, 1e9)
     return {row["kernel"]: row for row in rows}
 
 
@@ -72,7 +71,7 @@ def test_whole_on_the_cpu(tmp_path, capsys, monkeypatch):
 
 def spoilt(name, spoil):
     """WKV-7 with one of y and the gradients spoilt."""
-    where = operators.wkv7().tensors.index(name)
+    where = cases.wkv7().tensors.index(name)
 
     class Spoilt(torch.autograd.Function):
         @staticmethod
@@ -108,7 +107,7 @@ def test_a_wrong_kernel_is_refused_and_not_timed(name, spoil, monkeypatch):
             timed.append(kernel)
             super().__init__(kernel, *rest)
     monkeypatch.setattr(bench, "Passes", Watched)
-    wrong = operators.Kernel(spoilt(name, spoil))
+    wrong = cases.Kernel(spoilt(name, spoil))
     rows = rows_of({"wrong": wrong})
     assert f"random {name} " in rows["wrong"]["refused"] and "above 2.0e-06" in rows["wrong"]["refused"]
     assert rows["torch"]["refused"] == "" and len(timed) == 1 and timed[0] is not wrong
@@ -119,7 +118,7 @@ def test_a_wrong_kernel_is_refused_and_not_timed(name, spoil, monkeypatch):
 
 def test_a_kernel_that_does_not_repeat_itself_is_refused():
     count = iter(range(100))
-    rows = rows_of({"restless": operators.Kernel(lambda *x: train_rwkv7.wkv7(*x) * (1 + (next(count) % 2) * 1.2e-7))})
+    rows = rows_of({"restless": cases.Kernel(lambda *x: train_rwkv7.wkv7(*x) * (1 + (next(count) % 2) * 1.2e-7))})
     assert rows["restless"]["refused"] == "random: two runs differ; correlated: two runs differ"
 
 
@@ -128,7 +127,7 @@ def test_wrong_only_on_correlated_keys():
     def forgetful(r, w, k, v, a, b):
         repeats = (a[:, 1:2] * a[:, :1]).sum(-1, keepdim=True).mean() > 0.5
         return train_rwkv7.wkv7(r, w, k, v, a, b * (1.001 if repeats else 1))
-    row = rows_of({"forgetful": operators.Kernel(forgetful)}, shape=(2, 20, 2, 64))["forgetful"]
+    row = rows_of({"forgetful": cases.Kernel(forgetful)}, shape=(2, 20, 2, 64))["forgetful"]
     assert row["refused"].startswith("correlated y ") and "random" not in row["refused"]
 
 
@@ -139,7 +138,7 @@ def test_gates_in_bf16(monkeypatch):
         y = train_rwkv7.wkv7(*inputs)
         noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
         return (y + 3e-3 * y.float().std().detach() * noise).to(y.dtype)
-    rows = rows_of({"worse": operators.Kernel(noisy), "tensor cores": operators.Kernel(noisy, rounds="bf16")})
+    rows = rows_of({"worse": cases.Kernel(noisy), "tensor cores": cases.Kernel(noisy, rounds="bf16")})
     assert rows["torch"]["refused"] == "" and rows["torch"]["dtype"] == "bfloat16"
     assert rows["torch"]["bytes"] == 20 * 2 * 2 * 20 * 2 * 16
     assert "random y " in rows["worse"]["refused"] and rows["tensor cores"]["refused"] == ""
@@ -148,7 +147,7 @@ def test_gates_in_bf16(monkeypatch):
 def test_an_operator_with_parameters(monkeypatch):
     """What has no tokens stays in fp32, has a gradient of its own and is checked with the rest."""
     monkeypatch.setitem(bench.DTYPES, "cpu", torch.bfloat16)
-    plain, seen = operators.wkv7(), set()
+    plain, seen = cases.wkv7(), set()
 
     def make(family, B, T, H, N):
         inputs, dy = plain.make(family, B, T, H, N)
@@ -158,11 +157,11 @@ def test_an_operator_with_parameters(monkeypatch):
         *inputs, gain = inputs
         seen.add((inputs[0].dtype, gain.dtype))
         return train_rwkv7.wkv7(*inputs) * (gain + (wrong - 1) * (gain - gain.detach())).to(inputs[0].dtype)
-    operator = operators.Operator(
+    operator = cases.Operator(
         tensors=(*plain.tensors, "d_gain"), make=make, kernels=None, elements=plain.elements, flops=plain.flops,
-        recurrence=lambda *x: plain.recurrence(*x[:6]) * x[6], head_sizes=plain.head_sizes, shapes={},
+        reference=lambda *x: plain.reference(*x[:6]) * x[6], head_sizes=plain.head_sizes, shapes={},
         gates=lambda *about: {**dict.fromkeys(plain.tensors, 6e-3), "d_gain": 1e-2})
-    kernels = dict(good=operators.Kernel(gained), bad=operators.Kernel(lambda *x: gained(*x, wrong=1.5)))
+    kernels = dict(good=cases.Kernel(gained), bad=cases.Kernel(lambda *x: gained(*x, wrong=1.5)))
     good, bad = bench.measure(operator, SHAPE, kernels, bench.WallClock(), "cpu", 3, 1e9)
     assert good["refused"] == "" and good["both_ms"] > 0 and good["errors"]["random"]["d_gain"] > 0
     assert bad["refused"].startswith("random d_gain 5.0e-01 above 1.0e-02; correlated d_gain ")
@@ -172,19 +171,19 @@ def test_an_operator_with_parameters(monkeypatch):
 def test_the_time_mixing(monkeypatch):
     """Its steps on the CPU pass its gates; an error in the gradient of a parameter is seen."""
     monkeypatch.setitem(bench.CHECK_SHAPE, "cpu", bench.CHECK_SHAPE["cuda"])
-    operator = operators.time_mixing()
+    operator = cases.time_mixing()
     kernels = operator.kernels("cpu", False)
-    kernels["wrong"] = operators.Kernel(lambda *x: operators.time_mix(*x[:-1], x[-1] * 2 - x[-1].detach()))
+    kernels["wrong"] = cases.Kernel(lambda *x: cases.time_mix(*x[:-1], x[-1] * 2 - x[-1].detach()))
     shape = (1, 32, 1, 64)
     rows = {row["kernel"]: row for row in bench.measure(operator, shape, kernels, bench.WallClock(), "cpu", 3, 1e9)}
     assert list(rows) == ["mix torch", "mix cpu", "wrong"]
-    assert set(rows["mix cpu"]["errors"]["random"]) == set(operators.MIXED)
+    assert set(rows["mix cpu"]["errors"]["random"]) == set(cases.MIXED)
     for name in ("mix torch", "mix cpu"):
         assert rows[name]["refused"] == "" and rows[name]["both_ms"] > 0, rows[name]
     assert rows["mix torch"]["speed_up"] == 1
     assert rows["wrong"]["refused"].startswith("random dln_b 1.0e+00 above 2.0e-06")
     gates = operator.gates("bf16", torch.bfloat16, "random")
-    assert set(gates) == set(operators.MIXED) and gates["dw"] == 1e-2 and gates["dln_b"] == 1e-5
+    assert set(gates) == set(cases.MIXED) and gates["dw"] == 1e-2 and gates["dln_b"] == 1e-5
 
 
 def test_wkv6_on_the_cpu(tmp_path, monkeypatch):
@@ -208,18 +207,18 @@ def test_wkv6_on_the_cpu(tmp_path, monkeypatch):
 def test_peer_of_wkv6(monkeypatch):
     def chunk_rwkv6(r, k, v, w, u, scale=None):
         assert scale == 1
-        return train_rwkv6.wkv6_recurrent(r, k, v, torch.log(-w), u)
+        return cases.REFERENCE["wkv6"].wkv6(r, k, v, torch.log(-w), u)
     fake_fla(monkeypatch, None)
     monkeypatch.setitem(sys.modules, "fla.ops.rwkv6", types.SimpleNamespace())
-    assert "AttributeError" in operators.wkv6_kernels("cpu", True)["fla"].missing
+    assert "AttributeError" in cases.wkv6_kernels("cpu", True)["fla"].missing
     monkeypatch.setitem(sys.modules, "fla.ops.rwkv6", types.SimpleNamespace(chunk_rwkv6=chunk_rwkv6))
-    kernels = {name: kernel for name, kernel in operators.wkv6_kernels("cpu", True).items() if name != "cpu"}
-    rows = bench.measure(operators.wkv6(), SHAPE, kernels, bench.WallClock(), "cpu", 3, 1e9)
+    kernels = {name: kernel for name, kernel in cases.wkv6_kernels("cpu", True).items() if name != "cpu"}
+    rows = bench.measure(cases.wkv6(), SHAPE, kernels, bench.WallClock(), "cpu", 3, 1e9)
     assert [(row["kernel"], row["refused"]) for row in rows] == [("torch", ""), ("fla", "")]
 
 
 def fake_fla(monkeypatch, chunk_rwkv7):
-    monkeypatch.setattr(operators.importlib.metadata, "version", lambda package: "9.9")
+    monkeypatch.setattr(cases.importlib.metadata, "version", lambda package: "9.9")
     monkeypatch.setitem(sys.modules, "fla", types.ModuleType("fla"))
     monkeypatch.setitem(sys.modules, "fla.ops", types.ModuleType("fla.ops"))
     module = types.ModuleType("fla.ops.rwkv7")
@@ -235,9 +234,9 @@ def test_peer(monkeypatch):
     def chunk_rwkv7(r, w, k, v, a, b, scale=2.0, chunk_size=None, disable_recompute=False):
         seen.append((scale, chunk_size, disable_recompute))
         gate = -w / train_rwkv7.DECAY_BOUND
-        return train_rwkv7.wkv7_recurrent(r, torch.log(gate / (1 - gate)), k, v, a, b)
+        return cases.REFERENCE["wkv7"].wkv7(r, torch.log(gate / (1 - gate)), k, v, a, b)
     fake_fla(monkeypatch, chunk_rwkv7)
-    kernels = operators.wkv7_kernels("cpu", True)
+    kernels = cases.wkv7_kernels("cpu", True)
     rows = rows_of({name: kernels[name] for name in ("fla", "fla, more saved")})
     for name, saved in (("fla", False), ("fla, more saved", True)):
         assert rows[name]["refused"] == "" and rows[name]["both_ms"] > 0 and rows[name]["peer"]
@@ -247,122 +246,29 @@ def test_peer(monkeypatch):
 
 def test_peer_that_is_wrong_or_does_not_compile(monkeypatch):
     def miscompiled(r, w, k, v, a, b):
-        return train_rwkv7.wkv7_recurrent(r, w, k, v, a, b)
+        return cases.REFERENCE["wkv7"].wkv7(r, w, k, v, a, b)
     fake_fla(monkeypatch, miscompiled)
-    row = rows_of({"fla": operators.wkv7_kernels("cpu", True)["fla"]})["fla"]
+    row = rows_of({"fla": cases.wkv7_kernels("cpu", True)["fla"]})["fla"]
     assert row["refused"].startswith("wrong results: random y ") and "both_ms" not in row
 
     def broken(r, w, k, v, a, b):
         raise IndexError("map::at\nand forty lines more")
     fake_fla(monkeypatch, broken)
-    assert rows_of({"fla": operators.wkv7_kernels("cpu", True)["fla"]})["fla"]["refused"] == "IndexError: map::at"
+    assert rows_of({"fla": cases.wkv7_kernels("cpu", True)["fla"]})["fla"]["refused"] == "IndexError: map::at"
     fake_fla(monkeypatch, None)
-    row = rows_of({"fla": operators.wkv7_kernels("cpu", True)["fla"]})["fla"]
+    row = rows_of({"fla": cases.wkv7_kernels("cpu", True)["fla"]})["fla"]
     assert "flash-linear-attention 9.9: AttributeError" in row["refused"]
 
 
 def test_peer_that_is_not_installed_is_said_and_no_failure(monkeypatch, capsys):
     def missing(package):
-        raise operators.importlib.metadata.PackageNotFoundError(package)
-    monkeypatch.setattr(operators.importlib.metadata, "version", missing)
+        raise cases.importlib.metadata.PackageNotFoundError(package)
+    monkeypatch.setattr(cases.importlib.metadata, "version", missing)
     monkeypatch.setattr(bench, "describe", lambda device: dict(device="d", date="today"))
     monkeypatch.setitem(bench.COPY_BYTES, "cpu", 2**20)
     _, rows = call("--peers", "--kernels", "torch", "fla", "--shape", "1,16,1,16")
     assert [row["refused"] for row in rows] == ["", "flash-linear-attention is not installed"]
     assert "not timed: flash-linear-attention is not installed" in capsys.readouterr().out
-
-
-class Cuda:
-    """Stands in for torch.cuda: a clock that only the work moves, and a log of what was enqueued."""
-
-    def __init__(self):
-        self.log, self.clock, self.tick, self.held, self.top = [], 0.0, 0.0, 1000, 1000
-        outer = self
-
-        class Event:
-            def __init__(self, enable_timing):
-                assert enable_timing
-
-            def record(self):
-                outer.log.append("event")
-                self.at = outer.clock
-                outer.clock += outer.tick
-
-            def elapsed_time(self, end):
-                assert outer.log[-1] == "synchronize", "read before the GPU was done"
-                return end.at - self.at
-        self.Event = Event
-
-    def get_device_properties(self, device):
-        return types.SimpleNamespace(L2_cache_size=500)
-
-    def _sleep(self, cycles):
-        self.log.append(("sleep", cycles))
-
-    def synchronize(self):
-        self.log.append("synchronize")
-
-    def reset_peak_memory_stats(self):
-        self.top = self.held
-
-    def memory_allocated(self):
-        return self.held
-
-    def max_memory_allocated(self):
-        return self.top
-
-
-def test_events(monkeypatch):
-    cuda, now = Cuda(), [0.0]
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
-    timer = bench.Events(cuda, device="cpu")
-    assert timer.flush.numel() == 1000, "twice the cache"
-    timer.flush = types.SimpleNamespace(zero_=lambda: cuda.log.append("flush"))
-
-    def work():
-        cuda.log.append("work")
-        cuda.clock += 3.0  # ms on the GPU
-        now[0] += 0.004  # s to enqueue
-
-    def slow():
-        now[0] += 1.0
-    assert timer.time(work) == 3.0
-    assert cuda.log == [("sleep", 0), "flush", "event", "work", "event", "synchronize"]
-    assert timer.time(slow) == 0.0
-    cuda.log.clear()
-    timer.time(work)
-    timer.time(slow)
-    sleeps = [entry[1] for entry in cuda.log if entry[0] == "sleep"]
-    assert sleeps == [0.008 * timer.CYCLES, timer.LONGEST * timer.CYCLES], "twice the enqueueing, each its own; bounded"
-
-    def allocate():
-        cuda.top, cuda.held = 5000, 2000
-    assert timer.peak(allocate) == 4000
-
-
-def test_measure_with_events():
-    """The path of a GPU, kernel by kernel: one that fails at full size does not take the others with it."""
-    def greedy(*inputs):
-        if inputs[0].size(0) == 2 and inputs[0].size(1) == 20:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore lines")
-        return train_rwkv7.wkv7(*inputs)
-    cuda = Cuda()
-    timer, calls, cuda.tick = bench.Events(cuda, device="cpu"), [], 1.0
-
-    def clocked(*inputs):
-        calls.append(inputs[0].shape)
-        cuda.clock += 2.0
-        cuda.top = max(cuda.top, 3240)
-        return train_rwkv7.wkv7(*inputs)
-    rows = rows_of({"greedy": operators.Kernel(greedy), "last": operators.Kernel(clocked), "narrow": operators.Kernel(
-        train_rwkv7.wkv7, head_sizes=(64,)), "absent": operators.Kernel(missing="not built")}, timer)
-    assert rows["greedy"]["refused"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate"
-    assert "both_ms" not in rows["greedy"]
-    assert "narrow" not in rows and rows["absent"]["refused"] == "not built"
-    last = rows["last"]
-    assert (last["forward_ms"], last["backward_ms"], last["both_ms"], last["both_spread_ms"]) == (3.0, 1.0, 4.0, 0.0)
-    assert calls.count(torch.Size(SHAPE)) == bench.WARM_UP["cpu"] + 3 + 1, "warm-up, repeats, memory"
-    assert last["peak_bytes"] == 2240 and last["memory"] == 2240 / (7 * 4 * 2 * 20 * 2 * 16)
 
 
 def test_write_keeps_the_rows_of_other_devices(tmp_path):
@@ -390,7 +296,7 @@ def test_write_keeps_the_rows_of_other_devices(tmp_path):
     assert page.read_text() == "no markers"
 
 
-@pytest.mark.parametrize("operator", operators.OPERATORS)
+@pytest.mark.parametrize("operator", cases.OPERATORS)
 def test_readme_has_a_place_for_every_table(operator):
     page = (ROOT / "cuda" / "README.md").read_text()
     page = page.partition(f"## WKV-{operator[-1]}\n")[2].partition("\n## ")[0]
@@ -417,7 +323,7 @@ def test_bad_input(flags, parts, monkeypatch, capsys):
 
 
 def test_one_bad_kernel_and_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(operators, "why_not", lambda script, kernel: "not built" if kernel == "cpu" else "")
+    monkeypatch.setattr(cases, "why_not", lambda script, kernel: "not built" if kernel == "cpu" else "")
     monkeypatch.setitem(bench.COPY_BYTES, "cpu", 2**20)
     page = tmp_path / "README.md"
     page.write_text("<!-- bench wkv7 cpu: begin -->\n<!-- bench wkv7 cpu: end -->\n")

@@ -27,6 +27,7 @@ def program(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
+    return path
 
 
 class Machine:
@@ -157,7 +158,7 @@ def test_messages(machine, case):
     assert machine.built() == []
     row, = [row for row in json.loads(machine.run("wkv7", "--json", code=HIDE_NVCC, alone=True)[1])
             if row["kernel"] == kernel]
-    assert row["state"] == "cannot be built:" and all(part in " ".join(row["why"]) for part in parts)
+    assert row["state"] == "cannot be built" and all(part in " ".join(row["why"]) for part in parts)
 
 
 def test_a_torch_without_cuda(machine):
@@ -253,9 +254,25 @@ def test_a_read_only_checkout(machine):
     assert machine.run("wkv7", "cpu", alone=True, TMPDIR=str(scratch)) == (0, out, "")
     for path in folder.iterdir():
         path.unlink()
-    folder.chmod(0o777)
-    status, out, err = machine.run("wkv7", "cpu", TMPDIR=str(scratch))
-    assert status == 1 and "not a folder that only you can write" in err and list(folder.iterdir()) == []
+
+
+def test_the_private_folder_is_private(tmp_path, monkeypatch):
+    monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / f"rwkv-speedrun-{os.getuid()}"
+    assert build.private_folder() == build.private_folder() == folder and folder.stat().st_mode & 0o777 == 0o700
+    for mode in (0o777, 0o770, 0o707):
+        folder.chmod(mode)
+        with pytest.raises(build.KernelError, match="not a folder that only you can write"):
+            build.private_folder()
+    folder.chmod(0o700)
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(build.KernelError, match="only you can write"):
+        build.private_folder()
+    monkeypatch.setattr(os, "getuid", lambda: 4321)  # to whom it does not belong
+    (tmp_path / "rwkv-speedrun-4321").mkdir(mode=0o700)
+    with pytest.raises(build.KernelError, match="only you can write"):
+        build.private_folder()
 
 
 # Kernels for GPUs

@@ -12,23 +12,24 @@ import torch
 
 from helpers import ROOT
 from grading import errors
-from test_wkv7 import FAMILIES, NAMES, make, run
+from test_wkv7 import FAMILIES, NAMES, make, recurrent as reference, run
 import test_wkv7_wind as mixing
-from train_rwkv7 import KERNELS as ABOUT, load_kernel, wkv7, wkv7_recurrent
+from train_rwkv7 import load_kernel, wkv7
 
 sys.path.append(str(ROOT / "cuda"))
-import operators  # noqa: E402
+import cases  # noqa: E402
 import recurrent  # noqa: E402
 import test_recurrent as models  # noqa: E402
 
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="torch sees no GPU")
 GPU = DEVICE == "cuda"
-WANTED = os.environ.get("TEST_KERNELS", ",".join(ABOUT)).split(",")  # a CUDA error spoils what its process does later
-KERNELS = [name for name, about in ABOUT.items()
-           if about.device in (None, DEVICE) and name not in operators.FUSED and name in WANTED]
-ROUNDS = {name: "fp32" if torch.float32 in ABOUT[name].dtypes else "bf16" for name in KERNELS}
-SIZES = {name: ABOUT[name].head_sizes_here() if name != "torch" else (64, 128) for name in KERNELS}
+FORMS = {name: form for (operator, name), form in cases.KERNELS.items()
+         if operator == "wkv7" and form.device == DEVICE and not form.fused}
+WANTED = os.environ.get("TEST_KERNELS", ",".join(["torch", *FORMS])).split(",")  # a CUDA error spoils its process
+KERNELS = [name for name in ("torch", *FORMS) if name in WANTED]
+ROUNDS = {name: "fp32" if name == "torch" or "fp32" in FORMS[name].dtypes else "bf16" for name in KERNELS}
+SIZES = {name: (64, 128) if name == "torch" else cases.build.head_sizes(FORMS[name]) for name in KERNELS}
 CASES = [(kernel, N) for kernel in KERNELS for N in (SIZES[kernel] if GPU else (32,))]
 FULL = ((64, 1024, 12, 64), (64, 1024, 6, 128), (64, 4096, 2, 64)) if GPU else ((3, 64, 2, 32),)
 
@@ -36,7 +37,8 @@ FULL = ((64, 1024, 12, 64), (64, 1024, 6, 128), (64, 4096, 2, 64)) if GPU else (
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
     for kernel in KERNELS:
-        load_kernel(kernel, required=True)
+        if kernel != "torch":
+            load_kernel(kernel)
 
 
 def bf16(family, **sizes):
@@ -47,7 +49,7 @@ def bf16(family, **sizes):
 def check(kernel, family, results, reference, heads=True):
     """Every tensor within its gate, and every head of every sequence within twice that."""
     found = errors(results, reference)
-    gates = operators.wkv7_gates(ROUNDS[kernel], torch.bfloat16, family)
+    gates = cases.wkv7_gates(ROUNDS[kernel], torch.bfloat16, family)
     print(kernel, family, {name: f"{error:.1e}" for name, error in found.items()})
     over = [f"{name} {error:.1e}" for name, error in found.items()
             if not error <= gates[name.split()[0]] * (2 if "per head" in name else 1) and (heads or " " not in name)]
@@ -69,7 +71,7 @@ def test_lengths(kernel, N, T):
     check(kernel, "random", run(kernel, inputs, dy), exact, heads=T > 1)  # else y is one number, maybe small, times v
 
 
-@pytest.mark.parametrize("kernel, N", [(kernel, N) for kernel, N in CASES if ABOUT[kernel].states])
+@pytest.mark.parametrize("kernel, N", [(kernel, N) for kernel, N in CASES if kernel == "torch" or FORMS[kernel].states])
 def test_states(kernel, N):
     """From a state that is not zero to the final one, with gradients of both; the states are fp32."""
     inputs, dy = bf16("random", T=80, N=N)
@@ -83,7 +85,7 @@ def test_states(kernel, N):
         gradients = torch.autograd.grad((y, sT), (*leaves, start), (dy.to(y.dtype), dsT.to(sT.dtype)))
         return dict(zip((*NAMES, "ds0", "sT"), (y.detach(), *gradients, sT.detach())))
 
-    exact = both(lambda x, s: wkv7_recurrent(*x, s), torch.float64)
+    exact = both(lambda x, s: reference(*x, s), torch.float64)
     results = both(lambda x, s: wkv7(*x, kernel=kernel, state=s, final=True), torch.bfloat16)
     check(kernel, "random", results, exact)
     gate = 1e-3 if ROUNDS[kernel] == "fp32" else 4e-3
@@ -146,7 +148,7 @@ def test_on_another_stream(kernel, N):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_compile(kernel):
-    inputs, dy = bf16("random", B=1, T=32, H=2, N=ABOUT[kernel].head_sizes[-1])
+    inputs, dy = bf16("random", B=1, T=32, H=2, N=SIZES[kernel][-1])
     kernel_input = [x.requires_grad_() for x in inputs]
     layer = lambda *x: wkv7(*x, kernel=kernel)
     y = layer(*kernel_input)
@@ -176,7 +178,7 @@ def test_more_elements_than_an_int_counts(kernel, units):
 @pytest.mark.parametrize("family", ("random", "slow", "bound", "correlated", "identical", "zeros", "large", "tiny dy"))
 def test_time_mixing(family, B, T, H):
     """--wind_cuda is no worse than its steps around --fast_cuda, for every gradient, and gives the same bits twice."""
-    load_kernel("wind", required=True)
+    load_kernel("wind")
     inputs, parameters, dout = mixing.sample(family, B=B, T=T, H=H)
     arguments = [x.to(DEVICE) for x in inputs], [x.to(DEVICE) for x in parameters], dout.to(DEVICE)
     reference, apart, fused, again = (mixing.run(form, *arguments) for form in ("reference", "fast", "wind", "wind"))

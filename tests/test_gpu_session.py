@@ -1,9 +1,7 @@
 """dev/gpu.py, tried on the CPU: all of it with toy sizes, and what it does when a stage fails, hangs or has no time."""
 
 import importlib
-import importlib.util
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -11,13 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.autograd import DeviceType
 
-from helpers import ROOT, tree
+from helpers import ROOT, load_program, tree
 
-spec = importlib.util.spec_from_file_location("gpu_session", ROOT / "dev" / "gpu.py")
-gpu = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gpu)
+gpu = load_program("dev/gpu.py")
 
 
 @pytest.fixture(autouse=True)
@@ -63,25 +58,6 @@ def test_a_kernel_that_cannot_be_built(tmp_path, monkeypatch):
     assert "| train_rwkv7 | cuda | NO | " in page and "wkv7 cuda not built: " in page
 
 
-def test_the_tests_stage(tmp_path, monkeypatch):
-    """It runs tests/test_gpu.py on the device it is told, and a failure is named."""
-    arguments = []
-
-    def call(command, limit, **env):
-        arguments.append((command, env))
-        return 1, "....\nFAILED tests/test_gpu.py::test_families[fast-64-random] - y 1e-1\n1 failed, 4 passed in 2s\n"
-    monkeypatch.setattr(gpu, "call", call)
-    facts, _ = gpu.tests(SimpleNamespace(device="cpu", out=tmp_path), 60)
-    assert [env for _, env in arguments] == [dict(TEST_DEVICE="cpu", TEST_KERNELS=name) for name in ("torch", "cpu")]
-    assert all(command[-1] == "tests/test_gpu.py" for command, _ in arguments)
-    assert not facts["ok"] and facts["summary"] == "torch: 1 failed, 4 passed in 2s; cpu: 1 failed, 4 passed in 2s"
-    monkeypatch.setattr(gpu, "call", lambda *command, **env: (0, "ssss\n219 skipped in 3.85s\n"))
-    assert not gpu.tests(SimpleNamespace(device="cuda", out=tmp_path), 60)[0]["ok"], "nothing was tested"
-    monkeypatch.setattr(gpu, "call", lambda *command, **env: (0, "..ss\n2 passed, 2 skipped in 3.85s\n"))
-    assert gpu.tests(SimpleNamespace(device="cuda", out=tmp_path), 60)[0]["ok"]
-    assert gpu.section("tests", facts)[1].startswith("- FAILED tests/test_gpu.py::test_families[fast-64-random]")
-
-
 def test_gpu_tests_on_a_cpu():
     """tests/test_gpu.py itself, of which a machine without a GPU sees nothing else."""
     keep = "test_full_size or test_alone or (test_families and identical) or (test_lengths and 17)"
@@ -106,29 +82,6 @@ def test_a_stage_that_fails_and_one_without_time(tmp_path, monkeypatch):
         gpu.main(["--device=cpu"])
 
 
-def test_training_runs_stop_with_the_time(tmp_path, monkeypatch):
-    """One run fails, one takes the time of the others: all have their row."""
-    monkeypatch.setattr(gpu, "runs", lambda device: [("train_rwkv7", [], n) for n in (64, 32, 16)])
-    clock = [0.0]
-    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
-
-    def call(command, limit, **env):
-        job = json.loads(command[-1])
-        assert os.listdir(job["data"]) and limit == 100 - clock[0]
-        if job["device_bsz"] == 64:
-            return 1, "Traceback\ntorch.OutOfMemoryError: CUDA out of memory.\n"
-        clock[0] += 100
-        facts = dict(ms=1.0, tokens_per_second=2.0, mfu=0.5, peak_memory=2**30, wkv_share=0.25, ready_seconds=3.0)
-        return 0, f"warning\n{json.dumps(facts)}\n"
-    monkeypatch.setattr(gpu, "call", call)
-    facts, _ = gpu.train(SimpleNamespace(device="cpu"), 100)
-    assert [row.get("failed") for row in facts["rows"]] == [
-        "status 1: torch.OutOfMemoryError: CUDA out of memory.", None, gpu.NO_TIME]
-    assert not facts["ok"]
-    page = "\n".join(gpu.section("train", facts))
-    assert "| train_rwkv7 | - | 32 | 1.0 | 2 | 50.0% | 1.0 | 25.0% | 3 |" in page and "failed: status 1" in page
-
-
 def test_a_stage_that_hangs_is_ended_with_its_children(tmp_path):
     mark = tmp_path / "pid"
     code = (f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
@@ -145,60 +98,6 @@ def test_a_stage_that_hangs_is_ended_with_its_children(tmp_path):
             break
         time.sleep(0.05)
     assert state in ("Z", "gone"), f"process {pid} still runs"
-
-
-def test_share_of_the_operator_on_a_gpu():
-    """From events as torch's profiler gives them: kernels apart from what launched them; autograd calls an operator
-    from within itself; a range that somebody marked is no kernel."""
-    def event(name, kind, own=0.0, below=0.0, parent=None, mark=False):
-        fake = SimpleNamespace(name=name, device_type=kind, self_device_time_total=own, device_time_total=below,
-                               self_cpu_time_total=7.0, cpu_time_total=7.0, cpu_parent=parent, is_user_annotation=mark)
-        return fake
-    cpu, cuda = DeviceType.CPU, DeviceType.CUDA
-    step = event("step", cpu, below=1000.0)
-    outer = event("wkv7::fast_forward", cpu, below=20.0, parent=step)
-    events = [step, outer, event("wkv7::fast_forward", cpu, below=20.0, parent=outer),
-              event("wkv7::fast_backward", cpu, below=30.0), event("aten::mm", cpu, below=50.0, own=50.0),
-              event("wkv7_fast_forward_kernel<64>", cuda, own=20.0), event("backward_kernel", cuda, own=30.0),
-              event("gemm", cuda, own=25.0), event("gemm", cuda, own=25.0), event("step", cuda, own=900.0, mark=True)]
-    found = gpu.operator_share(events, True)
-    assert found["wkv_share"] == 0.5
-    assert found["top"][0] == dict(name="gemm", share=0.5) and len(found["top"]) == 3
-    assert gpu.operator_share([], True) == dict(wkv_share=None, top=[])
-
-
-def test_share_of_the_operator_reads_what_torch_has():
-    import train_rwkv7
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        x = [torch.rand(1, 40, 2, 16, requires_grad=True) for _ in range(6)]
-        train_rwkv7.wkv7(*x).sum().backward()
-    events = profiler.events()
-    for name in ("device_type", "self_device_time_total", "device_time_total", "cpu_parent", "is_user_annotation"):
-        assert all(hasattr(event, name) for event in events), name
-    assert 0.5 < gpu.operator_share(events, False)["wkv_share"] <= 1, "it is all there is"
-
-
-def test_steps_between_events(monkeypatch):
-    """The clock of a GPU, faked: the work of a step takes 5 ms there, and is not waited for before the end."""
-    clock, waited = [0.0], []
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            assert not waited
-            self.at = clock[0]
-
-        def elapsed_time(self, end):
-            assert waited, "read before the GPU was done"
-            return end.at - self.at
-
-    def step():
-        clock[0] += 5.0
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
-    assert gpu.step_times(step, 4, True) == [5.0] * 4
 
 
 def test_command_lines_of_a_gpu(tmp_path, monkeypatch):

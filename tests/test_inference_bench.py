@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import sys
 
 import pytest
 import torch
@@ -77,26 +76,6 @@ def test_int8_model_is_the_fp32_model_with_rounded_weights(name):
     assert model.weight_bytes(read=True) - small.weight_bytes(read=True) > 2.9 * matrices
     with pytest.raises(ValueError, match="recurrently only"):
         small.parallel()
-
-
-def test_error_slope_verdict():
-    assert bench.error_of([1.0, 2.0, 3.0, 4.0, 100.0]) == pytest.approx(1.2533 * 1.4826 / 5**0.5)
-    positions = [1024, 4096, 16384, 65536]
-    line = [[5 + 0.25 * p / 16384 + noise for p in positions] for noise in (0, 1, 2)]
-    assert bench.slope_of(positions, line) == (pytest.approx(0.25), pytest.approx(0, abs=1e-9))
-    for (slope, error, ms), said in {(0.1, 0.01, 5): "grows", (-0.1, 0.01, 5): "falls", (0.1, 0.06, 5): "flat",
-                                     (0.04, 0.001, 5): "flat", (0.0, 0.2, 5): "undecided",
-                                     (0.1, 0.04, 5): "undecided"}.items():
-        assert bench.verdict(slope, error, ms) == said, (slope, error, ms)
-
-
-def test_every_round_does_every_job():
-    calls = []
-    job = lambda name: lambda: calls.append(name) or len(calls)
-    found = bench.measure(dict(a=job("a"), b=job("b"), c=job("c")), 6)
-    assert [len(v) for v in found.values()] == [6] * 3
-    assert all(set(calls[i:i + 3]) == {"a", "b", "c"} for i in range(0, 18, 3)) and len(set(map(tuple, [
-        calls[i:i + 3] for i in range(0, 18, 3)]))) > 1
 
 
 def result_of(name):
@@ -193,25 +172,6 @@ def test_a_shape_and_what_int8_costs_a_trained_model(relative, tmp_path, monkeyp
     assert result["loss"]["model"] == "RWKV-6, random, step 1" and result["loss"]["change"] != 0
     assert f"Validation loss: RWKV-6, random, step 1: fp32 {result['loss']['fp32']:.4f}, int8 " in out
     assert "all models and states together" in out
-
-
-def test_no_plot_of_another_run_stays(result, tmp_path, monkeypatch, capsys):
-    (tmp_path / "bench.png").write_bytes(b"old")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    bench.show(result[0], tmp_path, print)
-    assert not (tmp_path / "bench.png").exists() and "bench.png" not in capsys.readouterr().out
-
-
-def test_table_goes_between_the_markers(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n")
-    bench.into(page, "| new |")
-    assert page.read_text() == f"before\n{bench.BEGIN}\n| new |\n{bench.END}\nafter\n"
-    for text in ("no markers", f"{bench.BEGIN}\n", f"{bench.END}\n{bench.BEGIN}\n", page.read_text() * 2):
-        page.write_text(text)
-        with pytest.raises(ValueError, match="once each"):
-            bench.into(page, "| new |")
-        assert page.read_text() == text
 
 
 @pytest.mark.parametrize("flags, word", [([], "give a CHECKPOINT"),

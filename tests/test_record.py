@@ -54,7 +54,7 @@ def finished(request, finished_run):
     files = [f"{script}.py"]
     if "rwkv" in script:
         operator = script.replace("train_r", "")  # wkv6, wkv7
-        files += [f"cuda/{operator}/{operator}_cpu.cpp", "cuda/cpu.h"]
+        files += ["cuda/build.py", f"cuda/{operator}/reference.py", f"cuda/{operator}/{operator}_cpu.cpp", "cuda/cpu.h"]
     path, log, result = only_record(folder / "records")
     facts, sources, rest = parse(log)
     return types.SimpleNamespace(**json.loads((folder / "run.json").read_text()), script=script, folder=folder,

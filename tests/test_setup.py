@@ -166,7 +166,8 @@ def test_tests_need_pytest_too(box):
     box.python("python", packages=PINS)
     done = box.run("-k", "a or b", script="test.sh")
     assert "No module named pytest" in done.stderr, done  # the stub has only its metadata
-    assert box.calls()[-1].endswith("/python -m pytest -q --durations=10 tests -k a or b"), box.calls()
+    command = "/python -m pytest -q --durations=10 -n auto --maxprocesses 8 --dist loadfile tests -k a or b"
+    assert box.calls()[-1].endswith(command), box.calls()
     box.run("tests/requirements.txt::x", script="test.sh")
     assert box.calls()[-1].endswith("/python -m pytest -q --durations=10 tests/requirements.txt::x"), box.calls()
 

@@ -374,8 +374,9 @@ def test_the_limit_of_track_fineweb_without_a_gpu():
     for flags in (["--fast_cuda"], ["--fast_cuda", "--width", "832"]):
         config = dict(vars(train_rwkv7.Hyperparameters.parse(flags)), device="cuda", dtype="bf16", kernel="fast")
         record = verify.Record.__new__(verify.Record)
-        record.log = types.SimpleNamespace(
-            sources=[(dict(name="train_rwkv7.py"), (ROOT / "train_rwkv7.py").read_text(encoding="utf-8"))])
+        files = [ROOT / "train_rwkv7.py", *load_program("cuda/build.py").sources("wkv7", "fast")]
+        record.log = types.SimpleNamespace(sources=[
+            (dict(name=path.relative_to(ROOT).as_posix()), path.read_text(encoding="utf-8")) for path in files])
         record.result, record.trouble = dict(command=["train_rwkv7.py", *flags], config=config), None
         records.append(record)
     verify.probe(records)
@@ -457,7 +458,7 @@ def test_replay(original, record, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 steps and 3 validations are equal bit for bit, on the same machine and versions" in done.stdout
     replayed, = tmp_path.glob("replay-*")
-    for source in ("train_rwkv7.py", "cuda/cpu.h", "cuda/wkv7/wkv7_cpu.cpp"):
+    for source in ("train_rwkv7.py", "cuda/build.py", "cuda/wkv7/reference.py", "cuda/cpu.h", "cuda/wkv7/wkv7_cpu.cpp"):
         assert (replayed / source).read_bytes() == (ROOT / source).read_bytes()
     assert list((replayed / "cuda" / "build").glob("*.so")), "another kernel ran"
     log, = replayed.glob("records/*/log.txt")

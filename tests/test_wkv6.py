@@ -9,20 +9,16 @@ import torch
 import torch.nn.functional as F
 
 import grading
-from grading import check
-from train_rwkv6 import HEAD_SIZES, load_kernel, wkv6, wkv6_recurrent
+import train_rwkv6
+from grading import (  # noqa: F401
+    FORMS, Operator, check, cpu_kernel, test_bitwise_repeatable_on_any_number_of_threads, test_compile_in_one_graph,
+    test_gradcheck_recurrence, test_gradcheck_torch_form, test_head_sizes, test_lengths, test_opcheck,
+    test_recurrence_in_pieces, test_strided_inputs_and_dy, test_torch_form_in_float64)
+from helpers import load_program
+from train_rwkv6 import wkv6
 
+recurrent = load_program("cuda/wkv6/reference.py").wkv6
 NAMES = ("y", "dr", "dk", "dv", "dw", "du")
-FORMS = ("torch", "cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cpu_kernel():
-    assert load_kernel("cpu") == "cpu", "the C++ kernel does not build here; its message is on stderr"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors this small are no faster on more
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(family, B=2, T=100, H=3, N=64, seed=0):
@@ -66,7 +62,7 @@ def make(family, B=2, T=100, H=3, N=64, seed=0):
     return (r, k, v, w, u), dy
 
 
-run = functools.partial(grading.run, wkv6, wkv6_recurrent, NAMES)  # (form, inputs, dy)
+run = functools.partial(grading.run, wkv6, recurrent, NAMES)  # (form, inputs, dy)
 
 
 def test_recurrence_is_the_equation():
@@ -74,7 +70,7 @@ def test_recurrence_is_the_equation():
     inputs, _ = make("random", B=1, T=5, H=2, N=16)
     start = torch.randn(1, 2, 16, 16, dtype=torch.float64)
     given = start.clone()
-    y, end = wkv6_recurrent(*(x.double() for x in inputs), start)
+    y, end = recurrent(*(x.double() for x in inputs), start)
     assert torch.equal(start, given), "the state passed in was written to"
     r, k, v, w, u = (x.double().numpy() for x in inputs)
     for h in range(2):
@@ -91,27 +87,15 @@ def test_recurrence_is_the_equation():
         assert numpy.abs(end[0, h].numpy() - S).max() < 1e-12
 
 
-def test_recurrence_in_pieces():
-    inputs, _ = make("random", T=23, N=16)
-    inputs = [x.double() for x in inputs]
-    whole, end = wkv6_recurrent(*inputs)
-    state, pieces = None, []
-    for begin, stop in ((0, 1), (1, 8), (8, 9), (9, 23)):
-        y, state = wkv6_recurrent(*(x[:, begin:stop] for x in inputs[:4]), inputs[4], state)
-        pieces.append(y)
-    assert torch.equal(torch.cat(pieces, 1), whole)
-    assert torch.equal(state, end)
-
-
 def test_states_in_and_out():
     """y, the final state and every gradient, the first state's among them, from both of them; in pieces as in one."""
     inputs, dy = make("drops", T=37, N=16)
     generator = torch.Generator().manual_seed(1)
     start, d_end = (torch.randn(2, 3, 16, 16, generator=generator) for _ in range(2))
     results = []
-    for form, dtype in ((wkv6_recurrent, torch.float64), (functools.partial(wkv6, final=True), torch.float32)):
+    for form, dtype in ((recurrent, torch.float64), (functools.partial(wkv6, final=True), torch.float32)):
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in (*inputs, start)]
-        y, end = form(*leaves[:5], state=leaves[5])
+        y, end = form(*leaves[:5], **{"S" if form is recurrent else "state": leaves[5]})
         torch.autograd.backward((y, end), (dy.to(dtype), d_end.to(dtype)))
         results.append([y.detach(), end.detach(), *(x.grad for x in leaves)])
     for name, right, x in zip(("y", "sT", *NAMES[1:], "ds0"), *results):
@@ -127,24 +111,9 @@ def test_states_in_and_out():
     leaf = start.clone().requires_grad_()
     wkv6(*inputs, state=leaf, final=True)[1].sum().backward()
     assert torch.equal(alone, results[1][1]) and leaf.grad.isfinite().all() and leaf.grad.abs().max() > 0
-    with pytest.raises(ValueError, match="the state must be .2, 3, 16, 16. on cpu; got .2, 3, 16. on cpu"):
-        wkv6(*inputs, state=start[..., 0])
     for wrong in (dict(state=start), dict(final=True)):
         with pytest.raises(ValueError, match="--kernel cpu starts from the zero state"):
             wkv6(*inputs, kernel="cpu", **wrong)
-
-
-def test_gradcheck_recurrence():
-    inputs, _ = make("random", B=1, T=3, H=2, N=16)
-    leaves = [x[..., :4].double().requires_grad_() for x in inputs]
-    state = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(wkv6_recurrent, (*leaves, state))
-
-
-def test_gradcheck_torch_form():
-    inputs, _ = make("random", B=2, T=18, H=1, N=16)
-    leaves = [x.double().requires_grad_() for x in inputs]
-    assert torch.autograd.gradcheck(wkv6, leaves, fast_mode=True)
 
 
 # Relative error of fp32, measured 1.5 to 2.5 times below these gates. What sets the larger ones: where decay is slow, d
@@ -169,7 +138,7 @@ def test_what_the_usual_factorisations_do():
     def wrong(family, pairs):
         (r, k, v, w, _), _ = make(family, T=96)
         r, k, v, w = (x.unflatten(1, (6, 16)).transpose(2, 3).flatten(0, 2) for x in (r, k, v, w))  # (chunks, 16, N)
-        exact, _ = wkv6_recurrent(*(x.double()[:, :, None] for x in (r, k, v, w)), torch.zeros(1, 64))
+        exact, _ = recurrent(*(x.double()[:, :, None] for x in (r, k, v, w)), torch.zeros(1, 64))
         sums = -w.exp().cumsum(1)
         before = F.pad(sums, (0, 0, 1, -1))
         return ((pairs(r, k, before, sums).tril(-1) @ v - exact[:, :, 0]).norm() / exact.norm()).item()
@@ -192,30 +161,6 @@ def test_what_the_usual_factorisations_do():
     assert math.isnan(wrong("no bounds", differences))
 
 
-def test_torch_form_in_float64():
-    for family in ("random", "hard", "drops", "no bounds"):
-        inputs, dy = make(family, T=37)
-        inputs = [x.double() for x in inputs]
-        check(run("torch", inputs, dy), run("reference", inputs, dy), 1e-14, family)
-
-
-@pytest.mark.parametrize("T", (1, 15, 16, 17, 31, 64, 100))
-@pytest.mark.parametrize("H", (1, 3))
-def test_lengths(T, H):
-    inputs, dy = make("random", T=T, H=H, N=32, seed=T)
-    reference = run("reference", inputs, dy)
-    for form in FORMS:
-        check(run(form, inputs, dy), reference, 5e-7, f"{form}, T {T}, H {H}")
-
-
-@pytest.mark.parametrize("N", HEAD_SIZES)
-def test_head_sizes(N):
-    inputs, dy = make("random", B=1, T=37, H=2, N=N)
-    reference = run("reference", inputs, dy)
-    for form in FORMS:
-        check(run(form, inputs, dy), reference, 5e-7, f"{form}, N {N}")
-
-
 @pytest.mark.parametrize("family", ("random", "hard"))
 def test_bf16(family):
     """The result of fp32, rounded: 1.7e-3 is the error of rounding alone. u is a parameter and stays in fp32."""
@@ -230,38 +175,6 @@ def test_bf16(family):
         assert [x.dtype for x in results.values()] == [torch.bfloat16] * 5 + [torch.float32]
         check(results, reference, 2e-3, f"{form}, bf16", du=5e-7)
         assert run(form, (*inputs, u.bfloat16()), dy)["du"].dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_strided_inputs_and_dy(form):
-    (*inputs, u), dy = make("random", T=20, N=16)
-    expected = run(form, (*inputs, u), dy)
-    wide = torch.stack(inputs, dim=-1)  # what is a view of one tensor of all four
-    views = [wide[..., i].requires_grad_() for i in range(2)]
-    views += [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs[2:]]
-    views += [u.T.contiguous().T.requires_grad_()]
-    assert not any(x.is_contiguous() for x in views)
-    y = wkv6(*views, kernel=form)
-    y.backward(dy.transpose(1, 2).contiguous().transpose(1, 2))
-    for name, x in zip(NAMES, (y, *(x.grad for x in views))):
-        assert torch.equal(x, expected[name]), name
-    ones = run(form, (*inputs, u), torch.ones_like(dy))
-    leaves = [x.clone().requires_grad_() for x in (*inputs, u)]
-    wkv6(*leaves, kernel=form).sum().backward()  # dy is one number, expanded
-    for name, x in zip(NAMES[1:], leaves):
-        assert torch.equal(x.grad, ones[name]), name
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_bitwise_repeatable_on_any_number_of_threads(form):
-    inputs, dy = make("random", B=5, T=500, H=3)
-    results = []
-    for count in (2, 3, 1, 1):
-        torch.set_num_threads(count)
-        results.append(run(form, inputs, dy))
-    for other in results[1:]:
-        for name in NAMES:
-            assert torch.equal(other[name], results[0][name]), name
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -283,40 +196,13 @@ def test_nan_and_inf_are_not_hidden(form):
 
 def test_refusals():
     (*inputs, u), _ = make("random", B=1, T=3, H=1, N=16)
-    with pytest.raises(ValueError, match="head size 48 is not one of 16, 32, 64, 96, 128, 192"):
-        wkv6(*(torch.zeros(1, 3, 1, 48) for _ in range(4)), torch.zeros(1, 48))
-    with pytest.raises(ValueError, match=r"must be \(B, T, H, N\).*\(1, 2, 1, 16\)"):
-        wkv6(*inputs[:3], inputs[3][:, :2], u)
-    with pytest.raises(ValueError, match="one floating dtype.*bfloat16"):
-        wkv6(inputs[0].bfloat16(), *inputs[1:], u)
-    with pytest.raises(ValueError, match="not empty"):
-        wkv6(*(x[:, :0] for x in inputs), u)
-    for wrong in (u[0], u.expand(2, 16), u.int(), inputs[0]):
-        with pytest.raises(ValueError, match=r"u must be \(H, N\), \(1, 16\) here, floating and on cpu; got"):
-            wkv6(*inputs, wrong)
-    with pytest.raises(ValueError, match="'fast' is not loaded .loaded: cpu, torch"):
-        wkv6(*inputs, u, kernel="fast")
-    with pytest.raises(ValueError, match="--kernel cpu computes in float32 on cpu; got float64"):
-        wkv6(*(x.double() for x in inputs), u.double(), kernel="cpu")
+    with pytest.raises(AttributeError, match="none_forward"):
+        wkv6(*inputs, u, kernel="none")
     with pytest.raises(RuntimeError, match="differ in shape"):
         torch.ops.wkv6.cpu_forward(*inputs[:3], inputs[3][:, :2].contiguous(), u)
     for wrong in (u[0], torch.zeros(2, 16), torch.zeros(1, 32)):
         with pytest.raises(RuntimeError, match="u of shape"):
             torch.ops.wkv6.cpu_forward(*inputs, wrong)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("T", (16, 19))
-def test_opcheck(form, T):
-    inputs, dy = make("random", B=1, T=T, H=1, N=16)
-    inputs = [x.requires_grad_() for x in inputs]
-    forward, backward = (getattr(torch.ops.wkv6, f"{form}_{way}").default for way in ("forward", "backward"))
-    start = torch.randn(1, 1, 16, 16, requires_grad=True)
-    for s0 in {"torch": ([None], [start]), "cpu": ([],)}[form]:
-        torch.library.opcheck(forward, (*inputs, *s0))
-        s0 = [x if x is None else x.detach() for x in s0]
-        given = [*(x.detach() for x in inputs), *s0]
-        torch.library.opcheck(backward, (*given, forward(*given)[1], dy, *s0))  # s0 for dsT too
 
 
 class Layer(torch.nn.Module):
@@ -330,15 +216,8 @@ class Layer(torch.nn.Module):
         return wkv6(r, k, v, w, self.u, self.kernel).flatten(2)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_compile_in_one_graph(form):
-    x = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(1))
-    results = []
-    for compiled in (False, True):
-        layer = Layer(form)
-        y = (torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer)(x)
-        (y * y).sum().backward()
-        results.append((y.detach(), layer.project.weight.grad, layer.u.grad))
-    for eager, compiled in zip(*results):
-        assert eager.abs().max() > 0.1
-        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+@pytest.fixture(scope="module")
+def op():
+    return Operator(script=train_rwkv6, call=wkv6, recurrent=recurrent, names=NAMES, tensors=4, make=make,
+                    gate=5e-7, gate_of_sizes=5e-7, exact=("random", "hard", "drops", "no bounds"),
+                    layer=Layer)

@@ -8,21 +8,17 @@ import pytest
 import torch
 
 import grading
-from grading import check
-from train_rwkv7 import HEAD_SIZES, load_kernel, wkv7, wkv7_recurrent
+import train_rwkv7
+from grading import (  # noqa: F401
+    FORMS, Operator, check, cpu_kernel, test_bitwise_repeatable_on_any_number_of_threads, test_compile_in_one_graph,
+    test_gradcheck_recurrence, test_gradcheck_torch_form, test_head_sizes, test_lengths, test_opcheck,
+    test_recurrence_in_pieces, test_strided_inputs_and_dy, test_torch_form_in_float64)
+from helpers import load_program
+from train_rwkv7 import wkv7
 
+recurrent = load_program("cuda/wkv7/reference.py").wkv7
 NAMES = ("y", "dr", "dw", "dk", "dv", "da", "db")
-FORMS = ("torch", "cpu")
 SLOW, FAST = -5.0, 20.0  # decay before its activation: d = 0.996 and d = 0.5452, the bound
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cpu_kernel():
-    assert load_kernel("cpu") == "cpu", "the C++ kernel does not build here; its message is on stderr"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors this small are no faster on more
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(family, B=2, T=100, H=3, N=64, seed=0):
@@ -63,7 +59,7 @@ def make(family, B=2, T=100, H=3, N=64, seed=0):
     return (r, w, k, v, -kappa, kappa * alpha), dy
 
 
-run = functools.partial(grading.run, wkv7, wkv7_recurrent, NAMES)  # (form, inputs, dy)
+run = functools.partial(grading.run, wkv7, recurrent, NAMES)  # (form, inputs, dy)
 
 
 def test_recurrence_is_the_equation():
@@ -71,7 +67,7 @@ def test_recurrence_is_the_equation():
     (r, w, k, v, a, b), _ = make("random", B=1, T=5, H=2, N=16)
     start = torch.randn(1, 2, 16, 16, dtype=torch.float64)
     given = start.clone()
-    y, end = wkv7_recurrent(*(x.double() for x in (r, w, k, v, a, b)), start)
+    y, end = recurrent(*(x.double() for x in (r, w, k, v, a, b)), start)
     assert torch.equal(start, given), "the state passed in was written to"
     r, w, k, v, a, b = (x.double().numpy() for x in (r, w, k, v, a, b))
     for h in range(2):
@@ -89,31 +85,6 @@ def test_recurrence_is_the_equation():
         assert numpy.abs(end[0, h].numpy() - S).max() < 1e-12
 
 
-def test_recurrence_in_pieces():
-    inputs, _ = make("random", T=23, N=16)
-    inputs = [x.double() for x in inputs]
-    whole, end = wkv7_recurrent(*inputs)
-    state, pieces = None, []
-    for begin, stop in ((0, 1), (1, 8), (8, 9), (9, 23)):
-        y, state = wkv7_recurrent(*(x[:, begin:stop] for x in inputs), state)
-        pieces.append(y)
-    assert torch.equal(torch.cat(pieces, 1), whole)
-    assert torch.equal(state, end)
-
-
-def test_gradcheck_recurrence():
-    inputs, _ = make("random", B=1, T=3, H=2, N=16)
-    leaves = [x[..., :4].double().requires_grad_() for x in inputs]
-    state = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(wkv7_recurrent, (*leaves, state))
-
-
-def test_gradcheck_torch_form():
-    inputs, _ = make("random", B=1, T=18, H=1, N=16)
-    leaves = [x.double().requires_grad_() for x in inputs]
-    assert torch.autograd.gradcheck(wkv7, leaves, fast_mode=True)
-
-
 # Relative error of fp32, measured at 2 (random) to 1.5 (the others) times below these gates. What sets the larger ones
 # is d itself, rounded to fp32 and the same for every token.
 FAMILIES = {"random": 7e-7, "bound": 1e-6, "zeros": 7e-7, "large": 7e-7, "tiny dy": 7e-7, "sparse dy": 7e-7,
@@ -128,12 +99,6 @@ def test_forms_on_every_family(family):
         check(run(form, inputs, dy), reference, FAMILIES[family], f"{form}, {family}")
 
 
-def test_torch_form_in_float64():
-    inputs, dy = make("random", T=37)
-    inputs = [x.double() for x in inputs]
-    check(run("torch", inputs, dy), run("reference", inputs, dy), 1e-14)
-
-
 @pytest.mark.parametrize("T", (1, 16, 37))
 def test_states_of_the_torch_form(T):
     """From a given state, with a gradient of the final one."""
@@ -141,7 +106,7 @@ def test_states_of_the_torch_form(T):
     torch.manual_seed(0)
     s0, dsT = torch.randn(2, 2, 3, 32, 32, dtype=torch.float64)
     results = []
-    for form in (lambda *x: wkv7_recurrent(*x), lambda *x: wkv7(*x[:6], state=x[6], final=True)):
+    for form in (lambda *x: recurrent(*x), lambda *x: wkv7(*x[:6], state=x[6], final=True)):
         leaves = [x.double().requires_grad_() for x in (*inputs, s0)]
         y, end = form(*leaves)
         results.append((y, end, *torch.autograd.grad((y, end), leaves, (dy.double(), dsT))))
@@ -149,23 +114,6 @@ def test_states_of_the_torch_form(T):
         assert (x - exact).norm() <= 1e-13 * exact.norm(), name
     with pytest.raises(ValueError, match="--kernel cpu starts from the zero state"):
         wkv7(*inputs, kernel="cpu", final=True)
-
-
-@pytest.mark.parametrize("T", (1, 15, 16, 17, 31, 64, 100))
-@pytest.mark.parametrize("H", (1, 3))
-def test_lengths(T, H):
-    inputs, dy = make("random", T=T, H=H, N=32, seed=T)
-    reference = run("reference", inputs, dy)
-    for form in FORMS:
-        check(run(form, inputs, dy), reference, 7e-7, f"{form}, T {T}, H {H}")
-
-
-@pytest.mark.parametrize("N", HEAD_SIZES)
-def test_head_sizes(N):
-    inputs, dy = make("random", B=1, T=37, H=2, N=N)
-    reference = run("reference", inputs, dy)
-    for form in FORMS:
-        check(run(form, inputs, dy), reference, 1.2e-6, f"{form}, N {N}")
 
 
 def test_bf16():
@@ -177,36 +125,6 @@ def test_bf16():
         results = run(form, inputs, dy)
         assert {x.dtype for x in results.values()} == {torch.bfloat16}
         check(results, reference, 2e-3, f"{form}, bf16")
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_strided_inputs_and_dy(form):
-    inputs, dy = make("random", T=20, N=16)
-    expected = run(form, inputs, dy)
-    wide = torch.stack(inputs, dim=-1)  # what is a view of one tensor of all six
-    views = [wide[..., i].requires_grad_() for i in range(4)]
-    views += [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs[4:]]
-    assert not any(x.is_contiguous() for x in views)
-    y = wkv7(*views, kernel=form)
-    y.backward(dy.transpose(1, 2).contiguous().transpose(1, 2))
-    for name, x in zip(NAMES, (y, *(x.grad for x in views))):
-        assert torch.equal(x, expected[name]), name
-    ones = run(form, inputs, torch.ones_like(dy))
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    wkv7(*leaves, kernel=form).sum().backward()  # dy is one number, expanded
-    for name, x in zip(NAMES[1:], leaves):
-        assert torch.equal(x.grad, ones[name]), name
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_bitwise_repeatable_on_any_number_of_threads(form):
-    inputs, dy = make("random", T=50, H=3)
-    results = []
-    for count in (2, 3, 1, 1):
-        torch.set_num_threads(count)
-        results.append(run(form, inputs, dy))
-    for other in results[1:]:
-        assert all(torch.equal(other[name], results[0][name]) for name in NAMES)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -225,32 +143,10 @@ def test_nan_and_inf_are_not_hidden(form):
 
 def test_refusals():
     inputs, _ = make("random", B=1, T=3, H=1, N=16)
-    with pytest.raises(ValueError, match="head size 48 is not one of 16, 32, 64, 96, 128, 192"):
-        wkv7(*(torch.zeros(1, 3, 1, 48) for _ in range(6)))
-    with pytest.raises(ValueError, match=r"must be \(B, T, H, N\).*\(1, 2, 1, 16\)"):
-        wkv7(*inputs[:5], inputs[5][:, :2])
-    with pytest.raises(ValueError, match="one floating dtype.*bfloat16"):
-        wkv7(inputs[0].bfloat16(), *inputs[1:])
-    with pytest.raises(ValueError, match="not empty"):
-        wkv7(*(x[:, :0] for x in inputs))
-    with pytest.raises(ValueError, match="'fast' is not loaded .loaded: cpu, torch"):
-        wkv7(*inputs, kernel="fast")
-    with pytest.raises(ValueError, match="cpu computes in float32 on cpu; got float64"):
-        wkv7(*(x.double() for x in inputs), kernel="cpu")
     with pytest.raises(RuntimeError, match="differ in shape"):
         torch.ops.wkv7.cpu_forward(*inputs[:5], inputs[5][:, :2].contiguous())
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("T", (16, 19))
-def test_opcheck(form, T):
-    inputs, dy = make("random", B=1, T=T, H=1, N=16)
-    inputs = [x.requires_grad_() for x in inputs]
-    forward, backward = (getattr(torch.ops.wkv7, f"{form}_{way}").default for way in ("forward", "backward"))
-    for states in ((), (None,), (torch.randn(1, 1, 16, 16),))[form == "torch" :][: 2 if form == "torch" else 1]:
-        torch.library.opcheck(forward, (*inputs, *states))
-        given = (*(x.detach() for x in inputs), *states)
-        torch.library.opcheck(backward, (*given, forward(*given)[1], dy, *states))
+    with pytest.raises(AttributeError, match="none_forward"):
+        wkv7(*inputs, kernel="none")
 
 
 class Layer(torch.nn.Module):
@@ -265,17 +161,8 @@ class Layer(torch.nn.Module):
         return wkv7(r, w, k, v, a, -a * b.sigmoid(), self.kernel).flatten(2)
 
 
-@pytest.mark.parametrize("form, backend", [("torch", "aot_eager"), ("cpu", "aot_eager"), ("cpu", "inductor")])
-def test_compile_in_one_graph(form, backend):
-    if backend == "inductor" and " " in torch.__file__:
-        pytest.skip("torch's inductor compiles nothing for the CPU where torch lies below a path with spaces")
-    x = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(1))
-    results = []
-    for compiled in (False, True):
-        layer = Layer(form)
-        y = (torch.compile(layer, fullgraph=True, backend=backend) if compiled else layer)(x)
-        (y * y).sum().backward()
-        results.append((y.detach(), layer.project.weight.grad))
-    for eager, compiled in zip(*results):
-        assert eager.abs().max() > 0.1
-        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+@pytest.fixture(scope="module")
+def op():
+    return Operator(script=train_rwkv7, call=wkv7, recurrent=recurrent, names=NAMES, tensors=6, make=make,
+                    gate=7e-7, gate_of_sizes=1.2e-6, exact=("random",),
+                    layer=Layer)

@@ -1,10 +1,11 @@
-"""The operators under cuda/ as cuda/bench.py and the tests see them: inputs, recurrence, kernels, peers, the errors
-that a sound kernel stays below, traffic and arithmetic. To be imported; python cuda/bench.py --help lists them.
+"""The operators under cuda/ as cuda/bench.py and the tests see them: inputs, reference, kernels, peers, the errors that
+a sound kernel stays below, traffic and arithmetic. To be imported; python cuda/bench.py --help lists them.
 """
 
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import sys
 from dataclasses import dataclass
@@ -13,9 +14,23 @@ from typing import Callable
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+CUDA = Path(__file__).resolve().parent
+sys.path.append(str(CUDA.parent))
 import train_rwkv6  # noqa: E402
 import train_rwkv7  # noqa: E402
+
+
+def load(path):
+    """A file below cuda/ as a module. The folder is no package, since NVIDIA's packages have its name."""
+    spec = importlib.util.spec_from_file_location("cuda_" + path.removesuffix(".py").replace("/", "_"), CUDA / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load("build.py")
+KERNELS = build.KERNELS
+REFERENCE = {operator: load(f"{operator}/reference.py") for operator in ("wkv7", "wkv6")}
 
 
 @dataclass
@@ -31,10 +46,10 @@ class Kernel:
 
 @dataclass
 class Operator:
-    """What is checked and timed. Inputs come in the order of the recurrence's arguments; sizes are for one B,T,H,N."""
+    """What is checked and timed. Inputs come in the order of the reference's arguments; sizes are for one B,T,H,N."""
     tensors: tuple  # names: y, then the gradients in the order of the inputs
     make: Callable  # family, B, T, H, N -> inputs, dy; fp32
-    recurrence: Callable  # inputs -> y
+    reference: Callable  # inputs -> y
     kernels: Callable  # device, peers -> {name: Kernel}; the first is the one that speed-ups are against
     gates: Callable  # rounds, dtype, family -> {tensor: relative L2 error}
     elements: Callable  # B, T, H, N -> numbers read or written at the least, both passes
@@ -43,23 +58,27 @@ class Operator:
     shapes: dict  # device: shapes timed by default; none: not timed there
 
 
-FUSED = ("wind",)  # kernels with inputs of their own: an operator of their own here
+ANY_SIZE = (16, 32, 64, 96, 128, 192)  # of heads, that the torch forms are tried at
 
 
 def why_not(script, kernel):
-    """Load a kernel of a training script, built if need be. Returns "" or what is in the way."""
+    """Load a kernel for a training script, built if need be. Returns "" or that it cannot be had; why is on stderr."""
     try:
-        script.load_kernel(kernel, required=True)
+        if kernel != "torch":
+            script.load_kernel(kernel)
     except ValueError as error:
-        return str(error).splitlines()[0]
+        return str(error)
     return ""
 
 
-def own_kernels(script, call, device):
-    """The kernels of a training script that run on a device, built if need be. call(kernel): the operator by it."""
-    return {name: Kernel(call(name), why_not(script, name), head_sizes=about.head_sizes,
-                         rounds="fp32" if torch.float32 in about.dtypes else "bf16")
-            for name, about in script.KERNELS.items() if about.device in (None, device) and name not in FUSED}
+def own_kernels(operator, script, call, device):
+    """The torch form and the kernels of an operator that run on a device, built if need be. call(kernel): y by it."""
+    found = {"torch": Kernel(call("torch"), head_sizes=ANY_SIZE)}
+    for (of, name), form in KERNELS.items():
+        if of == operator and form.device == device and not form.fused:
+            found[name] = Kernel(call(name), why_not(script, name), head_sizes=form.head_sizes,
+                                 rounds="fp32" if "fp32" in form.dtypes else "bf16")
+    return found
 
 
 def peer(package, module, name):
@@ -96,20 +115,20 @@ def wkv7_inputs(family, B, T, H, N):
 def wkv7_gates(rounds, dtype, family):
     """What the public kernels' errors and an emulation of the roundings leave to a sound kernel, by a margin."""
     if dtype == torch.float32:
-        limits = train_rwkv7.LIMITS["cpu"]
+        limits = KERNELS["wkv7", "cpu"].limits
     elif rounds == "fp32":  # rounding y or a gradient to bf16 alone is 1.7e-3
-        limits = train_rwkv7.LIMITS["cuda"]
+        limits = KERNELS["wkv7", "cuda"].limits
     elif family == "identical":
         limits = [2.5e-2, 2.5e-2, 2.5e-2, 2.5e-2, 2.5e-2, 3e-2, 3e-2]
     elif family == "correlated":
         limits = [1.2e-2, 1.2e-2, 1.2e-2, 5e-3, 1.2e-2, 1.6e-2, 1.6e-2]
     else:
-        limits = train_rwkv7.LIMITS["fast"]
+        limits = KERNELS["wkv7", "fast"].limits
     return dict(zip(("y", "dr", "dw", "dk", "dv", "da", "db"), limits))
 
 
 def wkv7_kernels(device, peers):
-    found = own_kernels(train_rwkv7, lambda name: functools.partial(train_rwkv7.wkv7, kernel=name), device)
+    found = own_kernels("wkv7", train_rwkv7, lambda name: functools.partial(train_rwkv7.wkv7, kernel=name), device)
     if peers:
         found.update({"fla": fla_wkv7(), "fla, more saved": fla_wkv7(disable_recompute=True)})
     return found
@@ -121,12 +140,12 @@ def fla_wkv7(**settings):
     call, missing = peer("flash-linear-attention", "fla.ops.rwkv7", "chunk_rwkv7")
     if missing:
         return Kernel(missing=missing, peer=True)
-    settings = dict(safe_gate=True, lower_bound=-train_rwkv7.DECAY_BOUND, chunk_size=64, scale=1.0, **settings)
+    settings = dict(safe_gate=True, lower_bound=-REFERENCE["wkv7"].DECAY_BOUND, chunk_size=64, scale=1.0, **settings)
     settings = {name: value for name, value in settings.items() if name in inspect.signature(call).parameters}
 
     def log_decay(inputs):
         r, w, k, v, a, b = inputs
-        return r, (-train_rwkv7.DECAY_BOUND * torch.sigmoid(w.float())).to(w.dtype), k, v, a, b
+        return r, (-REFERENCE["wkv7"].DECAY_BOUND * torch.sigmoid(w.float())).to(w.dtype), k, v, a, b
 
     def y(r, w, k, v, a, b):
         return call(r=r, w=w, k=k, v=v, a=a, b=b, **settings)[0]
@@ -136,9 +155,9 @@ def fla_wkv7(**settings):
 def wkv7():
     return Operator(
         tensors=("y", "dr", "dw", "dk", "dv", "da", "db"), make=wkv7_inputs, kernels=wkv7_kernels, gates=wkv7_gates,
-        recurrence=lambda *inputs: train_rwkv7.wkv7_recurrent(*inputs)[0],
+        reference=lambda *inputs: REFERENCE["wkv7"].wkv7(*inputs)[0],
         elements=lambda B, T, H, N: (7 + 13) * B * T * H * N, flops=lambda B, T, H, N: (9 + 19) * B * T * H * N * N,
-        head_sizes=train_rwkv7.KERNELS["torch"].head_sizes,
+        head_sizes=ANY_SIZE,
         shapes={"cuda": [(64, 1024, 12, 64), (64, 1024, 6, 128), (8, 1024, 12, 64)],
                 "cpu": [(16, 256, 4, 32), (8, 256, 4, 64), (1, 1024, 12, 64)]})
 
@@ -188,8 +207,9 @@ def time_mix_kernels(device, peers):
 
 def time_mixing():
     return Operator(
-        tensors=MIXED, make=time_mix_inputs, recurrence=time_mix, kernels=time_mix_kernels, gates=time_mix_gates,
-        elements=wkv7().elements, flops=wkv7().flops, head_sizes=train_rwkv7.KERNELS["wind"].head_sizes,
+        tensors=MIXED, make=time_mix_inputs, kernels=time_mix_kernels, gates=time_mix_gates,
+        reference=lambda *inputs: REFERENCE["wkv7"].time_mix(*inputs[:6], inputs[6:]),
+        elements=wkv7().elements, flops=wkv7().flops, head_sizes=KERNELS["wkv7", "wind"].head_sizes,
         shapes={"cuda": [(64, 1024, 12, 64)], "cpu": []})  # what it saves is traffic of a GPU's memory
 
 
@@ -211,14 +231,14 @@ def wkv6_gates(rounds, dtype, family):
     """As for WKV-7; u and du are fp32."""
     limits = [5e-3, 5e-3, 5e-3, 5e-3, 5e-3, 1e-3]
     if dtype == torch.float32:
-        limits = train_rwkv6.LIMITS["cpu"]
+        limits = KERNELS["wkv6", "cpu"].limits
     elif rounds == "fp32":
         limits = [2.5e-3, 2.5e-3, 2.5e-3, 2.5e-3, 4e-3, 1e-3]
     return dict(zip(("y", "dr", "dk", "dv", "dw", "du"), limits))
 
 
 def wkv6_kernels(device, peers):
-    found = own_kernels(train_rwkv6, lambda name: functools.partial(train_rwkv6.wkv6, kernel=name), device)
+    found = own_kernels("wkv6", train_rwkv6, lambda name: functools.partial(train_rwkv6.wkv6, kernel=name), device)
     return {**found, "fla": fla_wkv6()} if peers else found
 
 
@@ -239,9 +259,9 @@ def fla_wkv6():
 def wkv6():
     return Operator(
         tensors=("y", "dr", "dk", "dv", "dw", "du"), make=wkv6_inputs, kernels=wkv6_kernels, gates=wkv6_gates,
-        recurrence=lambda *inputs: train_rwkv6.wkv6_recurrent(*inputs)[0],
+        reference=lambda *inputs: REFERENCE["wkv6"].wkv6(*inputs)[0],
         elements=lambda B, T, H, N: (5 + 9) * B * T * H * N, flops=lambda B, T, H, N: (5 + 11) * B * T * H * N * N,
-        head_sizes=train_rwkv6.KERNELS["torch"].head_sizes, shapes=wkv7().shapes)
+        head_sizes=ANY_SIZE, shapes=wkv7().shapes)
 
 
 # Name on the command line: what is checked and timed under it. An operator with inputs of its own is one more in the
