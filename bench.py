@@ -37,7 +37,6 @@ from pathlib import Path
 import torch
 
 import recurrent
-from train_gpt2 import OneLineParser
 
 ROOT = Path(__file__).resolve().parent
 NAMES = dict(train_rwkv7="RWKV-7", train_rwkv6="RWKV-6", train_gpt2="GPT-2")
@@ -333,8 +332,9 @@ def parse(argv):
             raise argparse.ArgumentTypeError(f"{words} is not a rising list such as 1024,4096")
         return found
 
-    parser = OneLineParser(prog="bench.py", description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"bench.py: {message} (all flags: --help)\n")
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT")
     parser.add_argument("--shape", choices=("124m",), help="time the fineweb models, random weights")
     parser.add_argument("--positions", type=positions, default=POSITIONS, help="tokens [1024,4096,16384,65536]")

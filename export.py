@@ -26,7 +26,6 @@ import safetensors.torch
 import torch
 
 import recurrent
-from train_gpt2 import OneLineParser
 
 SUFFIX = dict(rwkv=".pth", safetensors=".safetensors")  # the rwkv package appends its own
 KEPT = ("script", "source_sha256", "run", "step", "config", "tokenizer", "tokenizer_sha256")
@@ -89,8 +88,9 @@ def export(checkpoint, to, out, dtype="fp32", force=False):
 
 
 def main(argv=None):
-    parser = OneLineParser(prog="export.py", description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="export.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"export.py: {message} (all flags: --help)\n")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a step, run or record, latest, or a file")
     parser.add_argument("--to", required=True, choices=tuple(SUFFIX), help="rwkv: official x070 layout, .pth")
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")

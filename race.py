@@ -39,7 +39,7 @@ except ImportError:  # Windows
     fcntl = None
 
 NEEDS = ("torch", "scipy", "matplotlib")
-RACE_OWN = ("--random_seed", "--name", "--records", "--resume", "--check", "--print_params")  # the race sets these
+RACE_OWN = ("--random_seed", "--name", "--records", "--resume", "--check")  # the race sets these
 PLAN = ("contestants", "seeds", "track", "flags", "nproc", "target")  # what makes two races the same race
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -76,6 +76,10 @@ def contestant(label, text, args):
     words += ["--track", args.track] if args.track else []
     return dict(label=label, command=" ".join(text.split()), script=short(path), words=words,
                 sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+CPU_ENVIRONMENT = dict(MALLOC_TRIM_THRESHOLD_="2147483647", MALLOC_TOP_PAD_="67108864", MALLOC_MMAP_MAX_="0",
+                       GOMP_SPINCOUNT="2000")  # as setup.sh's cpu_environment sets it; why is said there
 
 
 def is_tiny(words):
@@ -215,8 +219,9 @@ def one_run(race, folder, c, seed, todo, held, place):
         time.sleep(1.1)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as console:
         words = launch(c, race, "--random_seed", seed, "--name", f"{c['label']}_seed{seed}", "--records", short(folder))
+        env = {**({} if count_gpus() else CPU_ENVIRONMENT), **os.environ}
         process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT,
-                                   start_new_session=True, pass_fds=[held.fileno()] if held else ())
+                                   env=env, start_new_session=True, pass_fds=[held.fileno()] if held else ())
         try:
             while process.poll() is None:
                 try:

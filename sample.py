@@ -42,7 +42,6 @@ import torch
 import torch.nn.functional as F
 
 import recurrent
-from train_gpt2 import OneLineParser
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "data"))
@@ -467,8 +466,9 @@ def number(kind, fits, words, off=None):
 
 
 def parse(argv):
-    parser = OneLineParser(prog="sample.py", description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"sample.py: {message} (all flags: --help)\n")
     add, share = parser.add_argument, lambda off: number(float, lambda x: 0 <= x <= 1, "number from 0 to 1", off)
     whole = lambda low, off=None: number(int, lambda n: n >= low, f"whole number of at least {low}", off)
     at_least_0 = lambda off: number(float, lambda x: x >= 0, "number of at least 0", off)

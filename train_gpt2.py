@@ -16,8 +16,6 @@ import base64
 import collections
 import contextlib
 import copy
-import ctypes
-import difflib
 import errno
 import gc
 import hashlib
@@ -28,25 +26,21 @@ import os
 import platform
 import queue
 import re
+import resource
 import shlex
 import shutil
 import signal
-import socket
-import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
 from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends the program quietly
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # longer, OpenMP threads stall each other on a busy machine
 
 import numpy as np
 import safetensors.torch
@@ -56,11 +50,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.adam import adam
 from tqdm import tqdm
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line [shared]
@@ -75,38 +64,12 @@ def flag(help, both=None, choices=None, **per_track):
 
 
 def stop(message):
-    """End the program: one or two lines on stderr, exit status 1, no traceback. Rank 0 speaks for all."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    """End the program: a line on stderr, exit status 1, no traceback."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank > 0:
+        time.sleep(2)  # if rank 0 says the same, the launcher ends this rank meanwhile
+    print(f"{Path(__file__).name}: {f'rank {rank}: ' if rank > 0 else ''}{message}", file=sys.stderr)
     raise SystemExit(1)
-
-
-def int_or_auto(text):
-    return text if text == "auto" else int(text)
-
-
-def private_folder(name):
-    """A folder below that for temporary files in which only this user can write: who else could would have us run what
-    is in it. Raises OSError."""
-    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
-    folder = Path(tempfile.gettempdir()) / f"rwkv-speedrun-{user}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    about = folder.lstat()
-    if not stat.S_ISDIR(about.st_mode) or hasattr(os, "getuid") and (about.st_uid != user or about.st_mode & 0o022):
-        raise OSError(errno.EPERM, "not a folder that only you can write; set TMPDIR to one of your own", str(folder))
-    (folder / name).mkdir(exist_ok=True)
-    return folder / name
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, with the nearest flag when one was misspelt."""
-
-    def error(self, message):
-        known = [option for action in self._actions for option in action.option_strings]
-        strange = re.match(r"unrecognized arguments: .*?(--[^\s=]+)", message)
-        near = difflib.get_close_matches(strange[1], known, n=1) if strange else []
-        hint = f". Did you mean {near[0]}?" if near else ""
-        self.exit(2, f"{self.prog}: {message}{hint} (all flags: python {self.prog} --help)\n")
 
 
 class Flags:
@@ -121,8 +84,9 @@ class Flags:
     @classmethod
     def parse(cls, argv=None):
         """Hyperparameters from the command line. Bad flags end the program with one line and status 2."""
-        parser = OneLineParser(prog=Path(__file__).name, description=__doc__, allow_abbrev=False,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = argparse.ArgumentParser(prog=Path(__file__).name, description=__doc__, allow_abbrev=False,
+                                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (all flags: --help)\n")
         for f in fields(cls):
             defaults, choices = f.metadata["defaults"], f.metadata["choices"]
             same = len(set(defaults.values())) == 1
@@ -137,20 +101,16 @@ class Flags:
 def has_bf16(device):
     """Whether the device multiplies bf16 matrices in hardware (on a CPU: AVX512-BF16 or AMX)."""
     if torch.device(device).type == "cuda":
-        return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
-    if torch.device(device).type == "mps":
-        return False  # some have; fp32 is what all can
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def resolve(args, world):
+def resolve(args):
     """Fix what "auto" means on this machine. Raises ValueError with the way out."""
     cuda = torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
         raise ValueError("--device cuda: torch sees no CUDA device. Use --track tiny --device cpu.")
-    if args.device == "mps" and (world > 1 or not torch.backends.mps.is_available()):
-        raise ValueError("--device mps: one process, on a Mac whose torch has it. Use --track tiny --device cpu.")
     if args.device == "auto" and args.track == "fineweb" and not cuda:
         raise ValueError("track fineweb needs a CUDA device and torch sees none. "
                          "On this machine run --track tiny (or insist with --device cpu: months, not minutes).")
@@ -161,9 +121,9 @@ def resolve(args, world):
     if args.order == "cubic" and args.track == "fineweb":
         raise ValueError("--order cubic is for small corpora on --track tiny; track fineweb reads in sequence.")
     counts = ("steps", "bsz", "device_bsz", "seq_len", "epochs", "val_every", "val_tokens", "layers", "width")
-    numbers = (f.name for f in fields(args) if f.type in (int, float, int_or_auto) and getattr(args, f.name) != "auto")
-    for low in (name for name in numbers if getattr(args, name) < (name in counts)):
-        raise ValueError(f"--{low} {getattr(args, low)} is too small: at least {int(low in counts)}.")
+    for name in (f.name for f in fields(args) if f.type in (int, float)):
+        if getattr(args, name) < (name in counts):
+            raise ValueError(f"--{name} {getattr(args, name)} is too small: at least {int(name in counts)}.")
     if args.stop_after > args.steps:
         raise ValueError(f"--stop_after {args.stop_after} is more than --steps {args.steps}.")
     if args.random_seed >= 2**63:
@@ -190,7 +150,7 @@ class Hyperparameters(Flags):
     warmdown_steps: int = flag("last steps, over which every learning rate falls linearly to 0", fineweb=926, tiny=4400)
     warmup_steps: int = flag("first steps, over which every learning rate rises linearly", fineweb=0, tiny=0)
     bsz: int = flag("sequences a step, over all devices and micro-batches", fineweb=512, tiny=2)
-    device_bsz: int_or_auto = flag("sequences a device takes at once; auto: all that fit", fineweb=64, tiny=16)
+    device_bsz: int = flag("sequences a device takes at once", fineweb=64, tiny=16)
     seq_len: int = flag("tokens a sequence (T)", fineweb=1024, tiny=256)
     epochs: int = flag("how often the train shards may be read over", fineweb=1, tiny=20)
     order: str = flag("of the train tokens; cubic: k-th sequence = chunk k^3 mod p (data/README.md)", "sequential",
@@ -216,13 +176,12 @@ class Hyperparameters(Flags):
     head_lr: float = flag("Adam: head", fineweb=0.002, tiny=0.005)
     adam_beta2: float = flag("Adam: decay of the mean square", fineweb=0.95, tiny=0.99)
     # machine
-    device: str = flag("where to train", "auto", choices=("auto", "cuda", "cpu", "mps"))
+    device: str = flag("where to train", "auto", choices=("auto", "cuda", "cpu"))
     dtype: str = flag("bf16 (activations and products), mixed (products bf16, the rest fp32) or fp32", "auto",
                       choices=("auto", "bf16", "mixed", "fp32"))
     compile: bool = flag("torch.compile the model on a GPU", True)
     # report
     check: bool = flag("only check flags, machine and data, for WORLD_SIZE ranks, and stop", False)
-    print_params: bool = flag("print every parameter with its optimiser, rate, mean and sd, and stop", False)
     norm_every: int = flag("steps between lines with the norm of the gradient, 0 for none", 100)
     usd_per_hour: float = flag("price of the whole machine in dollars an hour, for the cost in the record", 0.0)
 
@@ -652,7 +611,6 @@ def open_shard(path):
 
 class TokenStream:
     """The tokens of the sorted shards folder/*_<split>_*.bin as one stream; opens only the first with `need` tokens.
-
     repeat: how often the stream may be read over (position p is token p mod tokens); 0: fewer tokens will do.
     cubic: tokens a chunk of the cubic order; that takes every shard. Raises ValueError with the way out.
     """
@@ -674,12 +632,9 @@ class TokenStream:
             raise ValueError(f"{why} need {(need - 1) // cubic} chunks of {cubic} tokens; {folder} has {self.prime} "
                              f"for --order cubic at --epochs {repeat}. More text, fewer --steps or more --epochs.")
         if repeat and total * repeat < need and not cubic:
-            if repeat == 1:
-                each = max(len(shard) for shard in self.shards)
-                raise ValueError(f"{why} need {-(-need // each)} {split} shards of {millions(each)} tokens, found "
-                                 f"{len(found)} ({millions(total)}) in {folder}: {where_from(folder, need)}")
-            raise ValueError(f"{why} need {millions(need)} {split} tokens; {folder} has {millions(total)}, at --epochs "
-                             f"{repeat} {millions(total * repeat)}. More text, fewer --steps or more --epochs.")
+            raise ValueError(f"{why} need {millions(need)} {split} tokens; {folder} has {millions(total)} in "
+                             f"{len(found)} shards, at --epochs {repeat}. Fewer --steps, more --epochs or more text: "
+                             f"{where_from(folder, need)}")
 
     def __len__(self):
         return int(self.starts[-1])
@@ -797,12 +752,11 @@ def shell(*command):
 def hardware(device):
     """The machine of this run: {name, count of devices, text}, text being nvidia-smi's page or the CPU's facts."""
     if device.type == "cuda":
-        text = shell("nvidia-smi") or shell("rocm-smi")
-        return dict(name=torch.cuda.get_device_name(device), count=world_size(), text=text)
+        return dict(name=torch.cuda.get_device_name(device), count=world_size(), text=shell("nvidia-smi"))
     info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
     model = re.search(r"^model name\s*: (.*)|\Z", info, re.M)[1] or shell("sysctl", "-n", "machdep.cpu.brand_string")
-    name = f"{model or platform.machine()}, {'MPS' if device.type == 'mps' else f'{torch.get_num_threads()} threads'}"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else math.nan
+    name = f"{model or platform.machine()}, {torch.get_num_threads()} threads"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return dict(name=name, count=world_size(), text=f"{name} of {os.cpu_count()} cores, {memory:.1f} GiB of memory")
 
 
@@ -810,13 +764,13 @@ def environment():
     """Versions, what steers the numerics and git state: what is needed to repeat a run."""
     first_line = lambda text: text.splitlines()[0] if text else "none"
     packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
-    steering = ("OMP_", "MKL_", "CUBLAS_", "NCCL_", "PYTORCH_", "NVIDIA_TF32_")
+    steering = ("OMP_", "GOMP_", "MALLOC_", "MKL_", "CUBLAS_", "NCCL_", "PYTORCH_", "NVIDIA_TF32_")
     return dict(
         threads=torch.get_num_threads(), isa=torch.backends.cpu.get_cpu_capability(),
         variables={name: value for name, value in sorted(os.environ.items()) if name.startswith(steering)},
         image=IMAGE.read_text(encoding="utf-8").strip() if IMAGE.exists() else "none",
         python=platform.python_version(), platform=platform.platform(), torch=torch.__version__,
-        cuda=torch.version.cuda or torch.version.hip and f"ROCm {torch.version.hip}" or "none",
+        cuda=torch.version.cuda or "none",
         nvcc=(shell("nvcc", "--version").splitlines() or ["none"])[-1],
         driver=first_line(shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")),
         compiler=first_line(shell(os.environ.get("CXX", "c++"), "--version")),
@@ -930,11 +884,9 @@ def spike(loss, before):
 
 
 class StepLines:
-    """The log's lines of each step: the loss, a spike, every --norm_every steps the norm of the gradient.
-
-    What a step reports (see train_step) stays on the device until its copy has arrived; the host runs one step ahead
-    there. stopping: a rank was asked to stop, which all ranks so learn after the same step. Raises Diverged.
-    """
+    """The log's lines of each step: the loss, a spike, every --norm_every steps the norm of the gradient. What a step
+    reports (see train_step) stays on the device until its copy has arrived; the host runs one step ahead there.
+    stopping: a rank was asked to stop, which all ranks so learn after the same step. Raises Diverged."""
 
     def __init__(self, record, args, names, losses=()):
         self.record, self.args, self.names, self.pending = record, args, names, collections.deque()
@@ -984,7 +936,7 @@ def timing(train_ms, step):
 # (nothing after the last step) and checkpoint.json with the size and hash of each file. Under this name it is whole.
 STEP_FOLDER = re.compile(r"step\d{6,}")
 FREE = ("device_bsz", "data", "records", "checkpoints", "name", "save_every", "keep", "resume", "stop_after", "check",
-        "print_params", "usd_per_hour")  # flags that a resumed run may change; of the data the shards count
+        "usd_per_hour")  # flags that a resumed run may change; of the data the shards count
 
 
 def sha256(data):
@@ -993,10 +945,9 @@ def sha256(data):
 
 def sync(path):
     """Have a file's bytes or a folder's names on the disk, not only in memory."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def checkpoints_of(run):
@@ -1006,10 +957,8 @@ def checkpoints_of(run):
 
 
 def save(args, record, model, optimizers, about, losses):
-    """Write a checkpoint, remove what --keep does not cover. Returns None or, on all ranks, why not: an OSError.
-
-    Every rank calls it, rank 0 writes. about: its facts; losses: of the steps so far, None when all is over.
-    """
+    """Write a checkpoint, remove what --keep does not cover. Returns None or, on all ranks, why not: an OSError. Every
+    rank calls it, rank 0 writes. about: its facts; losses: of the steps so far, None when all is over."""
     training, failure = {}, None
     for optimizer in optimizers if losses is not None else ():
         training.update(optimizer.full_state())
@@ -1189,9 +1138,7 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "GH200": 989e12, 
 
 class Signals:
     """SIGINT and SIGTERM: in the training loop the first asks for an end after the step; else the run ends at once.
-
-    A launcher and a batch system may each pass one on: what comes within ten seconds counts once.
-    """
+    What comes within ten seconds counts once, since a launcher passes on what the ranks have got already."""
 
     def __init__(self):
         self.number, self.since, self.patient = 0, 0.0, False
@@ -1216,99 +1163,6 @@ def share(count, rank):
     return count * rank // world_size(), count * (rank + 1) // world_size()
 
 
-PATIENCE = timedelta(minutes=30)  # with a rank that hangs; one that ends is noticed at once
-
-
-class Peers:
-    """How ranks learn of each other's end, without waiting for a collective that cannot come: each holds a connection
-    to rank 0, which the system closes whatever a process dies of (in 30 s if its machine is lost). Then, or when a rank
-    says what is wrong, all of them end, and a line on every machine names the rank. store: torchrun's, for set-up."""
-
-    def __init__(self, rank, alone):
-        self.rank, self.local, self.record = rank, int(os.environ.get("LOCAL_RANK", 0)), None
-        self.name, self.store, self.links = f"rank {rank} on {platform.node()}", None, []
-        self.over, self.heard, self.lock = threading.Event(), threading.Event(), threading.Lock()
-        if alone:
-            return
-        try:
-            self.store = next(dist.rendezvous("env://", timeout=PATIENCE))[0]
-            master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            if rank > 0:
-                link = socket.create_connection(json.loads(self.store.get("rank 0")), timeout=60)
-                link.sendall(f"{json.dumps(dict(name=self.name))}\n".encode())
-                return threading.Thread(target=self._listen, args=(link, "rank 0"), daemon=True).start()
-            with socket.create_connection(master, timeout=60) as to_store:
-                here = to_store.getsockname()[0]
-            if here.startswith("127.") or here == "::1":  # the others reach this machine by the master's name
-                here = master[0]
-            one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-            server = socket.create_server((here if one_machine else "", 0),
-                                          family=socket.AF_INET6 if ":" in here else socket.AF_INET)
-            self.store.set("rank 0", json.dumps([here, server.getsockname()[1]]))
-            threading.Thread(target=self._accept, args=(server,), daemon=True).start()
-            deadline = time.monotonic() + 300
-            while len(self.links) < world_size() - 1:
-                time.sleep(0.02)
-                if time.monotonic() > deadline:
-                    raise OSError(f"{len(self.links) + 1} of {world_size()} ranks came in 5 minutes")
-        except (OSError, RuntimeError) as error:
-            print(f"{Path(__file__).name}: {self.name}: the ranks do not find each other: {error}", file=sys.stderr)
-            raise SystemExit(1) from None
-
-    def _accept(self, server):
-        while True:
-            threading.Thread(target=self._listen, args=(server.accept()[0],), daemon=True).start()
-
-    def _listen(self, link, name=None):
-        link.settimeout(None)
-        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, seconds in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
-            if hasattr(socket, option):
-                link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)
-        lines = link.makefile("rw")
-        try:
-            name = name or json.loads(lines.readline(1000))["name"]
-        except (OSError, ValueError, KeyError, TypeError):  # a stranger
-            return
-        self.links.append(lines)
-        try:
-            said = json.loads(lines.readline())
-        except (OSError, ValueError):
-            said = f"{name} died without a word: killed, for want of memory perhaps, or its machine is lost"
-        self.heard.set()
-        with self.lock:
-            if said is None or self.over.is_set():  # it left in peace, or this rank is ending by itself
-                return
-            self._tell(said)
-            if self.local == 0 or self.rank == 1:  # rank 1 speaks where it is rank 0 that died
-                print(f"\n{Path(__file__).name}: {said}", file=sys.stderr, flush=True)
-            if self.record:
-                self.record.close(f"failed: {said}")
-            os._exit(1)
-
-    def _tell(self, said):
-        self.over.set()
-        for link in self.links:
-            with contextlib.suppress(OSError, ValueError):
-                link.write(f"{json.dumps(said)}\n")
-                link.flush()
-
-    def leave(self):
-        with self.lock:
-            self._tell(None)
-
-    def failed(self, error):
-        """Tell the others. Does not return where another rank failed first, as it did if a collective broke here."""
-        if self.store:
-            time.sleep(2 if self.rank else 1)  # rank 0 speaks first where all have the same to say
-            with self.lock:
-                self._tell(f"{self.name}: {error}")
-            if self.rank > 0:
-                self.heard.wait(5)  # until it has arrived: a launcher that sees this rank end will end the others
-                if self.local == 0:
-                    print(f"{Path(__file__).name}: {self.name}: {error}", file=sys.stderr)
-
-
 def all_sum(tensor):
     """Sum over the ranks, in place."""
     if world_size() > 1:
@@ -1329,11 +1183,8 @@ def gradient_squares(model, optimizers):
 
 
 def train_step(model, optimizers, inputs, targets, args):
-    """One optimiser step on this rank's share (n, T), n >= 0.
-
-    Returns, on the device, the mean loss of the global batch, the number of ranks asked to stop and the squared norm of
-    each parameter's gradient (2 + parameters,).
-    """
+    """One optimiser step on this rank's share (n, T), n >= 0. Returns, on the device, the mean loss of the global
+    batch, the number of ranks asked to stop and the squared norm of each parameter's gradient (2 + parameters,)."""
     SENT.clear()
     total = torch.zeros((), device=inputs.device)
     parts = max(1, -(-len(inputs) // args.device_bsz))  # micro-batches, as equal as it goes: few shapes to compile
@@ -1370,13 +1221,12 @@ def validation_set(stream, args, rank):
 @torch.no_grad()
 def validate(model, val, args):
     """Mean loss in nats a token over the validation sequences of all ranks; None when a rank was asked to stop."""
-    wide = torch.float32 if args.device == "mps" else torch.float64  # of which MPS has none
-    total = torch.zeros(3, dtype=wide, device=args.device)  # sum of losses, number of targets, ranks asked
+    total = torch.zeros(3, dtype=torch.float64, device=args.device)  # sum of losses, number of targets, ranks asked
     for x, y in zip(*(t.split(args.device_bsz) for t in val)) if len(val[0]) else ():  # more ranks than sequences
         if signals.number:
             break
         count = (y >= 0).sum()
-        total[:2] += torch.stack([model(x, y).to(wide) * count, count.to(wide)])
+        total[:2] += torch.stack([model(x, y).double() * count, count.double()])
     total[2] = float(signals.number > 0)
     loss, count, asked = all_sum(total).tolist()
     return None if asked else loss / count
@@ -1393,10 +1243,7 @@ def state_hash(model):
 
 def warm_up(model, compiled, optimizers, val, count, args):
     """Compile and allocate with `count` random sequences a step, then restore parameters, buffers, optimisers and
-    random state.
-
-    Returns the state's hash; raises RuntimeError when it is not the one from before.
-    """
+    random state. Returns the state's hash; raises RuntimeError when it is not the one from before."""
     before = state_hash(model)
     saved = {name: t.detach().clone() for name, t in model.state_dict().items()}
     saved_optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
@@ -1423,34 +1270,7 @@ def check_cover(model, optimizers):
         raise ValueError(f"every parameter must be in exactly one optimiser; not so: {', '.join(wrong) or 'strangers'}")
 
 
-def print_parameters(model, optimizers):
-    """The table of parameters: name, shape, optimiser, learning rate, mean and sd of the starting values."""
-    tensors = dict(model.named_parameters())
-    print(f"{'name':34} {'shape':16} {'optimiser':9} {'lr':>8} {'mean':>11} {'sd':>11}")
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for name in group["names"]:
-                t = tensors[name].detach().cpu().double()
-                print(f"{name:34} {'x'.join(map(str, t.shape)):16} {type(optimizer).__name__.lower():9} "
-                      f"{group['lr']:8g} {t.mean():11.4e} {t.std(correction=0):11.4e}")
-
-
-def reference_curve(args, data):
-    """{step: (mean, band)} of the validation losses of committed runs with these flags and data, {} for none."""
-    path = Path(__file__).parent / "records" / "reference" / f"{args.track}_{Path(__file__).stem}.json"
-    try:  # whatever is wrong with the file: a run does without it
-        known = json.loads(path.read_text(encoding="utf-8"))
-        for f in (f for f in fields(args) if f.name not in known["free"]):
-            if getattr(args, f.name) != known["config"].get(f.name, f.metadata["defaults"][args.track]):
-                return {}
-        if known["shards"] != [shard["sha256"] for split in ("train", "val") for shard in data[split]]:
-            return {}
-        return {p["step"]: (float(p["mean"]), float(p["band"])) for p in known["curve"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def open_data(args, rank, store=None):
+def open_data(args, rank):
     """(train stream, val stream, their facts for the record). On every machine local rank 0 checks every token, and
     that the shards are those of rank 0. Raises ValueError."""
     steps, cubic = args.stop_after or args.steps, args.seq_len if args.order == "cubic" else 0
@@ -1475,131 +1295,45 @@ def open_data(args, rank, store=None):
     for shard in (s for s in shards[0] + shards[1] if listed and listed.get(s["name"]) != s["sha256"]):
         raise ValueError(f"{Path(args.data) / shard['name']} is not what manifest.json lists: damaged, or of another "
                          "tokenizer? Make the data again, or delete manifest.json if you vouch for every shard.")
-    mine = {shard["name"]: shard["sha256"] for shard in shards[0] + shards[1]}
-    if store and rank == 0:
-        store.set("shards", json.dumps(mine))
-    there = json.loads(store.get("shards")) if store else mine
-    for name in sorted(name for name in {*mine, *there} if mine.get(name) != there.get(name)):
-        here, other = (str(all.get(name))[:12] for all in (mine, there))
-        raise ValueError(f"{Path(args.data) / name} on {platform.node()} is not rank 0's: sha256 {here}, there "
-                         f"{other}. Damaged, or made elsewhere? Fetch or copy it again.")
     return train, val, dict(folder=str(args.data), train=shards[0], val=shards[1], manifest=about or None)
 
 
-def keep_memory():
-    """Have glibc keep freed tensors: giving them back costs a page fault per 4 KB at every step, a fifth of it."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-        for option, value in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26), (M_MMAP_MAX, 0)):
-            ctypes.CDLL(None).mallopt(option, value)
-
-
-def banner(args, device):
-    """What is special about this device, or None."""
-    if device.type == "mps" or device.type == "cuda" and torch.version.hip:
-        return f"{'ROCm' if torch.version.hip else 'MPS'}: UNTESTED here, through the forms in torch alone"
-    if device.type == "cuda" and not has_bf16(device):
-        name, arch = torch.cuda.get_device_name(device), "sm_%d%d" % torch.cuda.get_device_capability(device)
-        return (f"{name} ({arch}) has no bf16, which sm_80 and newer have: training in {args.dtype}, several times "
-                "slower, and no match for records in bf16")
-    return None
+def same_shards(described, args):
+    """Raise ValueError where the shards of a machine are not those of rank 0. described: {} but for local ranks 0."""
+    shards = {shard["name"]: shard["sha256"] for split in ("train", "val") for shard in described.get(split, ())}
+    machines = [None] * world_size()
+    dist.all_gather_object(machines, (platform.node(), shards))
+    for node, theirs in machines:
+        if theirs and theirs != machines[0][1]:
+            name = min(name for name, _ in theirs.items() ^ machines[0][1].items())
+            raise ValueError(f"{Path(args.data) / name} on {node} is not that of rank 0: damaged, or made elsewhere? "
+                             "Fetch or copy it again.")
 
 
 def out_of_memory(error, args):
-    """What to try next if it is memory that ran out, else None."""
-    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not (
-            isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))):
+    """A line with the next smaller --device_bsz if it is memory that ran out, else None."""
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
         return None
-    most = -(-args.bsz // world_size())
-    now = most if args.device_bsz == "auto" else min(args.device_bsz, most)
-    way_out = "Take a device with more memory, a shorter --seq_len or a smaller model" if now == 1 else (
-        f"Next to try: --device_bsz {now // 2} (the same losses, more micro-batches), or --device_bsz auto")
-    return f"out of memory on {args.device} with {now} sequence(s) of {args.seq_len} tokens at a time. {way_out}."
+    now = min(args.device_bsz, -(-args.bsz // world_size()))
+    way_out = f"--device_bsz {now // 2} (the same losses)" if now > 1 else "a shorter --seq_len or a smaller model"
+    return f"out of memory with {now} x {args.seq_len} tokens at a time on a device; next to try: {way_out}"
 
 
-def memory_needed(model, optimizers, args):
-    """Bytes at the peak of a training step: (whatever the micro-batch, for each sequence of it), without compilation,
-    which saves some. A sequence takes what its forward keeps for the backward and, at the start of that, twice its
-    logits; measured on one and on two, since copies of the weights are kept, too."""
-    def keeps(n):
-        kept, tokens = {}, torch.zeros(n, args.seq_len, dtype=torch.int64, device=args.device)
-
-        def keep(t):
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
-            return t
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            model(tokens, tokens)
-        return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
-    own = {p.untyped_storage().data_ptr(): p.nbytes for p in model.parameters()}
-    one, two = keeps(1), keeps(2)
-    with torch.no_grad():
-        logits = model.logits(torch.zeros(1, 1, dtype=torch.int64, device=args.device)).nbytes * args.seq_len
-    states = sum((piece.stop - piece.start) * p.element_size() * len(optimizer.KEYS) for optimizer in optimizers
-                 for bucket in optimizer.buckets for p, piece in bucket.pieces.items())
-    return 2 * sum(own.values()) + states + 2 * one - two, two - one + 2 * logits
-
-
-def memory_free(device):
-    """Bytes a process can have on the device, about; on a CPU its share of what the machine has left."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    text = Path("/proc/meminfo").read_text() if os.path.exists("/proc/meminfo") else ""
-    known = re.search(r"^MemAvailable:\s*(\d+) kB|\Z", text, re.M)[1]
-    return int(known) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if known else math.inf
-
-
-def largest_device_bsz(model, args, device, fixed, sequence):
-    """What --device_bsz auto comes to: the largest share in 1, 2, 4 ... equal parts, until they fit on every rank. On
-    a GPU by trying, with room set aside for the optimisers' states; elsewhere by the estimate."""
-    form = torch.compile(model, fullgraph=True, dynamic=False) if args.compile and args.device == "cuda" else model
-    held = 2 * sum(p.nbytes for p in model.parameters())  # parameters are there, gradients come
-
-    def fits(n):
-        if device.type in ("cpu", "mps"):
-            return fixed + n * sequence <= memory_free(device)
-        try:
-            room = torch.empty(max(0, fixed - held), dtype=torch.uint8, device=device)
-            tokens = torch.zeros(n, args.seq_len, dtype=torch.int64, device=device)
-            form(tokens, tokens).backward()
-            del room
-            return True
-        except torch.OutOfMemoryError:
-            return False
-        finally:
-            model.zero_grad(set_to_none=True)
-            torch._dynamo.reset()  # it compiles a function eight times, no more
-            torch.cuda.empty_cache()
-            device.type == "cuda" and torch.cuda.reset_peak_memory_stats()
-    most, parts = -(-args.bsz // world_size()), 1
-    while parts < most and not fits(-(-most // parts)):
-        parts *= 2
-    if world_size() > 1:
-        parts = torch.tensor(parts, device=device)
-        dist.all_reduce(parts, dist.ReduceOp.MAX)
-    return -(-most // int(parts))
-
-
-def set_up(args, rank, peers=None):
+def set_up(args, rank):
     """Device, data, model and optimisers, checked before anything is written or timed. Raises ValueError, OSError."""
     local_rank, alone = int(os.environ.get("LOCAL_RANK", 0)), world_size() == 1 or args.check
-    say = tqdm.write if rank == 0 else lambda text: None
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*|", args.name):
         raise ValueError(f"--name {args.name!r}: letters, digits, '-', '_' and '.' only; it becomes a folder's name.")
-    resolve(args, world_size())
+    resolve(args)
     device = torch.device(args.device, local_rank) if args.device == "cuda" else torch.device(args.device)
     if args.device == "cuda":
         torch.cuda.set_device(device)
-    else:
-        keep_memory()
-    if args.compile and args.device == "cuda":  # torch's own choice is a folder of a name that others can take
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_folder("inductor")))
     if not alone:
         on_gpu = dict(backend="nccl", device_id=device) if args.device == "cuda" else dict(backend="gloo")
-        dist.init_process_group(**on_gpu, timeout=PATIENCE, rank=rank, world_size=world_size(),
-                                store=peers and peers.store)
-    data = None if args.print_params else open_data(args, rank, peers and peers.store)
+        dist.init_process_group(**on_gpu)
+    data = open_data(args, rank)
     if not alone:
-        dist.barrier()  # nothing is written before every machine has checked its own
+        same_shards(data[2], args)  # nothing is written before every machine has checked its own
     torch.manual_seed(args.random_seed)
     model = build_model(args)
     model.to(device)
@@ -1612,19 +1346,7 @@ def set_up(args, rank, peers=None):
     if args.track == "fineweb" and active > ACTIVE_LIMIT:
         raise ValueError(f"{active:,} parameters are active per token; track fineweb allows {ACTIVE_LIMIT:,}. "
                          "Make --width, --layers or --ffn_ratio smaller.")
-    counts = dict(parameters=sum(sizes.values()), active=active)
-    if not args.check and not args.print_params:
-        if text := banner(args, device):
-            say(text)
-        fixed, sequence = memory_needed(model, optimizers, args)
-        if args.device_bsz == "auto":
-            args.device_bsz = largest_device_bsz(model, args, device, fixed, sequence)
-        at_once = min(args.device_bsz, -(-args.bsz // world_size()))
-        counts["memory"] = dict(fixed=fixed, sequence=sequence, estimate=fixed + at_once * sequence)
-        say(f"memory: about {(fixed + at_once * sequence) / 1e9:.3g} GB a process: {fixed / 1e9:.3g} for parameters, "
-            f"gradients and optimisers, {at_once} x {sequence / 1e9:.3g} for the sequences taken at once; "
-            f"{memory_free(device) / 1e9:.3g} GB are free")
-    return device, data, model, optimizers, counts
+    return device, data, model, optimizers, dict(parameters=sum(sizes.values()), active=active)
 
 
 def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
@@ -1637,8 +1359,8 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
         facts = dict(
             schema=SCHEMA, run=record.path.name, script=Path(__file__).name, seed=args.random_seed, config=asdict(args),
             command=[Path(__file__).name, *sys.argv[1:]], environment=environment(),
-            hardware=dict(hardware(clock.device), memory_needed=counts.pop("memory")),
-            data=described, model=dict(counts, flops_per_token=model.flops_per_token(counts["active"])),
+            hardware=hardware(clock.device), data=described,
+            model=dict(counts, flops_per_token=model.flops_per_token(counts["active"])),
             sources=[about for about, _ in sources])
         if start:
             part = {key: start[1][key] for key in ("run", "step", "began", "saved")}
@@ -1668,7 +1390,7 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
     for phase, seconds in start[1]["clock"].items() if start else ():
         clock.seconds[phase] += seconds
     names = [name for name, _ in model.named_parameters()]
-    lines, reference = StepLines(record, args, names, losses), reference_curve(args, described)
+    lines = StepLines(record, args, names, losses)
     stopping, failure, signals.patient = False, None, True
     bar = tqdm(total=args.steps, initial=done, unit="step", file=sys.stdout, disable=rank != 0, dynamic_ncols=True,
                mininterval=0.2 if sys.stdout.isatty() else 10)
@@ -1683,11 +1405,7 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
             record.line(f"step:{step}/{args.steps} val_loss:{loss:.4f} {timing(clock.train_ms(), step)}")
             curve.append(dict(step=step, val_loss=loss, train_ms=clock.train_ms(), tokens=step * tokens_a_step,
                               log_sha256=record.chain.hexdigest()))
-            mean, band = reference.get(step, (math.nan, math.nan))
-            inside = "inside" if abs(loss - mean) <= band + 5e-5 else "OUTSIDE"  # 5e-5: half of the last digit shown
-            known = f", reference {mean:.4f} ± {band:.4f}: {inside}" if step in reference else ""
-            spent = f"{clock.train_ms() / 1e3:.1f} s of training"
-            say(f"step {step}/{args.steps}  validation loss {loss:.4f}{known}  {spent}")
+            say(f"step {step}/{args.steps}  validation loss {loss:.4f}  {clock.train_ms() / 1e3:.1f} s of training")
         last = stopping or step >= (args.stop_after or args.steps)
         finished = step == args.steps and not stopping
         if finished or step > done and (last or args.save_every and step % args.save_every == 0):
@@ -1727,7 +1445,10 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
         record.line(f"clock: {json.dumps(result['clock'])}\nwall: {json.dumps(result['wall'])}")
         record.line(f"result: {json.dumps(result['final'])}")
         record.finish(result)
-        farewell(result, record)
+        say(f"record: {record.path}/")
+        summary = Path(__file__).parent / "records" / "report.py"
+        if summary.exists():  # what came out, in words
+            subprocess.run([sys.executable, summary, "--summary", record.path])
         if failure:
             stop(f"the record is whole, but there is no checkpoint of the last step: {failure}")
 
@@ -1752,7 +1473,7 @@ def report(facts, clock, curve, val, train_tokens, args):
         memory = dict(allocated=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved())
     else:
         unit = 1 if sys.platform == "darwin" else 1024
-        memory = dict(resident=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit) if resource else {}
+        memory = dict(resident=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
     targets = val.read(1, min(args.val_tokens, len(val) - 1) // args.seq_len * args.seq_len)
     text_bytes = int((targets < 256).sum()) if args.vocab_size == 257 else 0  # the document mark stands for no byte
     final = dict(
@@ -1766,74 +1487,54 @@ def report(facts, clock, curve, val, train_tokens, args):
     return dict(facts, clock=dict(clock.seconds), wall=wall, curve=curve, final=final, end="finished")
 
 
-def farewell(result, record):
-    """The last lines on the console: what came out and what to try next."""
-    final, args = result["final"], result["config"]
-    bits = f" = {final['bits_per_byte']:.4f} bits per byte" if final["bits_per_byte"] else ""
-    extras = [f", MFU {final['mfu']:.1%}" if final["mfu"] else "", f", ${final['usd']:.2f}" if final["usd"] else ""]
-    rival = "gpt2" if "rwkv" in result["script"] else "rwkv7"
-    print(f"validation loss {final['val_loss']:.4f} nats per token{bits} after {final['tokens'] / 1e6:.1f}M tokens\n"
-          f"{final['train_seconds']:.1f} s of training, {final['tokens_per_second']:,.0f} tokens/s, "
-          f"{final['flops_per_second'] / 1e12:.3g} TFLOP/s{''.join(extras)}\nrecord: {record.path}/\n"
-          f"next: ./run_{rival}.sh --track {args['track']} (its rival), --random_seed {args['random_seed'] + 1} (the "
-          "noise), python records/report.py (all runs), --help (all flags)")
-
-
 def main(argv=None):
+    """A run. What is foreseen to go wrong ends in a line on stderr and in the log, anything else in a traceback."""
     signals.__init__()
     signal.signal(signal.SIGINT, signals)
     signal.signal(signal.SIGTERM, signals)
-    clock, args = Clock(), Hyperparameters.parse(argv)
-    rank, record = int(os.environ.get("RANK", 0)), None
-    peers = Peers(rank, alone=world_size() == 1 or args.check)
+    clock, args, record = Clock(), Hyperparameters.parse(argv), None
+    rank = int(os.environ.get("RANK", 0))
     try:
-        clock.device, data, model, optimizers, counts = set_up(args, rank, peers)
-        if args.print_params:
-            return print_parameters(model, optimizers) if rank == 0 else None
+        clock.device, data, model, optimizers, counts = set_up(args, rank)
         if args.check:
-            return None
+            return
         start = resume_point(args, rank, model, data[2])
-        peers.record = record = Record(args, rank, start[2]["log.txt"] if start and rank == 0 else b"")
+        record = Record(args, rank, start[2]["log.txt"] if start and rank == 0 else b"")
         run(args, rank, record, clock, data, model, optimizers, counts, start)
+        leave_together()
     except KeyboardInterrupt as interrupt:
-        if not interrupt.args:  # else all ranks end after the same step
-            peers.failed("interrupted")
         number = signal.Signals(signals.number or signal.SIGTERM)  # the rank that the signal did not reach follows
         log = record.close(f"interrupted by {number.name}{interrupt}") if record else None
         if rank == 0:
-            print(f"\n{Path(__file__).name}: interrupted{interrupt}{f'; the log so far: {log}' if log else ''}",
-                  file=sys.stderr)
+            print(f"\n{Path(__file__).name}: interrupted{interrupt}; the log: {log or 'not begun'}", file=sys.stderr)
+        if interrupt.args:  # all ranks ended after the same step
+            leave_together()
         raise SystemExit(128 + number)
     except Exception as error:
-        short = str(error) if isinstance(error, Diverged) else out_of_memory(error, args)
-        plain = isinstance(error, (OSError, ValueError))
-        peers.failed(short or (str(error) if plain else f"{type(error).__name__}: {error}"))
-        log = record and record.close(f"failed: {short or f'{type(error).__name__}: {error}'}")
-        if short:
-            stop(f"{short.rstrip('.')}; the log: {log or 'not begun'}.")
+        memory = out_of_memory(error, args)
+        short = memory or str(error).removesuffix(".")
         if isinstance(error, OSError):
-            where = "" if error.filename or not record else f" (writing {record.path})"
-            stop(f"{error}{where}. Make room, set permissions or choose --records FOLDER or --checkpoints FOLDER; "
-                 "earlier runs are untouched.")
-        if isinstance(error, ValueError) and not record:
-            stop(error)
+            short += ". Make room, set permissions or choose --records FOLDER or --checkpoints FOLDER"
+        log = record.close(f"failed: {short}") if record else None
+        if memory or isinstance(error, (OSError, Diverged)) or isinstance(error, ValueError) and not record:
+            stop(f"{short}{f'; the log: {log}' if log else ''}.")
         raise
-    finally:
-        peers.leave()
-        if dist.is_initialized() and sys.exc_info()[0] is None:  # after an error NCCL could wait for the others in it
-            dist.destroy_process_group()
+
+
+def leave_together():
+    """The ranks have all come to their end: none closes its connections while another still needs them."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     try:
-        status = main()
-    except SystemExit as end:
-        status = end.code
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    if world_size() > 1:  # all is written; now and then a thread of the process group aborts the interpreter's shutdown
-        sys.stdout.flush()
+        main()
+    except BaseException as error:
+        if not dist.is_initialized():
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
         sys.stderr.flush()
-        os._exit(status or 0)
-    sys.exit(status)
+        os._exit(error.code if isinstance(error, SystemExit) else 1)  # the others may never come: wait for none

@@ -6,6 +6,7 @@
     python cuda/build.py wkv7 fast              builds it if need be and prints the library's path
     python cuda/build.py wkv7 fast --json       prints one line of JSON: {"library", "sources": what a record embeds,
                                                 "built_with", "head_sizes", "dtypes"}
+    python cuda/build.py wkv7 fast --device cuda --headsz 64 --dtype bf16     only if it fits a run with these flags
 
 What it has to say besides goes to stderr. Exit status 1 with three lines there: the cause, the way out, the way around.
 
@@ -157,6 +158,18 @@ def head_sizes(form):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What can be in the way
+
+
+def misfit(form, device=None, headsz=None, dtype=None):
+    """None, or (cause, way out) of why the kernel is none for a run with these flags."""
+    sizes = head_sizes(form)
+    if device not in (None, form.device):
+        return f"it does not run on --device {device}.", f"Use --device {form.device}."
+    if headsz is not None and headsz not in sizes:
+        return f"it has no heads of {headsz} channels here.", f"Use --headsz {' or '.join(map(str, sizes))}."
+    if dtype == "fp32" and "fp32" not in form.dtypes:
+        return "it computes in bf16, not with --dtype fp32.", "Use another --dtype, or --kernel cuda."
+    return None
 
 
 def obstacle(operator, kernel):
@@ -390,12 +403,15 @@ def main(argv=None):
     parser.add_argument("operator", nargs="?", choices=("wkv7", "wkv6"))
     parser.add_argument("kernel", nargs="?", help="cpu, cuda, fast or, for wkv7, wind")
     parser.add_argument("--json", action="store_true", help="one line of JSON on stdout")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="that of the run")
+    parser.add_argument("--headsz", type=int, help="channels a head of the run")
+    parser.add_argument("--dtype", choices=("bf16", "mixed", "fp32"), help="that of the run")
     args = parser.parse_args(argv)
     operator, kernel = args.operator, args.kernel
     if kernel and (operator, kernel) not in KERNELS:
         names = ", ".join(name for of, name in KERNELS if of == operator)
         parser.error(f"{operator} has no kernel {kernel!r}; there are {names}")
-    title = f"{operator} {kernel} not built: " if kernel else ""
+    title = f"{operator} {kernel} cannot be had: " if kernel else ""
     try:
         if not kernel:
             rows = listing([operator] if operator else ["wkv7", "wkv6"])
@@ -406,6 +422,8 @@ def main(argv=None):
                 why = f": {' '.join(row['why'])}" if row["why"] else ""
                 print(f"{row['operator']} {row['kernel']:5} {row['state']}{why}")
             return 0
+        if problem := misfit(KERNELS[operator, kernel], args.device, args.headsz, args.dtype):
+            raise KernelError(*problem)
         library = place(library_name(operator, kernel))
         if not library.exists():
             build(operator, kernel, library)

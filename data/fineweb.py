@@ -186,7 +186,7 @@ def make(args, dataset, manifest, say):
                       "after the last whole shard.") from None
     finally:
         bar.close()
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)
     return made - number
 
 

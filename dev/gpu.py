@@ -96,7 +96,7 @@ def build(args, seconds):
         script, kernel = job
         started = time.monotonic()
         status, output = call([sys.executable, "cuda/build.py", script.replace("train_r", ""), kernel], seconds)
-        said = [line for line in output.splitlines() if " built" in line]
+        said = [line for line in output.splitlines() if " built; " in line or "cannot be had" in line]
         return dict(script=script, kernel=kernel, ok=status == 0, seconds=round(time.monotonic() - started, 1),
                     said=(said or [last_line(output)])[0]), f"--- {script} {kernel}: status {status}\n{output}\n"
 

@@ -6,6 +6,7 @@
     python records/report.py RECORD               report.md and report.html (curves; no server, no network) in RECORD
     python records/report.py RECORD RECORD --out DIR   the same of several runs, or of a race's folder, on one page
     python records/report.py --update-reference   records/reference/: mean and band of the runs with default flags
+    python records/report.py --summary RECORD     a finished run in three lines, held against its reference
 
 A run is finished when its folder holds result.json; races keep their runs one level deeper. Runs that differ in more
 than seed and name are different rows, and so are different machines; a seed counts once (its first run). Rows are
@@ -417,15 +418,59 @@ def update_reference(parent, results):
     return written
 
 
+def reference_of(result):
+    """{step: (mean, band)} of the committed runs with this configuration and data, {} where there are none."""
+    name = f"{result['config']['track']}_{Path(result['script']).stem}.json"
+    try:  # whatever is wrong with the file: a run does without it
+        known = read_json(ROOT / "records" / "reference" / name)
+        config = {key: value for key, value in result["config"].items() if key not in known["free"]}
+        shards = [shard["sha256"] for split in ("train", "val") for shard in result["data"][split]]
+        if (config, shards) != (known["config"], known["shards"]):
+            return {}
+        return {point["step"]: (float(point["mean"]), float(point["band"])) for point in known["curve"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def summary(folder):
+    """What came out of a finished run, whether it is what such runs come to, and what to try next."""
+    result = read_json(Path(folder) / "result.json")
+    final, config, reference = result["final"], result["config"], reference_of(result)
+    loss = f"validation loss {final['val_loss']:.4f} nats per token"
+    if final["bits_per_byte"]:
+        loss += f" = {final['bits_per_byte']:.4f} bits per byte"
+    loss += f" after {final['tokens'] / 1e6:.1f}M tokens"
+    for point in result["curve"]:
+        if point["step"] in reference:
+            mean, band = reference[point["step"]]
+            inside = abs(point["val_loss"] - mean) <= band + 5e-5  # half of the last digit shown
+            held = f"; reference at step {point['step']}: {mean:.4f} ± {band:.4f}: {'inside' if inside else 'OUTSIDE'}"
+            if not inside or point is result["curve"][-1]:
+                loss += held
+    speed = f"{final['train_seconds']:.1f} s of training, {final['tokens_per_second']:,.0f} tokens/s, "
+    speed += f"{final['flops_per_second'] / 1e12:.3g} TFLOP/s"
+    if final["mfu"]:
+        speed += f", MFU {final['mfu']:.1%}"
+    if final["usd"]:
+        speed += f", ${final['usd']:.2f}"
+    rival = "gpt2" if "rwkv" in result["script"] else "rwkv7"
+    return (f"{loss}\n{speed}\nnext: ./run_{rival}.sh --track {config['track']} (its rival), --random_seed "
+            f"{config['random_seed'] + 1} (the noise), python records/report.py (all runs), --help (all flags)")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", nargs="*", help="folders of runs, or of races: their page instead of the leaderboard")
     parser.add_argument("--out", metavar="FOLDER", help="folder of the page (default: the one RECORD)")
     parser.add_argument("--write", action="store_true", help="write the leaderboard into the README files")
     parser.add_argument("--update-reference", action="store_true", help="write records/reference/")
+    parser.add_argument("--summary", metavar="RECORD", help="a finished run in three lines")
     parser.add_argument("--records", default=ROOT / "records", type=Path, help="folder of the runs")
     args = parser.parse_args(argv)
     try:
+        if args.summary:
+            print(summary(args.summary))
+            return 0
         if args.record:
             print("\n".join(map(str, pages(args.record, args.out))))
             return 0

@@ -153,7 +153,7 @@ def test_messages(machine, case):
     status, out, err = machine.run("wkv7", kernel, code=HIDE_NVCC, alone=True)
     lines = err.splitlines()
     assert status == 1 and out == "" and len(lines) == 3, (out, err)
-    assert lines[0].startswith(f"wkv7 {kernel} not built: ") and "--kernel torch" in lines[2]
+    assert lines[0].startswith(f"wkv7 {kernel} cannot be had: ") and "--kernel torch" in lines[2]
     assert all(part in " ".join(lines[:2]) for part in parts), lines
     assert machine.built() == []
     row, = [row for row in json.loads(machine.run("wkv7", "--json", code=HIDE_NVCC, alone=True)[1])
@@ -184,7 +184,7 @@ def test_a_compiler_that_fails(machine, broken):
     status, out, err = machine.run("wkv7", "cpu")
     lines = err.splitlines()
     assert status == 1 and out == "" and len(lines) == 3 and "--kernel torch" in lines[2], err
-    assert lines[0].startswith("wkv7 cpu not built: ") and first in lines[0]
+    assert lines[0].startswith("wkv7 cpu cannot be had: ") and first in lines[0]
     assert Path(lines[1].split("said: ")[1]) == machine.build / "wkv7_cpu.log"
     assert first in (machine.build / "wkv7_cpu.log").read_text() and machine.built() == ["wkv7_cpu.log"]
 
@@ -196,7 +196,7 @@ def test_a_kernel_that_computes_something_else(machine):
     source.write_text(text.replace("0.60653065971263342f", "0.6065f"))
     status, out, err = machine.run("wkv7", "cpu")
     assert status == 1 and out == "" and err.count("\n") == 3, err
-    assert re.match(r"wkv7 cpu not built: against float64 y .*\): .*dw.* wrong, it is refused.\nPlease ", err), err
+    assert re.match(r"wkv7 cpu cannot be had: against float64 y .*\): .*dw.* wrong, it is refused.\nPlease ", err), err
     assert machine.built() == []
 
 

@@ -1,12 +1,14 @@
 """data/cached_fineweb10B.py and its sister: processes of their own, with the real client of the hub, against a server
 on loopback (hub.py) that speaks the hub's protocol and fails in every way a network does."""
 
+import contextlib
 import ctypes
 import hashlib
 import json
 import os
 import re
 import shutil
+import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 
 import train_rwkv7
-from helpers import ROOT, write_shard
+from helpers import ROOT, load_program, write_shard
 from hub import COMMIT, Hub
 
 SCRIPT, REPO = ROOT / "data" / "cached_fineweb10B.py", "/datasets/kjj0/fineweb10B-gpt2"
@@ -25,17 +27,14 @@ CHUNK = 1 << 20  # of the script: what a broken connection may cost
 SETTINGS = re.compile(r"(?i)(HF_|HUGGING|.*_PROXY$)")  # of the one who runs the tests
 
 
-def shard_bytes(folder, tokens, seed, top=50257):
-    body = np.random.default_rng(seed).integers(top, size=tokens)
-    body[0] = 50256
-    return write_shard(folder / "shard", body).read_bytes()
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    return {VAL: shard_bytes(folder, 700_000, 0), ONE: shard_bytes(folder, 1_250_000, 1),
-            TWO: shard_bytes(folder, 1_250_000, 2)}
+    """{name: bytes} of three shards."""
+    made, random = {}, np.random.default_rng(0)
+    for name, tokens in ((VAL, 700_000), (ONE, 1_250_000), (TWO, 1_250_000)):
+        body = np.append(50256, random.integers(50257, size=tokens - 1))
+        made[name] = write_shard(tmp_path_factory.mktemp("shards") / name, body).read_bytes()
+    return made
 
 
 @pytest.fixture
@@ -47,29 +46,35 @@ def hub(shards):
 
 @pytest.fixture
 def start(hub, tmp_path):
-    """Starts the script as a user would; -> the process. out: its --out."""
-    def call(*arguments, script=SCRIPT, prefix=(), limit=None, **env):
+    """with start(...) as process: starts the script as a user would and waits for what `until` asks; then kill -9."""
+    @contextlib.contextmanager
+    def call(*arguments, until=lambda: True, script=SCRIPT, prefix=(), limit=None, **env):
         clean = {key: value for key, value in os.environ.items() if not SETTINGS.match(key)}
         clean.update(HF_ENDPOINT=hub.url(), HF_HOME=str(tmp_path / "home"), NO_PROXY="127.0.0.1", PYTHONUTF8="1")
-        clean.update(env)
-        return subprocess.Popen([sys.executable, *prefix, str(script), *map(str, arguments), "--out",
-                                 str(tmp_path / "out")], env=clean, text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, preexec_fn=limit)
-    call.out = tmp_path / "out"
+        program = [sys.executable, *prefix, str(script), *map(str, arguments), "--out", str(tmp_path / "out")]
+        with subprocess.Popen(program, env=clean | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              preexec_fn=limit) as process:
+            try:
+                for _ in range(600):
+                    if until():
+                        break
+                    time.sleep(0.05)
+                assert until()
+                yield process
+            finally:
+                process.kill()
     return call
 
 
 @pytest.fixture
-def run(start):
+def run(start, tmp_path):
+    """Runs the script to its end. out: its --out."""
     def call(*arguments, **options):
-        process = start(*arguments, **options)
-        try:
+        with start(*arguments, **options) as process:
             process.output, process.errors = process.communicate(timeout=60)
-        finally:
-            process.kill()
         assert "Traceback" not in process.errors, process.errors
         return process
-    call.out = start.out
+    call.out = tmp_path / "out"
     return call
 
 
@@ -101,11 +106,17 @@ def refused(done, *parts, status=1, lines=1):
 
 
 def nothing_begun(run):
-    assert not run.out.exists() or not [p.name for p in run.out.iterdir() if p.name != ".lock"]
+    assert not run.out.exists() or {path.name for path in run.out.iterdir()} <= {".lock"}
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# All is well
+def flipped(data):
+    """With one bit changed."""
+    return data[:5000] + bytes([data[5000] ^ 1]) + data[5001:]
+
+
+def flip(path):
+    path.write_bytes(flipped(path.read_bytes()))
+
 
 def test_fetch_and_fetch_again(hub, run, shards):
     done = run(2, HF_TOKEN="hf_secret")
@@ -127,7 +138,9 @@ def test_fetch_and_fetch_again(hub, run, shards):
     assert hub.requests == [] and all(path.stat().st_mtime_ns == time for path, time in before.items())
     check = run("--check")
     assert check.returncode == 0 and "3 shards, 3,200,000 tokens, every byte as it should be" in check.output
-    assert hub.requests == []
+    os.utime(run.out / ONE)  # touched: read and kept
+    assert "intact" in run(2).output and hub.requests == []
+    whole(run, shards)
 
 
 def test_more_shards_later(hub, run, shards):
@@ -150,15 +163,12 @@ def test_the_100B_sister(hub, run, shards, tmp_path):
     refused(run(1), "fineweb100B", "--out")  # this folder is taken
 
 
-def test_counts(run, hub):
-    parse = lambda *flags: run(*flags, prefix=("-c", (
-        "import runpy, sys; sys.argv = sys.argv[1:]; m = runpy.run_path(sys.argv[0]);"
-        "print(m['parse']('x', 'fineweb10B', 103, '', sys.argv[1:]).count)")))
-    for flags, count in ((["18"], 18), ([], None), (["--steps", 3200, "--bsz", 512], 17),
-                         (["--steps", 3200, "--bsz", 512, "--seq_len", 64], 2), (["--steps", 190], 1),
-                         (["--steps", 100_000_000 // 1024, "--bsz", 1], 1),
-                         (["--steps", 1_000_000, "--bsz", 1, "--seq_len", 100], 2)):  # one token too many
-        assert parse(*flags).output.strip() == str(count), flags
+def test_counts():
+    program = load_program("data/cached_fineweb10B.py")
+    for flags, count in (("18", 18), ("", None), ("--steps 3200 --bsz 512", 17), ("--steps 190", 1),
+                         ("--steps 3200 --bsz 512 --seq_len 64", 2), (f"--steps {10**8 // 1024} --bsz 1", 1),
+                         ("--steps 1000000 --bsz 1 --seq_len 100", 2)):  # one token too many
+        assert program.parse("x", "fineweb10B", 103, "", flags.split()).count == count, flags
     defaults = train_rwkv7.Hyperparameters(track="fineweb")
     assert (defaults.bsz, defaults.seq_len) == (512, 1024), "the script's defaults are those of the track"
 
@@ -174,42 +184,25 @@ def test_command_line(run, hub, flags, parts):
     assert hub.requests == []
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# A bad network
-
-@pytest.mark.parametrize("kind", ("cut", "reset"))
-def test_a_cut_connection_goes_on_where_it_broke(hub, run, shards, kind):
-    hub.faults[ONE] = [(kind, 1_300_000), (kind, 600_000)]
-    done = run(1)
+@pytest.mark.parametrize("kinds, tries", [
+    (("cut", "cut"), 3), (("reset", "reset"), 3), (("hang",), 2), (("cut", "whole"), 2)])
+def test_a_broken_connection_goes_on_where_it_broke(hub, run, shards, kinds, tries):
+    hub.faults[ONE] = list(zip(kinds, (1_300_000, 600_000)))
+    done = run(1, HF_HUB_DOWNLOAD_TIMEOUT="1" if "hang" in kinds else "10")
     assert done.returncode == 0, done.errors
     whole(run, shards, (VAL, ONE))
     starts = [int(r.headers.get("range", "bytes=0-")[6:-1]) for r in hub.asked(server="store", name=ONE)]
-    assert len(starts) == 3 and starts == sorted(starts) and starts[0] == 0, starts
-    if kind == "cut":  # a reset also takes what had arrived and was not read yet
+    starts = [0] * ("hang" in kinds) + starts  # the silent request has not ended
+    assert len(starts) == tries and starts == sorted(starts) and starts[0] == 0, starts
+    if "reset" not in kinds:  # which also takes what had arrived and was not read yet
         assert starts[1] == CHUNK, "what had arrived was fetched again"
-
-
-def test_a_server_that_falls_silent(hub, run, shards):
-    hub.faults[ONE] = [("hang", 1_300_000)]
-    assert run(1, HF_HUB_DOWNLOAD_TIMEOUT="1").returncode == 0
-    whole(run, shards, (VAL, ONE))
-    assert hub.asked(server="store", name=ONE)[0].headers["range"] == f"bytes={CHUNK}-"  # the silent one has not ended
 
 
 def test_a_killed_download_goes_on_where_it_stopped(hub, start, run, shards):
     hub.faults[ONE] = [("hang", 2_200_000)]
-    process = start(1)
-    try:
-        parts = lambda: [p for p in run.out.glob(f".{ONE}.*.part") if p.stat().st_size >= 2 * CHUNK]
-        for _ in range(600):
-            if parts() and (run.out / VAL).exists():
-                break
-            time.sleep(0.05)
-        assert parts() and not (run.out / ONE).exists()
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.communicate()
+    parts = lambda: [path for path in run.out.glob(f".{ONE}.*.part") if path.stat().st_size >= 2 * CHUNK]
+    with start(1, until=lambda: parts() and (run.out / VAL).exists()):
+        assert not (run.out / ONE).exists()
     hub.requests.clear()
     done = run(1)
     assert done.returncode == 0 and "from an earlier try" in done.output, done.errors
@@ -220,16 +213,9 @@ def test_a_killed_download_goes_on_where_it_stopped(hub, start, run, shards):
 
 def test_ctrl_c(hub, start, run, shards):
     hub.faults[ONE] = [("hang", 1_100_000)]
-    process = start(1)
-    try:
-        for _ in range(600):
-            if (run.out / VAL).exists():
-                break
-            time.sleep(0.05)
+    with start(1, until=(run.out / VAL).exists) as process:
         process.send_signal(signal.SIGINT)
         out, errors = process.communicate(timeout=20)
-    finally:
-        process.kill()
     assert process.returncode == 130 and errors.endswith("interrupted; the same command goes on from here\n"), errors
     assert "Traceback" not in errors
     assert run(1).returncode == 0
@@ -248,88 +234,65 @@ def test_parts_of_another_version_are_not_used(hub, run, shards):
     assert ranges == {VAL: "bytes=1000001-", ONE: None, TWO: None}
 
 
-def test_a_server_that_ignores_ranges(hub, run, shards):
-    hub.faults[ONE] = [("cut", 1_300_000), ("whole",)]
-    assert run(1).returncode == 0
-    whole(run, shards, (VAL, ONE))
-
-
 def test_damaged_bytes_are_fetched_again(hub, run, shards):
-    bad = bytearray(shards[ONE])
-    bad[2_000_000] ^= 1
-    hub.faults[ONE] = [("bytes", bytes(bad))]
+    hub.faults[ONE] = [("bytes", flipped(shards[ONE]))] * 10
+    refused(run(1), ONE, "is damaged: sha256", "3 times over", "HF_ENDPOINT", lines=3)
+    assert len(hub.asked(server="store", name=ONE)) == 3 and not (run.out / ONE).exists()
+    assert not list(run.out.glob(".*.part")) and (run.out / VAL).exists()
+
+    del hub.faults[ONE][1:]
+    hub.requests.clear()
     done = run(1)
     assert done.returncode == 0 and f"{ONE} is damaged: sha256" in done.errors and "fetching it again" in done.errors
     whole(run, shards, (VAL, ONE))
     assert len(hub.asked(server="store", name=ONE)) == 2
 
 
-def test_damaged_every_time(hub, run, shards):
-    bad = bytearray(shards[ONE])
-    bad[2_000_000] ^= 1
-    hub.faults[ONE] = [("bytes", bytes(bad))] * 9
-    refused(run(1), ONE, "is damaged: sha256", "3 times over", "HF_ENDPOINT", lines=3)
-    assert len(hub.asked(server="store", name=ONE)) == 3 and not (run.out / ONE).exists()
-    assert not list(run.out.glob(".*.part")) and (run.out / VAL).exists()
-
-
 @pytest.mark.parametrize("data, part", [
     (b"<html>Sign in to the hotel's network</html>" * 99, "is no shard: it begins with"),
-    (b"", "is no shard: 0 bytes"), ("count", "is damaged: 7 tokens by its header, 8 by its size"),
-    ("id", "token id 50300, the vocabulary ends at 50256")])
+    (b"", "is no shard: 0 bytes"), ([50256, 50300], "token id 50300, the vocabulary ends at 50256")])
 def test_what_is_no_shard(hub, run, tmp_path, data, part):
-    if data == "count":
-        data = write_shard(tmp_path / "s", range(8), count=7).read_bytes()
-    elif data == "id":
-        data = write_shard(tmp_path / "s", [50256, 50300]).read_bytes()
+    data = data if isinstance(data, bytes) else write_shard(tmp_path / "s", data).read_bytes()
     hub.files[f"{REPO}/{ONE}"], hub.checksums = data, False
     refused(run(1), ONE, part, lines=3)
     assert not (run.out / ONE).exists() and len(hub.asked(server="store", name=ONE)) <= 3
 
 
-def test_no_checksum_from_the_hub(hub, run, shards):
-    hub.checksums = False
-    assert run(1).returncode == 0
-    assert [entry["hub_checksum"] for entry in whole(run, shards, (VAL, ONE))] == [False, False]
-
-
-def test_not_there(hub, run):
-    del hub.files[f"{REPO}/{ONE}"]
-    refused(run(1), f"{hub.url()}{REPO}/resolve/main/{ONE}", "does not exist (HTTP 404)", "HF_ENDPOINT")
+@pytest.mark.parametrize("change, parts", [
+    (lambda hub: hub.files.pop(f"{REPO}/{ONE}"),
+     [f"HUB{REPO}/resolve/main/{ONE}", "does not exist (HTTP 404)", "HF_ENDPOINT"]),
+    (lambda hub: hub.faults.update({VAL: [("hub", 401)]}),
+     ["no access to kjj0/fineweb10B-gpt2", "HTTP 401", "HF_TOKEN"]),
+    (lambda hub: setattr(hub, "commit", None), ["does not answer as the hub does", "HF_ENDPOINT"]),
+    (lambda hub: hub.sizes.update({f"{REPO}/{ONE}": 10**16}), ["10000000.00 GB to fetch", "GB free in", "--out"])],
+    ids=("not there", "no access", "something else answers", "disk too small"))
+def test_what_is_refused_before_it_begins(hub, run, change, parts):
+    change(hub)
+    refused(run(1), *(part.replace("HUB", hub.url()) for part in parts))
     nothing_begun(run)
-
-
-def test_no_access(hub, run):
-    hub.faults[VAL] = [("hub", 401)]
-    refused(run(1), "no access to kjj0/fineweb10B-gpt2", "HTTP 401", "HF_TOKEN")
-    nothing_begun(run)
+    assert hub.asked(server="store") == []
 
 
 def test_too_many_requests_then_success(hub, run, shards):
+    """From a mirror, moreover, that gives no checksums."""
+    hub.checksums = False
     hub.faults[VAL] = [("hub", 429, {"Retry-After": 2}), ("store", 429, {"Retry-After": 0})]
     hub.faults[ONE] = [("hub", 503), ("store", 500)]
     done = run(1)
     assert done.returncode == 0, done.errors
     assert f"{VAL}: HTTP 429; again in 2 s" in done.errors and f"{ONE}: HTTP 503; again in 1 s" in done.errors
-    whole(run, shards, (VAL, ONE))
+    assert [entry["hub_checksum"] for entry in whole(run, shards, (VAL, ONE))] == [False, False]
 
 
-def test_an_error_that_stays(hub, run):
+@pytest.mark.parametrize("env, parts, asked", [
+    ({}, [ONE, "HTTP 500", "The same command"], 2),
+    ({"HF_ENDPOINT": "http://127.0.0.1:1"}, ["no connection to http://127.0.0.1:1", "HTTPS_PROXY", "HF_ENDPOINT"], 0)])
+def test_an_error_that_stays(hub, run, env, parts, asked):
     hub.faults[ONE] = [("store", 500)] * 9
-    refused(run(1, "--retries", 1), ONE, "HTTP 500", "The same command", lines=2)
-    assert len(hub.asked(server="store", name=ONE)) == 2
-
-
-def test_no_server(hub, run):
-    refused(run(1, "--retries", 1, HF_ENDPOINT="http://127.0.0.1:1"), "no connection to http://127.0.0.1:1",
-            "HTTPS_PROXY", "HF_ENDPOINT", lines=2)
-    nothing_begun(run)
-
-
-def test_something_else_answers(hub, run):
-    hub.commit = None
-    refused(run(1), "does not answer as the hub does", "HF_ENDPOINT")
-    nothing_begun(run)
+    refused(run(1, "--retries", 1, **env), *parts, lines=2)
+    assert len(hub.asked(server="store", name=ONE)) == asked
+    if not asked:
+        nothing_begun(run)
 
 
 def test_by_way_of_a_proxy(hub, run, shards):
@@ -361,20 +324,8 @@ def test_the_hubs_cache(hub, run, shards, tmp_path):
     whole(run, shards, (VAL, ONE))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# A bad disk
-
-def test_disk_too_small(hub, run, shards):
-    hub.sizes[f"{REPO}/{ONE}"] = 10**16
-    refused(run(1), "10000000.00 GB to fetch", "GB free in", "--out")
-    nothing_begun(run)
-    assert hub.asked(server="store") == []
-
-
 def test_disk_full_in_the_middle(hub, run, shards):
-    def limit():
-        import resource
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
     refused(run(1, limit=limit), "cannot read or write", str(run.out), "--out", lines=9)
     assert not (run.out / ONE).exists()
     assert run(1).returncode == 0
@@ -401,43 +352,17 @@ def test_no_permission_to_write(hub, run):
 
 def test_two_at_once(hub, start, run):
     hub.faults[VAL] = [("hang", 1000)]
-    first = start(1)
-    try:
-        for _ in range(600):
-            if list(run.out.glob(".*.part")):
-                break
-            time.sleep(0.05)
+    with start(1, until=lambda: list(run.out.glob(".*.part"))):
         refused(run(1), "another download into", run.out)
-    finally:
-        first.kill()
-        first.communicate()
 
 
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[5000] ^= 1
-    path.write_bytes(data)
-
-
-def damage_flip(out):
-    flip(out / ONE)
-    return f"{ONE} is not what the manifest says: fetching it again"
-
-
-def damage_cut(out):
-    os.truncate(out / ONE, 5000)
-    return f"{ONE} is damaged: 1250000 tokens by its header, 1988 by its size: fetching it again"
-
-
-def damage_gone(out):
-    (out / ONE).unlink()
-    return ""
-
-
-@pytest.mark.parametrize("damage", (damage_flip, damage_cut, damage_gone))
-def test_what_is_damaged_is_fetched_again(hub, run, shards, damage):
+@pytest.mark.parametrize("damage, said", [
+    (flip, f"{ONE} is not what the manifest says: fetching it again"), (os.remove, ""), (
+        lambda path: os.truncate(path, 5000),
+        f"{ONE} is damaged: 1250000 tokens by its header, 1988 by its size: fetching it again")])
+def test_what_is_damaged_is_fetched_again(hub, run, shards, damage, said):
     assert run(2).returncode == 0
-    said = damage(run.out)
+    damage(run.out / ONE)
     refused(run("--check"), "1 of 3 shards missing or damaged", "Without --check", lines=2)
     hub.requests.clear()
     done = run(2)
@@ -492,23 +417,12 @@ def test_shards_copied_by_hand(hub, run, shards):
     assert [entry["hub_checksum"] for entry in whole(run, shards, (VAL, ONE))] == [False, False]
 
 
-def test_a_touched_shard_is_read_and_kept(hub, run, shards):
-    assert run(1).returncode == 0
-    os.utime(run.out / ONE)
-    hub.requests.clear()
-    assert "intact" in run(1).output and hub.requests == []
-    whole(run, shards, (VAL, ONE))
-
-
 @pytest.mark.parametrize("package", ("huggingface_hub", "numpy", "tqdm"))
 def test_a_python_without_packages(run, package):
     code = (f"import runpy, sys; sys.modules[{package!r}] = None; sys.path[0] = {str(SCRIPT.parent)!r};"
             "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
     refused(run(1, prefix=("-c", code)), f"{package} is missing", "pip install -r requirements.txt")
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# What training takes from the manifest
 
 def test_records_take_hashes_from_the_manifest(hub, run, shards, monkeypatch):
     assert run(2).returncode == 0

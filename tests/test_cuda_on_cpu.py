@@ -86,9 +86,6 @@ def test_pack_bf16(machine):
     assert (out[:, 0] == pairs(expected[:, 0], expected[:, 1])).all()
     assert (out[:, 1] == out[:, 0]).all()
     assert (out[:, 2:] == expected.astype(np.uint32) << 16).all()
-    ties = floats([0x3F808000, 0x3F818000, 0x00008000, 0x00018000, 0x7F7F8000, 0xFF7F7FFF]).reshape(3, 2)
-    out = machine.run("pack", ties, (3, 4), np.uint32, threads=3)
-    assert [hex(x) for x in out[:, 0]] == ["0x3f823f80", "0x20000", "0xff7f7f80"]
 
 
 def test_exponential_and_reciprocal(machine):
@@ -107,18 +104,13 @@ def test_exponential_and_reciprocal(machine):
 
 def fragments(tile, kind):
     """A tile as lanes hold it, (32, elements): PTX manual, "Matrix Fragments for mma.m16n8k16", .bf16 and .f32."""
-    out = np.zeros((32, {"A": 8, "B": 4, "C": 4}[kind]), tile.dtype)
-    for lane, i in np.ndindex(out.shape):
-        group, in_group = lane >> 2, lane % 4
-        if kind == "A":
-            row = group if 0 <= i < 2 or 4 <= i < 6 else group + 8
-            column = in_group * 2 + (i & 1) + (0 if i < 4 else 8)
-        elif kind == "B":
-            row, column = in_group * 2 + (i & 1) + (0 if i < 2 else 8), group
-        else:
-            row, column = group if i < 2 else group + 8, in_group * 2 + (i & 1)
-        out[lane, i] = tile[row, column]
-    return out
+    lane, i = np.ogrid[:32, :4 if kind != "A" else 8]
+    group, pair = lane >> 2, lane % 4 * 2 + (i & 1)
+    if kind == "A":
+        return tile[np.where((i < 2) | (4 <= i) & (i < 6), group, group + 8), pair + np.where(i < 4, 0, 8)]
+    if kind == "B":
+        return tile[pair + np.where(i < 2, 0, 8), group]
+    return tile[np.where(i < 2, group, group + 8), pair]
 
 
 def registers(tile, kind):
@@ -204,9 +196,8 @@ def test_where_threads_are_and_what_they_find(machine):
     out = machine.run("where", None, (3, 40, 4), np.int32, blocks=3, threads=40)
     assert (out[..., 0] == np.arange(40)).all() and (out[..., 1] == np.arange(3)[:, None]).all()
     assert (out[..., 2:] == (40, 3)).all()
-    out = np.zeros(300, np.uint8)
-    assert machine.error("first_bytes", shared=300, n=300, out=out) is None
-    assert np.isnan(floats(out.view(np.uint32))).all(), "shared memory is NaN at first"
+    out = machine.run("first_bytes", None, 75, np.uint32, shared=300, n=300)
+    assert np.isnan(floats(out)).all(), "shared memory is NaN at first"
 
 
 def test_order_of_threads(machine):
@@ -226,34 +217,30 @@ def test_order_of_threads(machine):
 # A kernel without a race, and what is found when it gets one.
 
 STEPS, BLOCKS = 7, 3
+MATRICES = bf16(np.random.default_rng(0).standard_normal((BLOCKS, STEPS, 16, 16)))
 
 
 def chain(machine, missing="NOTHING", schedule=(0, 0, 0)):
-    given = bf16(np.random.default_rng(0).standard_normal((BLOCKS, STEPS, 16, 16)))
     out = np.full((BLOCKS, 4, 16, 16), 0xFFFF, np.uint16)
-    message = machine.error(f"chain<{missing}>", BLOCKS, 128, 3 * 512 + 4 * 512, given=given, out=out, n=STEPS,
-                            schedule=schedule)
-    return message, out
+    return machine.error(f"chain<{missing}>", BLOCKS, 128, 3 * 512 + 4 * 512, given=MATRICES, out=out, n=STEPS,
+                         schedule=schedule), out
+
+
+def numbers(halves):
+    return torch.from_numpy(halves.view(np.int16)).view(torch.bfloat16).double()
 
 
 def test_same_bits_in_every_schedule(machine):
     message, out = chain(machine)
     assert message is None
-    given = torch.from_numpy(bf16(np.random.default_rng(0).standard_normal((BLOCKS, STEPS, 16, 16))).view(np.int16))
-    given, own = given.view(torch.bfloat16).double(), torch.eye(16, dtype=torch.float64).repeat(BLOCKS, 1, 1)
-    for step in range(STEPS):
-        own = own @ given[:, step]
+    own = torch.eye(16, dtype=torch.float64).repeat(BLOCKS, 1, 1)
+    for given in numbers(MATRICES).unbind(1):
+        own = own @ given
         own = (own / own.abs().sum((1, 2), keepdim=True)).bfloat16().double()
-    found = torch.from_numpy(out.view(np.int16)).view(torch.bfloat16).double()
-    assert (found - own[:, None]).abs().max() < 0.02 * own.abs().max()
+    assert (numbers(out) - own[:, None]).abs().max() < 0.02 * own.abs().max()
     for schedule in SCHEDULES:
         message, other = chain(machine, schedule=schedule)
         assert message is None and (other == out).all(), schedule
-
-
-@pytest.mark.parametrize("missing", ("WAIT", "BARRIER", "LAST_BARRIER"))
-def test_missing_synchronisation_differs_between_schedules(machine, missing):
-    assert len({chain(machine, missing, schedule)[1].tobytes() for schedule in SCHEDULES}) > 1
 
 
 def test_portable_context_switch():
@@ -287,6 +274,11 @@ def test_races_differ_between_schedules(machine, kernel):
     assert (len(results) > 1) == (EXCHANGES[kernel] is not None)
 
 
+@pytest.mark.parametrize("missing", ("WAIT", "BARRIER", "LAST_BARRIER"))
+def test_missing_synchronisation_differs_between_schedules(machine, missing):
+    assert len({chain(machine, missing, schedule)[1].tobytes() for schedule in SCHEDULES}) > 1
+
+
 @pytest.mark.parametrize("schedule", [(FORWARDS, 0, LATE), (BACKWARDS, 0, LATE), (RANDOM, 1, ANY_TIME)])
 def test_races_are_named(watched, schedule):
     """Whatever the schedule; the line of the source, too, and where no schedule of fibers shows a difference."""
@@ -308,9 +300,8 @@ def test_races_are_named(watched, schedule):
     assert code <= set(re.findall(r"primitives.cu:\d+", message)), message
     assert "with no barrier in between" in error("shuffle_for_barrier")
     assert "global memory" in error("one_place", n=1) and "global memory" in error("one_place", blocks=2)
-    assert "another block" in error("one_place", blocks=2)
-    assert "another block" in error("tell_blocks", blocks=2)
-    assert error("one_place") is None and error("tell_blocks") is None
+    for kernel in ("one_place", "tell_blocks"):
+        assert error(kernel) is None and "another block" in error(kernel, blocks=2)
     assert chain(watched, schedule=schedule)[0] is None
     for missing, text in dict(WAIT="not waited for", BARRIER="", LAST_BARRIER="", WARP_BARRIER="no barrier").items():
         message, _ = chain(watched, missing, schedule)
@@ -330,40 +321,42 @@ def test_errors(machine, order):
         return message
 
     stuck = "block 0: some threads wait for others that never come: "
-    assert error("some_skip_barrier", n=64) is None
-    assert error("some_skip_barrier", n=40) == stuck + "threads 0-39 wait at sync_block; threads 40-63 have ended"
-    assert error("some_skip_collective", n=33) == stuck + (
-        "threads 32, 34-63 wait in shuffle; threads 0-31, 33 have ended")
-    assert error("barrier_or_collective", n=8) == stuck + (
-        "threads 0-7, 32-39 wait at sync_block; threads 8-31, 40-63 wait in sync_warp")
+    assert error("some_skip_barrier", n=64) is None and error("tiles_at", n=1024 - 16) is None
     assert error("barrier_or_collective", n=32, threads=33) is None
-    assert "wait in sync_warp" in error("barrier_or_collective", threads=48)
-    message = error("different_collectives", n=3)
+    for kernel, n, said in (
+            ("some_skip_barrier", 40, stuck + "threads 0-39 wait at sync_block; threads 40-63 have ended"),
+            ("some_skip_collective", 33, stuck + "threads 32, 34-63 wait in shuffle; threads 0-31, 33 have ended"),
+            ("barrier_or_collective", 8, stuck + "threads 0-7, 32-39 wait at sync_block; "
+                                                 "threads 8-31, 40-63 wait in sync_warp"),
+            ("write_at", 1024, "block 0: byte 1024 of shared memory was written, which has 1024"),
+            ("write_at", -1, "block 0: byte -1 of shared memory was written, which has 1024")):
+        assert error(kernel, n=n) == said
+    assert "wait in sync_warp" in error("barrier_or_collective", threads=48), "half a warp"
     assert re.fullmatch(r"block 0: thread \d+: in shuffle_\w+, while other lanes of its warp are in shuffle_\w+",
-                        message)
+                        error("different_collectives", n=3))
     assert re.search(r"thread \d+: ended with 1 copies that it did not wait for", error("unawaited"))
-    assert "copy_async: the address in shared memory (byte 8) is not a multiple of 16" in error("copy_at", n=8)
-    assert "copy_async: the address in global memory is not a multiple of 16" in error("copy_source_at", n=4)
-    assert "copy_async: the source is in shared memory" in error("copy_source_at", n=-1)
-    assert "copy_async: byte 1024 of shared memory, which has 1024" in error("copy_at", n=1024)
-    assert "load_tiles: the address in shared memory (byte 2) is not a multiple of 16" in error("tiles_at", n=2)
-    assert "load_tiles: byte -16 of shared memory, which has 1024" in error("tiles_at", n=-16)
-    assert error("tiles_at", n=1024 - 16) is None
-    assert error("write_at", n=1024) == "block 0: byte 1024 of shared memory was written, which has 1024"
-    assert error("write_at", n=-1) == "block 0: byte -1 of shared memory was written, which has 1024"
+    for kernel, n, said in (
+            ("copy_at", 8, "copy_async: the address in shared memory (byte 8) is not a multiple of 16"),
+            ("copy_source_at", 4, "copy_async: the address in global memory is not a multiple of 16"),
+            ("copy_source_at", -1, "copy_async: the source is in shared memory"),
+            ("copy_at", 1024, "copy_async: byte 1024 of shared memory, which has 1024"),
+            ("tiles_at", 2, "load_tiles: the address in shared memory (byte 2) is not a multiple of 16"),
+            ("tiles_at", -16, "load_tiles: byte -16 of shared memory, which has 1024")):
+        assert said in error(kernel, n=n)
 
 
 def test_refused_launches(machine):
     def error(**how):
         return machine.error("first_bytes", out=np.zeros(16, np.uint8), n=16, **{"shared": 16, **how})
 
-    for how in (dict(blocks=0), dict(threads=0), dict(threads=1025)):
-        assert "invalid configuration argument" in error(**how)
-    assert error(shared=48 << 10) is None and error(threads=1024) is None
-    kernels_own = dict(shared=100 << 10)
-    assert "102400 bytes of shared memory, more than cudaFuncSetAttribute allowed" in error(**kernels_own)
-    assert "invalid argument: 232449 bytes" in error(allow=(227 << 10) + 1)
-    assert error(**kernels_own, allow=100 << 10) is None and error(**kernels_own) is None
+    too_much = "102400 bytes of shared memory, more than cudaFuncSetAttribute allowed"
+    for how, said in ((dict(blocks=0), "invalid configuration argument"), (dict(threads=0), "invalid configuration"),
+                      (dict(threads=1025), "invalid configuration argument"), (dict(shared=100 << 10), too_much),
+                      (dict(allow=(227 << 10) + 1), "invalid argument: 232449 bytes")):
+        assert said in error(**how)
+    for how in (dict(shared=48 << 10), dict(threads=1024), dict(shared=100 << 10, allow=100 << 10),
+                dict(shared=100 << 10)):
+        assert error(**how) is None, "the last by what the one before it allowed"
 
 
 # Sanitizers, in processes of their own.

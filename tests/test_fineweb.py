@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -45,32 +44,32 @@ def world(tmp_path_factory):
     if len(every()) % 2:
         texts[-1] += "1"
     for i, part in enumerate((texts[:350], texts[350:])):
-        n = len(part)
-        pq.write_table(pa.table(dict(
-            text=part, id=[f"<urn:uuid:{k}>" for k in range(n)], dump=["CC-MAIN-2013-20"] * n, url=["http://x"] * n,
-            date=["2013-05-18T05:48:54Z"] * n, file_path=["s3://x"] * n, language=["en"] * n,
-            language_score=[0.99] * n, token_count=[9] * n)), folder / f"{i:03d}_00000.parquet", row_group_size=100)
+        more = dict.fromkeys(("id", "dump", "url", "date", "file_path", "language"), ["x"] * len(part))
+        table = pa.table(dict(more, text=part, language_score=[0.99] * len(part), token_count=[9] * len(part)))
+        pq.write_table(table, folder / f"{i:03d}_00000.parquet", row_group_size=100)
     return folder, every()
 
 
 @pytest.fixture
-def start(world, tmp_path):
-    def call(*arguments, out=tmp_path / "out", script=SCRIPT, **flags):
-        more = {key: flags.pop(key) for key in list(flags) if key.isupper()}
-        flags = dict(version="10B", input=world[0], vocab=world[0] / "ranks", shard_size=SIZE, workers=1) | flags
+def run(world, tmp_path):
+    """Runs the script as a user would, to its end or until a file is there: then kill -9."""
+    def call(until=None, preload="", **flags):
+        flags = dict(version="10B", input=world[0], vocab=world[0] / "ranks", shard_size=SIZE, workers=1,
+                     out=tmp_path / "out") | flags
+        flags = [str(part) for key, value in flags.items() if value is not None for part in (f"--{key}", value)]
         env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        env.update(HF_HOME=str(world[0] / "home"), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", PYTHONUTF8="1", **more)
-        return subprocess.Popen([sys.executable, str(script), "--out", str(out), *map(str, arguments), *(
-            str(part) for key, value in flags.items() if value is not None for part in (f"--{key}", value))],
-            env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return call
-
-
-@pytest.fixture
-def run(start):
-    def call(*arguments, **flags):
-        process = start(*arguments, **flags)
-        process.output, process.errors = process.communicate(timeout=120)
+        env.update(HF_HOME=str(world[0] / "home"), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", PYTHONUTF8="1")
+        process = subprocess.Popen([sys.executable, str(SCRIPT), *flags], env=env | dict(PYTHONPATH=str(preload)),
+                                   text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            for _ in range(2400 if until else 0):
+                if until.exists() or process.poll() is not None:
+                    process.kill()
+                    break
+                time.sleep(0.01)
+            process.output, process.errors = process.communicate(timeout=120)  # when its workers have ended, too
+        finally:
+            process.kill()
         assert "Traceback" not in process.errors, process.errors
         return process
     return call
@@ -114,10 +113,10 @@ def test_shards_are_the_documents(run, world, tmp_path):
     stream = train_rwkv7.TokenStream(tmp_path / "out", "train", len(world[1]) - SIZE, "some steps")
     assert np.array_equal(stream.read(0, len(stream)), world[1][SIZE:])
 
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.*")}
-    again = run()
+    written = lambda: {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.*")}
+    before, again = written(), run()
     assert again.returncode == 0 and "intact, nothing to make" in again.output, again.errors
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.*")}
+    assert written() == before
 
 
 def test_the_last_shard_may_be_full(run, world, tmp_path):
@@ -128,36 +127,20 @@ def test_the_last_shard_may_be_full(run, world, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").glob("*.bin")) == [name(1), name(0)]
 
 
-@pytest.mark.parametrize("workers", (2, 5))
-def test_any_number_of_workers(run, world, tmp_path, workers):
-    assert run(workers=workers).returncode == 0
-    whole(tmp_path / "out", world[1])
-
-
-def test_killed_it_goes_on(start, run, world, tmp_path):
-    process = start()
-    try:
-        for _ in range(2400):
-            if (tmp_path / "out" / name(1)).exists() or process.poll() is not None:
-                break
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.communicate(timeout=60)  # ends when its workers, which hold the pipes, have ended too
-    shards = sorted((tmp_path / "out").glob("fineweb_*.bin"))
-    assert shards, "killed too early to say anything"
-    kept = {path: path.stat().st_mtime_ns for path in shards[:1]}
+def test_killed_it_goes_on(run, world, tmp_path):
+    run(until=tmp_path / "out" / name(1))
+    kept = sorted((tmp_path / "out").glob("fineweb_*.bin"))[0]  # else killed too early to say anything
+    before = kept.stat().st_mtime_ns
     done = run(workers=2)
     assert done.returncode == 0 and ("going on in document" in done.errors or "intact" in done.output), done.errors
     whole(tmp_path / "out", world[1])
-    assert all(path.stat().st_mtime_ns == mtime for path, mtime in kept.items())
+    assert kept.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("kind, number", (("bin", 2), ("json", 2)))
+@pytest.mark.parametrize("kind", ("bin", "json"))
 @pytest.mark.parametrize("when", ("before", "after"))
-def test_killed_at_any_moment(run, world, tmp_path, kind, number, when):
-    """Just before and just after the rename of a shard or of the manifest."""
+def test_killed_at_any_moment(run, world, tmp_path, kind, when):
+    """Just before and just after the second rename of a shard or of the manifest."""
     (tmp_path / "sitecustomize.py").write_text(f"""
 import os
 rename, count = os.replace, 0
@@ -165,19 +148,20 @@ def replace(source, target):
     global count
     count += str(target).endswith({kind!r})
     {when == 'after'} and rename(source, target)
-    if count == {number}:
+    if count == 2:
         os._exit(9)
     {when == 'before'} and rename(source, target)
 os.replace = replace
 """)
-    assert run(PYTHONPATH=tmp_path).returncode == 9
+    assert run(preload=tmp_path).returncode == 9
     done = run()
     assert done.returncode == 0, done.errors
     whole(tmp_path / "out", world[1])
 
 
-def test_what_is_damaged_is_made_again(run, world, tmp_path):
-    assert run().returncode == 0
+def test_any_number_of_workers_and_what_is_damaged_is_made_again(run, world, tmp_path):
+    assert run(workers=5).returncode == 0
+    whole(tmp_path / "out", world[1])
     data = bytearray((tmp_path / "out" / name(4)).read_bytes())
     data[3000] ^= 1
     (tmp_path / "out" / name(4)).write_bytes(data)

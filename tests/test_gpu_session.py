@@ -55,7 +55,7 @@ def test_a_kernel_that_cannot_be_built(tmp_path, monkeypatch):
     facts, output = gpu.build(SimpleNamespace(device="cuda", out=tmp_path), 100)
     assert not facts["ok"] and "Traceback" not in output
     page = "\n".join(gpu.section("build", facts))
-    assert "| train_rwkv7 | cuda | NO | " in page and "wkv7 cuda not built: " in page
+    assert "| train_rwkv7 | cuda | NO | " in page and "wkv7 cuda cannot be had: " in page
 
 
 def test_gpu_tests_on_a_cpu():
@@ -115,7 +115,7 @@ def test_command_lines_of_a_gpu(tmp_path, monkeypatch):
         module = importlib.import_module(script)
         job = dict(device="cuda", device_bsz=micro, flags=flags, data=str(tmp_path))
         args = module.Hyperparameters.parse(gpu.run_flags(job))
-        module.resolve(args, 1)
+        module.resolve(args)
         assert (args.track, args.device, args.dtype, args.bsz, args.seq_len) == ("fineweb", "cuda", "bf16", micro, 1024)
         assert args.steps == 38
         args.bsz = args.device_bsz = 2  # for which there are tokens here

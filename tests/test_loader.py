@@ -222,10 +222,10 @@ def test_too_few_shards_of_fineweb(tmp_path, name):
     for i in range(1, 10):
         write_sparse_shard(folder / f"fineweb_train_{i:06d}.bin", 100_000_000)
     message = refusal(lambda: script.TokenStream(folder, "train", 3200 * 524288 + 1, "3200 steps"))
-    assert message == (f"3200 steps need 17 train shards of 100M tokens, found 9 (900M) in {folder}: "
-                       f"python data/cached_{name}.py 17")
+    assert message == (f"3200 steps need 1,678M train tokens; {folder} has 900M in 9 shards, at --epochs 1. "
+                       f"Fewer --steps, more --epochs or more text: python data/cached_{name}.py 17")
     assert len(script.TokenStream(folder, "train", 900_000_000, "1716 steps").paths) == 9
-    refusal(lambda: script.TokenStream(folder, "train", 900_000_001, "1717 steps"), "1717 steps need 10 train shards")
+    refusal(lambda: script.TokenStream(folder, "train", 900_000_001, "1717 steps"), "1717 steps need 900M train tokens")
 
 
 def test_no_shards(tmp_path):
@@ -240,7 +240,7 @@ def test_no_shards(tmp_path):
 def test_too_few_tokens_for_the_epochs(folder):
     assert len(script.TokenStream(folder, "train", 3 * TOTAL, "9 steps", repeat=3)) == TOTAL
     refusal(lambda: script.TokenStream(folder, "train", 3 * TOTAL + 1, "9 steps", repeat=3), "9 steps need", folder,
-            "--epochs 3", "fewer --steps")
+            "--epochs 3", "Fewer --steps")
     assert len(script.TokenStream(folder, "train", 10 * TOTAL, "as many as there are", repeat=0)) == TOTAL
 
 

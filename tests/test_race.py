@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from helpers import ROOT, environment, tree
+from helpers import ROOT, command, environment, only_record, tiny, tree
 
 sys.path.append(str(ROOT / "records"))
 import race  # noqa: E402
@@ -263,3 +263,21 @@ def test_crossing():
     assert abs(step - 2.5) < 1e-9 and abs(seconds - ms / 4e3) < 1e-9
     assert race.crossing(result, 1.0)[0] == 10 and race.crossing(result, 0.99) is None
     assert race.crossing(result, 2.5) == (0, 0)
+
+
+def test_runs_get_the_environment_that_the_launcher_gives():
+    """Freed memory and OpenMP's spinning are a fifth of a step on a CPU: both ways to start a run set the same."""
+    done = subprocess.run(["bash", "-euc", ". ./setup.sh; cpu_environment; env"], cwd=ROOT, text=True,
+                          capture_output=True, env={"PATH": os.environ["PATH"], "GOMP_SPINCOUNT": "7"})
+    given = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    assert {name: given.get(name) for name in race.CPU_ENVIRONMENT} == {**race.CPU_ENVIRONMENT, "GOMP_SPINCOUNT": "7"}
+
+
+@pytest.mark.skipif(bool(race.count_gpus()), reason="for machines without a GPU")
+def test_the_record_names_them(tmp_path, finished_run):
+    """What a run is given is in its record, from which verify.py --replay takes it."""
+    env = {**environment(), **race.CPU_ENVIRONMENT}
+    flags = tiny("train_gpt2", finished_run("train_gpt2") / "data", tmp_path, "--steps", 2)
+    assert subprocess.run(command("train_gpt2", *flags), env=env, capture_output=True).returncode == 0
+    variables = only_record(tmp_path)[2]["environment"]["variables"]
+    assert race.CPU_ENVIRONMENT.items() <= variables.items(), variables

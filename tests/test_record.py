@@ -300,7 +300,7 @@ def test_an_interrupted_run_says_so(tmp_path, number):
     checkpoint, = (tmp_path / "checkpoints" / path.name).iterdir()
     step = int(checkpoint.name[4:])
     reason = f"after step {step} of 20000, checkpoint {checkpoint}"
-    assert message == f"train_gpt2.py: interrupted {reason}; the log so far: {path}/log.txt"
+    assert message == f"train_gpt2.py: interrupted {reason}; the log: {path}/log.txt"
     assert log.endswith(f"\nend: interrupted by {number.name} {reason}\n")
     assert f"\nstep:{step}/20000 train_loss" in log and f"\nstep:{step + 1}/" not in log
 

@@ -388,7 +388,6 @@ def toy(tmp_path_factory):
     ("same", "inside"), ("far", "OUTSIDE"), ("flag", None), ("data", None), ("damaged", None), ("list", None),
     ("words", None), ("missing", None), ("other machine flags", "inside")))
 def test_a_run_is_held_against_its_reference(toy, tmp_path, monkeypatch, capsys, case, said):
-    import train_gpt2
     data, path = toy
     reference, flags = json.loads(path.read_text()), ["--random_seed", 4]
     if case == "far":
@@ -402,26 +401,21 @@ def test_a_run_is_held_against_its_reference(toy, tmp_path, monkeypatch, capsys,
         data = make_corpus(tmp_path / "data", train=(4001,), val=(450,))
     text = {"damaged": path.read_text()[:300], "list": "[1, 2]", "words": json.dumps(
         dict(reference, curve=[dict(step=0, mean="low", band=None)]))}.get(case, json.dumps(reference))
-    root = tmp_path / "root"
-    (root / "records" / "reference").mkdir(parents=True)
+    (tmp_path / "root" / "records" / "reference").mkdir(parents=True)
     if case != "missing":
-        (root / "records" / "reference" / path.name).write_text(text)
-    script = shutil.copy(ROOT / "train_gpt2.py", root)
-    monkeypatch.setattr(train_gpt2, "__file__", str(script))
+        (tmp_path / "root" / "records" / "reference" / path.name).write_text(text)
     run_here("train_gpt2", *tiny("train_gpt2", data, tmp_path / "records", *flags))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert len(lines) == 4, lines
-    point = reference["curve"][1]
-    told = f", reference {point['mean']:.4f} ± {point['band']:.4f}: {said}  "
-    assert all("reference" not in line for line in lines) if said is None else told in lines[1], lines
+    monkeypatch.setattr(module, "ROOT", tmp_path / "root")
+    capsys.readouterr()
+    folder, = (tmp_path / "records").iterdir()
+    assert module.main(["--summary", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[0].startswith("validation loss ") and "s of training" in lines[1]
+    point = reference["curve"][-1]
+    told = f"; reference at step {point['step']}: {point['mean']:.4f} ± {point['band']:.4f}: {said}"
+    assert "reference" not in lines[0] if said is None else lines[0].endswith(told), lines
+    assert lines[0].count("reference") == (4 if case == "far" else said is not None)
 
 
-def test_a_flag_newer_than_the_reference_must_be_at_its_default(toy):
-    import train_gpt2
-    reference = json.loads(toy[1].read_text())
-    assert "softcap" in reference["config"] and "order" in reference["config"]
-    assert not set(reference["config"]) & {*module.OWN, *module.MACHINE}
-    for name in (*module.OWN, *module.MACHINE):
-        scripts = [__import__(script).Hyperparameters() for script in ("train_gpt2", "train_rwkv7")]
-        assert any(hasattr(args, name) for args in scripts), f"{name} is no flag any more"
-    assert train_gpt2.reference_curve(train_gpt2.Hyperparameters(track="tiny"), {}) == {}
+def test_a_summary_of_what_is_no_finished_run(tmp_path):
+    refused(report("--summary", tmp_path), "result.json")

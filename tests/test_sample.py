@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import random
+import re
+import shutil
 import sys
 import types
 from dataclasses import asdict
@@ -74,6 +76,16 @@ def say(capsys):
     return call
 
 
+@pytest.fixture
+def refused(say):
+    """A call that must say what is wrong in one line, with these words, and do nothing else."""
+    def call(*argv, words, status=1):
+        out, err = say(*argv, status=status)
+        assert out == "" and err.startswith("sample.py: ") and err.count("\n") == 1, err
+        assert not [word for word in words if word not in err], err
+    return call
+
+
 # Samplers, each against its formula in plain Python
 
 
@@ -87,51 +99,32 @@ def distributions():
         yield [n / 64 for n in counts]
 
 
-def normal(p, kept):
+RULES = dict(top_k=lambda p, rank, before, best, k: rank < k,
+             top_p=lambda p, rank, before, best, share, x=1.0: before < share or p > x,
+             min_p=lambda p, rank, before, best, m: p >= m * best,
+             top_a=lambda p, rank, before, best, a: p >= a * best ** 2)
+FLAGS = [("top_k", [(1,), (2,), (3,), (7,), (100,)]), ("top_p", [(0.0,), (0.25,), (0.5,), (33 / 64,), (1.0,)]),
+         ("top_p", [(0.25, 0.0), (0.5, 3 / 64), (0.0, 5 / 64), (0.5, 1.0)]), ("min_p", [(0.05,), (0.5,), (1.0,)]),
+         ("top_a", [(0.2,), (1.0,), (2.5,), (1e9,)])]
+
+
+def plain(name, p, *flags):
+    """What a rule keeps of p, and the best token whatever it says, scaled to the sum 1; the lower id first."""
+    order = sorted(range(len(p)), key=lambda i: (-p[i], i))
+    before = itertools.accumulate((p[i] for i in order), initial=0)
+    kept = {i for rank, (i, sum_before) in enumerate(zip(order, before))
+            if rank == 0 or RULES[name](p[i], rank, sum_before, p[order[0]], *flags)}
     total = sum(p[i] for i in kept)
     return [p[i] / total if i in kept else 0.0 for i in range(len(p))]
 
 
-def by_rank(p):
-    return sorted(range(len(p)), key=lambda i: (-p[i], i))
-
-
-def plain_top_k(p, k):
-    return normal(p, set(by_rank(p)[:k]))
-
-
-def plain_top_p(p, share, x=1.0):
-    kept, total = set(), 0.0
-    for i in by_rank(p):
-        if total < share or p[i] > x or not kept:
-            kept.add(i)
-        total += p[i]
-    return normal(p, kept)
-
-
-def plain_min_p(p, m):
-    return normal(p, {i for i in range(len(p)) if p[i] >= m * max(p)} | {by_rank(p)[0]})
-
-
-def plain_top_a(p, a):
-    return normal(p, {i for i in range(len(p)) if not p[i] < a * max(p) ** 2} | {by_rank(p)[0]})
-
-
-FILTERS = {
-    "top_k": [(1,), (2,), (3,), (7,), (100,)], "top_p": [(0.0,), (0.25,), (0.5,), (33 / 64,), (1.0,)],
-    "top_p with x": [(0.25, 0.0), (0.5, 3 / 64), (0.0, 5 / 64), (0.5, 1.0)],
-    "min_p": [(0.05,), (0.5,), (1.0,)], "top_a": [(0.2,), (1.0,), (2.5,), (1e9,)]}
-
-
-@pytest.mark.parametrize("name", FILTERS)
-def test_filters(name):
-    function, plain = getattr(sample, name.split()[0]), globals()[f"plain_{name.split()[0]}"]
+@pytest.mark.parametrize("name, values", FLAGS)
+def test_filters(name, values):
     changed = 0
-    for p, flags in itertools.product(distributions(), FILTERS[name]):
-        got = function(torch.tensor(p, dtype=torch.float64), *flags)
-        want = plain(p, *flags)
+    for p, flags in itertools.product(distributions(), values):
+        got, want = getattr(sample, name)(torch.tensor(p, dtype=torch.float64), *flags), plain(name, p, *flags)
         assert (got - torch.tensor(want, dtype=torch.float64)).abs().max() < 1e-15, (p, flags)
-        assert got[by_rank(p)[0]] > 0, "the best token stays"
+        assert got[p.index(max(p))] > 0, "the best token stays"
         changed += want != p
     assert changed > 60
 
@@ -181,9 +174,9 @@ def test_order_of_the_samplers():
         x = [v if not s else v / f.repetition if v > 0 else v * f.repetition for v, s in zip(z, seen)]
         x = [v - f.presence * (c > 0) - f.frequency * c for v, c in zip(x, count)]
         p = [math.exp(v / f.temperature) for v in x]
-        p = plain_top_k([v / sum(p) for v in p], f.top_k or len(p))
-        p = plain_top_p(p, f.top_p, f.top_p_x) if f.top_p < 1 else p
-        p = plain_top_a(plain_min_p(p, f.min_p), f.top_a)
+        p = plain("top_k", [v / sum(p) for v in p], f.top_k or len(p))
+        p = plain("top_p", p, f.top_p, f.top_p_x) if f.top_p < 1 else p
+        p = plain("top_a", plain("min_p", p, f.min_p), f.top_a)
         for u in ((j + 0.5) / 53 for j in range(53)):
             want = next(i for i, below in enumerate(itertools.accumulate(p)) if u < below)
             got = sample.choose(torch.tensor(z, dtype=torch.float64), torch.tensor(seen), torch.tensor(count), f, u)
@@ -197,8 +190,6 @@ def test_edges_of_choosing():
     assert pick([1.0, 3.0, 3.0, 0.0], temperature=0) == 1, "greedy, the lower id among equals"
     assert {pick([-inf, 2.0, -inf, 2.0], u / 50) for u in range(50)} == {1, 3}
     assert {pick([0.0] * 4, u / 50, top_k=2) for u in range(50)} == {0, 1}, "ties at the edge"
-    for flags in (dict(top_p=0.0), dict(top_a=1e9), dict(min_p=1.0), dict(top_k=1), dict(top_p=0.0, top_p_x=0.99)):
-        assert {pick([0.5, 1.0, 0.9, -inf], u / 50, **flags) for u in range(50)} == {1}, flags
     for bad in ([math.nan, 1.0, 1.0, 1.0], [-inf] * 4, [inf, 0.0, 0.0, 0.0]):
         for t in (0, 1.0):
             with pytest.raises(ValueError, match="not finite"):
@@ -249,30 +240,34 @@ def test_a_sample_is_the_same_however_many(path, say, monkeypatch):
     monkeypatch.setattr(recurrent.Model, "prefill", lambda *a, **k: reads.append(1) or prefill(*a, **k))
     three, one = say(*flags, "--num_samples", 3)[0], say(*flags)[0]
     assert len(reads) == 2
-    parts = three.split("--- sample ")
-    assert parts[0] == "" and [part[:7] for part in parts[1:]] == ["1 of 3\n", "2 of 3\n", "3 of 3\n"]
-    texts = [part[7:] for part in parts[1:]]
-    assert texts[0] == one and len(set(texts)) == 3 and all(text.startswith("The state of") for text in texts)
-    assert say(*flags, "--num_samples", 3)[0] == three, "the same again"
+    begin, *texts = re.split(r"--- sample \d of 3\n", three)
+    assert begin == "" and texts[0] == one and len(set(texts)) == 3
+    assert all(text.startswith("The state of") for text in texts)
     assert say(*flags, "--seed", 2)[0] != one
     together = say(*flags, "--num_samples", 3, "--batch", 3)[0]
     assert together == three, "in fp32 a batch rounds alike on this machine, but for rare luck"
 
 
-def test_the_mark_is_not_penalised(gpt):
-    args = types.SimpleNamespace(start="aba", load_state=None, mark=True)
-    prompt, state, tokens, seen, count, waiting = sample.begin(recurrent.load(gpt), sample.tokenizers.Bytes(), args)
-    assert (prompt, tokens.tolist(), waiting) == ("aba", [256, 97, 98, 97], b"") and state.position == 0
-    assert seen[0].nonzero().flatten().tolist() == [97, 98] and not count.any(), "the prompt is not counted"
+def test_where_a_text_begins(gpt, tmp_path):
+    """Prompts are seen but not counted, the mark neither; after a state, a prompt ends a character that was cut."""
+    model, file = recurrent.load(gpt), tmp_path / "state"
+    model.new_state().save(file, model, pending=7, seen=[7], count={"7": 2}, waiting=[0xE2])
+    for start, load, read, seen_then, counts, left in (
+            ("aba", None, [256, 97, 98, 97], [97, 98], {}, b""), ("", file, [7], [7], {7: 2}, b"\xe2"),
+            ("x", file, [7, 120], [7, 120], {7: 2}, b"")):
+        args = types.SimpleNamespace(start=start, load_state=load, mark=True)
+        prompt, state, tokens, seen, count, waiting = sample.begin(model, sample.tokenizers.Bytes(), args)
+        assert (prompt, state.position, tokens.tolist(), waiting) == (start, 0, read, left)
+        assert seen[0].nonzero().flatten().tolist() == seen_then
+        assert {i: n for i, n in enumerate(count[0].tolist()) if n} == counts
 
 
 def test_prompts(gpt, say, tmp_path):
     long = TEXT.decode("utf-8", "ignore")
     (tmp_path / "prompt.txt").write_text(long, encoding="utf-8")
-    out, notes = say(gpt, "--start", f"FILE:{tmp_path / 'prompt.txt'}", "--max_new_tokens", 5)
-    assert out.startswith(long) and f"{len(long.encode()) + 1} tokens read" in notes and "5 drawn" in notes
-    assert "[train_gpt2, step 1: 1 tokens read" in say(gpt, "--max_new_tokens", 5)[1], "the document mark alone"
-    assert "[train_gpt2, step 1: 3 tokens read" in say(gpt, "--start", "abc", "--no-mark", "--max_new_tokens", 1)[1]
+    assert say(gpt, "--start", f"FILE:{tmp_path / 'prompt.txt'}", "--max_new_tokens", 5)[0].startswith(long)
+    for flags, read in (([], 1), (["--start", "abc"], 4), (["--start", "abc", "--no-mark"], 3)):
+        assert f"[train_gpt2, step 1: {read} tokens read" in say(gpt, *flags, "--max_new_tokens", 1)[1]
 
 
 class Fixed:
@@ -307,9 +302,9 @@ def test_stops_at_the_mark_and_never_draws_padding():
 
 
 def test_penalties_count_the_text():
-    assert drawn([[1.0, 0.9, -9.0]] * 4, presence=0.5)[0] == [[0], [1], [0], [0]]
-    assert drawn([[1.0, 0.9, -9.0]] * 4, frequency=0.5)[0] == [[0], [1], [0], [1]]
-    assert drawn([[1.0, 0.9, -9.0]] * 4, repetition=2.0)[0] == [[0], [1], [0], [0]]
+    for flags, ids in ((dict(presence=0.5), [0, 1, 0, 0]), (dict(frequency=0.5), [0, 1, 0, 1]),
+                       (dict(repetition=2.0), [0, 1, 0, 0])):
+        assert drawn([[1.0, 0.9, -9.0]] * 4, **flags)[0] == [[i] for i in ids]
     assert drawn([[0.9, 0.9, 1.0]] * 3, repetition=2.0, presence=1.0, go_on=True)[0] == [[2]] * 3, "but not the mark"
 
 
@@ -329,43 +324,19 @@ def test_a_saved_state_goes_on(path, say, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["half", "prompt"]
 
 
-def test_a_prompt_ends_a_character_that_was_cut(gpt, tmp_path):
-    model, file = recurrent.load(gpt), tmp_path / "state"
-    model.new_state().save(file, model, pending=7, seen=[7], count={"7": 2}, waiting=[0xE2])
-    for start, bytes_left in (("", b"\xe2"), ("x", b"")):
-        args = types.SimpleNamespace(start=start, load_state=file, mark=True)
-        _, _, tokens, seen, count, waiting = sample.begin(model, sample.tokenizers.Bytes(), args)
-        assert (tokens.tolist(), waiting) == ([7, *start.encode()], bytes_left)
-        assert count[0].nonzero().tolist() == [[7]] and count[0, 7] == 2 and seen.sum() == 1 + len(start)
-
-
-def test_states_that_do_not_fit(paths, gpt, say, tmp_path):
-    def refused(file, path, *parts):
-        out, err = say(path, "--load_state", file, status=1)
-        assert err.startswith("sample.py: ") and err.count("\n") == 1 and out == ""
-        for part in parts:
-            assert part in err
-    state = tmp_path / "state"
-    say(gpt, "--start", "x", "--max_new_tokens", 0, "--save_state", state)
-    refused(state, paths["train_rwkv7"], "another model")
-    refused(tmp_path / "gone", gpt, "gone", "--save_state")
-    (tmp_path / "noise").write_bytes(b"noise")
-    refused(tmp_path / "noise", gpt, "no saved state")
-    model = recurrent.load(gpt)
-    sample.open_tokenizer(model, types.SimpleNamespace(tokenizer=None))
-    model.new_state().save(state, model)
-    refused(state, gpt, "not saved by sample.py")
-    model.new_state(2).save(state, model, pending=1, seen=[], count={}, waiting=[])
-    refused(state, gpt, "not saved by sample.py")
+def test_states_that_do_not_fit(paths, gpt, say, refused, tmp_path):
+    """What recurrent.py finds is said in one line; and what lacks that of a text, or is of more than one."""
+    state, model = tmp_path / "state", recurrent.load(gpt)
     say(gpt, "--dtype", "int8", "--max_new_tokens", 2, "--save_state", state)
     say(gpt, "--dtype", "int8", "--max_new_tokens", 2, "--load_state", state)
-    refused(state, gpt, "dtype is int8")
-    model.new_state().save(state, model, pending=1, seen=[], count={}, waiting=[])
+    refused(gpt, "--load_state", state, words=["dtype is int8"])
+    refused(paths["train_rwkv7"], "--load_state", state, words=["another model"])
+    refused(gpt, "--load_state", tmp_path / "gone", words=["gone", "--save_state"])
+    for batch, facts in ((1, {}), (2, dict(pending=1, seen=[], count={}, waiting=[]))):
+        model.new_state(batch).save(state, model, **facts)
+        refused(gpt, "--load_state", state, words=["not saved by sample.py"])
     model.about["tokenizer"] = "another name"
     assert model.load_state(state)[0].position == 0, "the same vocabulary"
-    model.about["tokenizer_sha256"] = "other"
-    model.new_state().save(state, model, pending=1, seen=[], count={}, waiting=[])
-    refused(state, gpt, "tokenizer_sha256")
 
 
 # Check
@@ -393,29 +364,43 @@ def test_distance():
     assert sample.distance(z, None, true, None)["state"] is None
 
 
-def test_all_forms_agree(path, say, tmp_path):
+def test_all_forms_agree(path, say, tmp_path, monkeypatch):
+    """All of one checkpoint: another step may be saved between fp32 and bf16."""
     (tmp_path / "text").write_bytes(TEXT)
-    out = say(path, "--check", "--text", tmp_path / "text", "--tokens", 150)[0]
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "run").symlink_to(path.parent)
+    monkeypatch.setattr(recurrent, "CHECKPOINTS", tmp_path / "checkpoints")
+    loaded, load = [], recurrent.load
+    monkeypatch.setattr(recurrent, "load", lambda where, *a: loaded.append(where.resolve()) or load(where, *a))
+    out = say("latest", "--check", "--text", tmp_path / "text", "--tokens", 150)[0]
+    assert loaded == [path.resolve()] * 2
     lines = table(out)
     assert [line[:2] for line in lines] == [[d, f] for d in ("fp32", "bf16") for f in (
         "parallel", "one piece", "odd pieces", "one by one", "limit")]
     assert "all forms agree" in out and f"150 tokens of {tmp_path / 'text'}" in out
-    for line in lines:
-        if line[0] == "bf16" and line[1] != "limit":
-            assert float(line[3]) > 1e-4, "bf16 is bf16"
-    verdicts = [line[-1] for line in lines if line[1] != "limit"]
-    assert verdicts == ["ok"] * 4 + ["-", "ok, sets the limit of state", "ok", "ok"], "no limit holds what set it"
+    rows = [line for line in lines if line[1] != "limit"]
+    assert all(float(line[3]) > 1e-4 for line in rows if line[0] == "bf16"), "bf16 is bf16"
+    assert [line[-1] for line in rows] == [*["ok"] * 4, "-", "ok, sets the limit of state", "ok", "ok"], (
+        "no limit holds what set it")
 
 
-def test_check_without_data_or_vocabulary(paths, say, tmp_path, monkeypatch):
-    """The run's data is gone: sample.py's own head serves any vocabulary. A shard can be given too."""
+@pytest.mark.parametrize("name, digest, words", [
+    ("mine", "1" * 64, ["the model's tokenizer, mine, is not known here"]),
+    ("gpt2", None, ["tiktoken is not installed", "r50k_base.tiktoken"])])
+def test_without_data_or_vocabulary(name, digest, words, say, refused, tmp_path, monkeypatch):
+    """--check and the loss need none: sample.py's own head serves any vocabulary, only bytes are not known."""
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
     script, config, weights = scattered("train_gpt2")
     config.data = str(tmp_path / "gone")
-    path = write_checkpoint(tmp_path / "step000001", script, config, weights, tokenizer="mine", tokenizer_sha256="1")
-    assert "20 tokens of sample.py's own head" in say(path, "--check", "--tokens", 20)[0]
-    write_shard(tmp_path / "one.bin", [256, *TEXT[:600]])
-    out = say(path, "--check", "--tokens", 20, "--text", tmp_path / "one.bin")[0]
-    assert f"20 tokens of {tmp_path / 'one.bin'}" in out
+    path = write_checkpoint(tmp_path / "step000001", script, config, weights, tokenizer=name, tokenizer_sha256=digest)
+    shard = write_shard(tmp_path / "one.bin", [256, *TEXT[:600]])
+    for flags, source in (([], "sample.py's own head"), (["--text", shard], shard)):
+        assert f"20 tokens of {source}" in say(path, "--check", "--tokens", 20, *flags)[0]
+    got, out = evaluated(say, path, "--eval", shard)
+    assert got["tokens"] == 512 and "bits_per_byte" not in got and f"not known: {words[0]}" in out
+    refused(path, words=[*words, "--tokenizer FILE"])
+    if digest:
+        refused(path, "--tokenizer", "bytes", words=["wrong tokenizer", "mine, sha256 111111111111"])
 
 
 # Bugs that --check must find; made from outside, whatever the inside of recurrent.py. (the bug, its models)
@@ -461,27 +446,30 @@ def forgets_position(monkeypatch):
         x, cos[:1].expand_as(cos), sin[:1].expand_as(sin))))
 
 
-BUGS = {
-    "time mixing's shift is dropped": (forgets("att_x"), ["train_rwkv7", "train_rwkv6"]),
-    "channel mixing's shift is dropped": (forgets("ffn_x"), ["train_rwkv7"]),
-    "the heads' state is dropped": (forgets("wkv"), ["train_rwkv7", "train_rwkv6"]),
-    "it is dropped between pieces": (forgets("wkv", when=lambda T: T > 1), ["train_rwkv7", "train_rwkv6"]),
-    "it is dropped at single tokens": (forgets("wkv", when=lambda T: T == 1), ["train_rwkv7", "train_rwkv6"]),
-    "keys are dropped": (forgets("k"), ["train_gpt2"]), "values are dropped": (forgets("v"), ["train_gpt2"]),
-    "position is forgotten": (forgets_position, ["train_gpt2"]),
-    "v_first is forgotten": (ignores(blocks__1__att__v0=becomes(-1e9)), ["train_rwkv7", "train_rwkv7 x070"]),
-    "v_first is forgotten by the GPT": (ignores(blocks__1__att__mix=becomes(0)), ["train_gpt2"]),
-    "nothing decays": (ignores(blocks__1__att__w0=becomes(-1e9)), ["train_rwkv7 x070", "train_rwkv6"]),
-    "a small slip": (ignores(blocks__0__att__w0=lambda t: t + 0.02), ["train_rwkv7", "train_rwkv6"])}
+def not_a_number(monkeypatch):
+    right = recurrent.GPT2.softcap
+    monkeypatch.setattr(recurrent.GPT2, "softcap", lambda self, z: right(self, z) * math.nan)
 
 
-@pytest.mark.parametrize("bug, case", [(bug, case) for bug in BUGS for case in BUGS[bug][1]])
-def test_check_finds(bug, case, paths, say, monkeypatch, tmp_path):
+BUGS = [
+    ("time mixing's shift is dropped", forgets("att_x"), ["train_rwkv7", "train_rwkv6"]),
+    ("channel mixing's shift is dropped", forgets("ffn_x"), ["train_rwkv7"]),
+    ("the heads' state between pieces", forgets("wkv", when=lambda T: T > 1), ["train_rwkv7", "train_rwkv6"]),
+    ("the heads' state at single tokens", forgets("wkv", when=lambda T: T == 1), ["train_rwkv7", "train_rwkv6"]),
+    ("keys are dropped", forgets("k"), ["train_gpt2"]), ("values are dropped", forgets("v"), ["train_gpt2"]),
+    ("position is forgotten", forgets_position, ["train_gpt2"]), ("nothing is", not_a_number, ["train_gpt2"]),
+    ("nothing decays", ignores(blocks__1__att__w0=becomes(-1e9)), ["train_rwkv7 x070", "train_rwkv6"]),
+    ("a small slip", ignores(blocks__0__att__w0=lambda t: t + 0.02), ["train_rwkv7", "train_rwkv6"])]
+
+
+@pytest.mark.parametrize("name, bug, case", [(name, bug, case) for name, bug, cases in BUGS for case in cases])
+def test_check_finds(name, bug, case, paths, say, monkeypatch, tmp_path):
     (tmp_path / "text").write_bytes(TEXT)
-    BUGS[bug][0](monkeypatch)
+    bug(monkeypatch)
     out = say(paths[case], "--check", "--text", tmp_path / "text", "--tokens", 80, status=1)[0]
     assert "do NOT agree" in out
-    assert any(line[0] == "fp32" and line[-1].startswith("BROKEN: ") for line in table(out))
+    words = "BROKEN: logits" if name == "a small slip" else "BROKEN: logits, kl"
+    assert any(line[0] == "fp32" and line[-1].startswith(words) for line in table(out))
 
 
 def test_check_would_miss_no_weight(path):
@@ -493,13 +481,6 @@ def test_check_would_miss_no_weight(path):
     assert figures(changed(model))["logits"] < sample.FP32["logits"] / 10
     for name in (name for name in model.trained if name != "blocks.0.att.mix"):  # v is v_first there
         assert figures(changed(model, **{name: becomes(0)}))["logits"] > 3 * sample.FP32["logits"], name
-
-
-def test_check_of_not_a_number(gpt, say, monkeypatch, tmp_path):
-    right = recurrent.GPT2.softcap
-    monkeypatch.setattr(recurrent.GPT2, "softcap", lambda self, z: right(self, z) * math.nan)
-    (tmp_path / "text").write_bytes(TEXT)
-    assert "BROKEN: logits, kl" in say(gpt, "--check", "--text", tmp_path / "text", "--tokens", 20, status=1)[0]
 
 
 # Trained runs, and --eval
@@ -533,6 +514,8 @@ def test_eval_is_the_loss_of_training(run, say):
     assert final["val_loss"] < 4.5, "the run learned"
     assert f"{got['loss']:.4f} ± {got['standard_error']:.4f} nats per token" in out
     assert evaluated(say, path, "--eval", data / "val")[0]["loss"] == got["loss"]
+    out = say(path, "--check", "--tokens", 100)[0]
+    assert "all forms agree" in out and f"100 tokens of {data}/val" in out
 
 
 def test_eval_by_hand(run, say):
@@ -546,30 +529,20 @@ def test_eval_by_hand(run, say):
             return F.cross_entropy(model.logits(x[None, :-1])[0], x[1:], reduction="none").double().tolist()
     marks = [i for i in range(1500) if tokens[i] == 256]
     starts = [0, *(m for m in marks if m)]
-    document = [sum(s <= i for s in starts) for i in range(1500)]
     by_document = [nats(tokens[a:b + 1]) for a, b in zip(starts, [*starts[1:], 1500])]
     sequences = lambda size: [nats(tokens[i:i + size + 1]) for i in range(0, 1500, size)]
-    for flags, want in (((100,), sequences(100)), ((750,), sequences(750)), ((0,), by_document)):
-        losses = list(itertools.chain(*want))
-        got, out = evaluated(say, path, "--eval", data, "--context", *flags, "--eval_tokens", 1500)
-        assert got["tokens"] == len(losses) == 1500 and got["documents"] == len(starts) == len(set(document)) > 3
-        assert got["loss"] == pytest.approx(sum(losses) / 1500, abs=1e-6)
-        sums = {d: [0.0, 0, 0] for d in document}
-        for i, (d, loss) in enumerate(zip(document, losses)):
-            sums[d] = [sums[d][0] + loss, sums[d][1] + 1, sums[d][2] + (tokens[i + 1].item() < 256)]
-        D = len(sums)
-        for key, column, scale in (("standard_error", 1, 1), ("bits_standard_error", 2, math.log(2))):
-            n = sum(s[column] for s in sums.values())
-            mean = sum(losses) / scale / n
-            error = math.sqrt(D / (D - 1) * sum((s[0] / scale - mean * s[column]) ** 2 for s in sums.values())) / n
+    D, text = len(starts), (tokens[1:] < 256).numpy()
+    for context, want in ((100, sequences(100)), (750, sequences(750)), (0, by_document)):
+        losses = np.concatenate(want)
+        got, out = evaluated(say, path, "--eval", data, "--context", context, "--eval_tokens", 1500)
+        assert got["tokens"] == len(losses) == 1500 and got["documents"] == D > 3
+        assert got["loss"] == pytest.approx(losses.sum() / 1500, abs=1e-6)
+        for key, x, size in (("standard_error", losses, np.ones(1500)),
+                             ("bits_standard_error", losses / math.log(2), text)):
+            residuals = np.add.reduceat(x - x.sum() / size.sum() * size, starts)
+            error = math.sqrt(D / (D - 1) * (residuals ** 2).sum()) / size.sum()
             assert got[key] == pytest.approx(error, abs=1e-6)
-        assert ("whole documents" if flags == (0,) else f"{flags[0]} tokens") in out
-
-
-def test_check_of_a_trained_run(run, say):
-    path, data, _ = run
-    out = say(path, "--check", "--tokens", 100)[0]
-    assert "all forms agree" in out and f"100 tokens of {data}/val" in out
+        assert (f"{context} tokens" if context else "whole documents") in out
 
 
 def test_standard_error_is_that_of_repeated_draws():
@@ -586,155 +559,72 @@ def test_standard_error_is_that_of_repeated_draws():
 def test_eval_of_a_shard_and_of_text(gpt, say, tmp_path):
     write_shard(tmp_path / "one.bin", [256, *TEXT[:2000]])
     (tmp_path / "one.txt").write_bytes(TEXT[:2000])
-    shard, text = (evaluated(say, gpt, "--eval", tmp_path / name)[0] for name in ("one.bin", "one.txt"))
+    (tmp_path / "lines.txt").write_bytes(b"one line\r\n\ranother\r\n" * 40)
+    result = lambda name, *flags: evaluated(say, gpt, "--eval", tmp_path / name, *flags)[0]
+    shard, text, short = result("one.bin"), result("one.txt"), result("one.txt", "--eval_tokens", 60)
     assert shard["tokens"] == text["tokens"] == 1792 and shard["loss"] == text["loss"], "7 sequences of 256"
     assert shard["standard_error"] is None and shard["documents"] == 1
-    short = evaluated(say, gpt, "--eval", tmp_path / "one.txt", "--eval_tokens", 60)[0]
     assert (short["tokens"], short["context"]) == (60, 60)
-    (tmp_path / "lines.txt").write_bytes(b"one line\r\n\ranother\r\n" * 40)
-    assert evaluated(say, gpt, "--eval", tmp_path / "lines.txt", "--context", 0)[0]["bytes"] == 40 * 20
-    rounded = evaluated(say, gpt, "--eval", tmp_path / "one.bin", "--dtype", "bf16")[0]
-    eight = evaluated(say, gpt, "--eval", tmp_path / "one.bin", "--dtype", "int8")[0]
-    for other in (rounded, eight):
-        assert other["loss"] != shard["loss"] and other["loss"] == pytest.approx(shard["loss"], rel=0.02)
-
-
-def test_eval_without_the_vocabulary(paths, say, tmp_path, monkeypatch):
-    """A model on GPT-2's tokens, no tiktoken: the loss is known, the bytes are not. Text cannot be read."""
-    script, config, weights = scattered("train_gpt2")
-    path = write_checkpoint(tmp_path / "step000001", script, config, weights, tokenizer="gpt2", tokenizer_sha256=None)
-
-    def missing(name):
-        raise sample.tokenizers.Failure("tiktoken is not installed: pip install -r data/requirements.txt")
-    monkeypatch.setattr(sample.tokenizers, "need", missing)
-    write_shard(tmp_path / "one.bin", [256, *TEXT[:600]])
-    got, out = evaluated(say, path, "--eval", tmp_path / "one.bin")
-    assert got["tokens"] == 512 and "bits_per_byte" not in got and "not known: tiktoken is not installed" in out
-    err = say(path, "--start", "x", status=1)[1]
-    assert "tiktoken is not installed" in err and "r50k_base.tiktoken" in err and "--tokenizer FILE" in err
-
-
-def test_bench_is_called(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bench", types.SimpleNamespace(main=lambda argv: argv))
-    assert sample.main(["latest", "--bench", "--rounds", "3"]) == ["latest", "--rounds", "3"]
+    assert result("lines.txt", "--context", 0)["bytes"] == 40 * 20
+    for dtype in ("bf16", "int8"):
+        loss = result("one.bin", "--dtype", dtype)["loss"]
+        assert loss != shard["loss"] and loss == pytest.approx(shard["loss"], rel=0.02)
 
 
 # Bad input
 
 
-def test_an_official_file(say, tmp_path):
+def test_an_official_file(say, refused, tmp_path):
     """One of plain x070 names no tokenizer: it is given."""
     torch.save(scattered("train_rwkv7 x070")[2], tmp_path / "model.pth")
     (tmp_path / "text.txt").write_bytes(TEXT[:1000])
     path = tmp_path / "model.pth", "--tokenizer", "bytes"
-    assert "--tokenizer FILE" in say(path[0], "--start", "x", status=1)[1]
+    refused(path[0], "--start", "x", words=["--tokenizer FILE"])
     assert say(*path, "--start", "x", "--max_new_tokens", 5)[0].startswith("x")
     assert evaluated(say, *path, "--eval", tmp_path / "text.txt", "--context", 0)[0]["bytes"] == 1000
     assert "all forms agree" in say(*path, "--check", "--tokens", 40)[0]
 
 
-def test_check_loads_one_checkpoint(gpt, say, tmp_path, monkeypatch):
-    """Another step may be saved between fp32 and bf16."""
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "run").symlink_to(gpt.parent)
-    monkeypatch.setattr(recurrent, "CHECKPOINTS", tmp_path / "checkpoints")
-    loaded, load = [], recurrent.load
-    monkeypatch.setattr(recurrent, "load", lambda path, *a: loaded.append(path) or load(path, *a))
-    say("latest", "--check", "--tokens", 5)
-    assert [path.resolve() for path in loaded] == [gpt.resolve()] * 2
-
-
-def damaged(path, tmp_path):
-    copy = tmp_path / "step000001"
-    copy.mkdir()
-    for file in path.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes()[:-10 if file.suffix == ".safetensors" else None])
-    return copy
-
-
-BAD_FLAGS = {
-    "top_p": (["--top_p", 2], ["--top_p", "2 is no number from 0 to 1", "1: off"]),
-    "top_p nan": (["--top_p", "nan"], ["--top_p", "nan"]),
-    "negative temperature": (["--temperature", -1], ["--temperature", "-1 is no number of at least 0"]),
-    "infinite temperature": (["--temperature", "inf"], ["--temperature"]),
-    "top_k": (["--top_k", 1.5], ["--top_k", "whole number", "0: off"]),
-    "repetition": (["--repetition", 0], ["--repetition", "above 0", "1: off"]),
-    "presence": (["--presence", "x"], ["--presence", "x is no number", "0: off"]),
-    "frequency": (["--frequency", "inf"], ["--frequency", "inf is no number"]),
-    "min_p": (["--min_p", 1.5], ["--min_p", "0: off"]),
-    "top_a": (["--top_a", -0.2], ["--top_a", "0: off"]),
-    "huge": (["--seed", "1" + "0" * 400], ["--seed"]),
-    "no folder": (["--save_state", "no/folder/F"], ["--save_state no/folder/F", "no such folder"]),
-    "a folder": (["--save_state", ROOT], [f"--save_state {ROOT}", "is a folder", "Name a file"]),
-    "top_p_x alone": (["--top_p_x", 0.1], ["--top_p_x", "--top_p"]),
-    "no sample": (["--num_samples", 0], ["--num_samples", "at least 1"]),
-    "negative length": (["--max_new_tokens", -1], ["--max_new_tokens"]),
-    "one state of many": (["--save_state", "F", "--num_samples", 2], ["--save_state", "--num_samples 1"]),
-    "two tasks": (["--check", "--eval", "x"], ["--eval", "--check"]),
-    "misspelt": (["--top-p", 0.5], ["Did you mean --top_p?"]),
-    "no GPU": (["--device", "cuda"], ["--device cpu"]),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FLAGS)
-def test_bad_flags(case, gpt, say, monkeypatch):
+@pytest.mark.parametrize("flags, words", [
+    (["--top_p", 2], ["--top_p", "2 is no number from 0 to 1", "1: off"]),
+    (["--temperature", -1], ["--temperature", "-1 is no number of at least 0"]),
+    (["--top_k", 1.5], ["--top_k", "whole number", "0: off"]), (["--seed", "1" + "0" * 400], ["--seed"]),
+    (["--repetition", 0], ["--repetition", "above 0", "1: off"]),
+    (["--frequency", "inf"], ["--frequency", "inf is no number"]),
+    (["--num_samples", 0], ["--num_samples", "at least 1"]), (["--top_p_x", 0.1], ["--top_p_x", "--top_p"]),
+    (["--save_state", "no/folder/F"], ["--save_state no/folder/F", "no such folder"]),
+    (["--save_state", ROOT], [f"--save_state {ROOT}", "is a folder", "Name a file"]),
+    (["--save_state", "F", "--num_samples", 2], ["--save_state", "--num_samples 1"]),
+    (["--device", "cuda"], ["--device cpu"]), (["--check", "--eval", "x"], ["--eval", "--check"]),
+    (["--top-p", 0.5], ["--top-p", "--help"])])
+def test_bad_flags(flags, words, gpt, refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    flags, parts = BAD_FLAGS[case]
-    out, err = say(gpt, *flags, status=2)
-    assert out == "" and err.startswith("sample.py: ") and err.count("\n") == 1, err
-    for part in parts:
-        assert part in err
+    refused(gpt, *flags, words=words, status=2)
 
 
-def test_bad_input(gpt, say, tmp_path, monkeypatch):
+def test_bad_input(gpt, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def refused(*argv):
-        *argv, parts = argv
-        out, err = say(*argv, status=1)
-        assert out == "" and err.startswith("sample.py: ") and err.count("\n") == 1, err
-        for part in parts:
-            assert part in err, err
     (tmp_path / "latin").write_bytes("zwölf".encode("latin-1"))
-    (tmp_path / "empty").write_bytes(b"")
-    (tmp_path / "words").write_bytes(b"no vocabulary\n")
-    (tmp_path / "small.tiktoken").write_bytes(sample.tokenizers.canonical([bytes([i]) for i in range(256)]
-                                                                           + [bytes([i, i]) for i in range(200)]))
-    refused("latest", ["no checkpoint", "./run_rwkv7.sh --track tiny"])
-    refused("nowhere", ["nowhere", "no such folder", "latest"])
-    refused(damaged(gpt, tmp_path), ["damaged", "bytes", "Take another step"])
-    refused(gpt, "--start", "FILE:gone.txt", ["gone.txt", "No such file"])
-    refused(gpt, "--start", f"FILE:{tmp_path}", ["cannot read"])
-    refused(gpt, "--start", "FILE:latin", ["latin", "UTF-8", "iconv"])
-    refused(gpt, "--start", "\udcff", ["Unicode", "FILE:"])
-    refused(gpt, "--no-mark", ["--no-mark", "--start"])
-    refused(gpt, "--tokenizer", "gone", ["cannot read the vocabulary gone"])
-    refused(gpt, "--tokenizer", "empty", ["empty", "single bytes"])
-    refused(gpt, "--tokenizer", "words", ["words line 1"])
-    refused(gpt, "--tokenizer", "small.tiktoken", ["wrong tokenizer", "457 ids", "bytes, sha256 e66088df4cdb"])
-    refused(gpt, "--eval", "gone", ["no such data: gone"])
-    refused(gpt, "--eval", tmp_path, ["no val shards"])
-    refused(gpt, "--eval", "empty", ["make no sequence"])
+    (tmp_path / "empty").touch()
     write_shard(tmp_path / "high.bin", [300] * 600)
-    refused(gpt, "--eval", "high.bin", ["up to id 300", "257 ids"])
-    data = make_corpus(tmp_path / "data")
-    refused(gpt, "--eval", data, "--context", 1000, ["449 tokens", "no sequence of 1000", "--context"])
-    (data / "manifest.json").write_text('{"tokenizer": "gpt2", "tokenizer_sha256": "0f"}')
-    refused(gpt, "--eval", data, ["tokens of gpt2", "reads bytes"])
-    (data / "manifest.json").write_text("{")
-    refused(gpt, "--eval", data, ["manifest.json", "damaged"])
-    refused(gpt, "--check", "--text", "empty", ["empty", "nothing to compare"])
-
-
-def test_tokenizer_that_is_not_known(say, tmp_path):
-    script, config, weights = scattered("train_gpt2")
-    about = dict(tokenizer="mine", tokenizer_sha256="1" * 64)
-    path = write_checkpoint(tmp_path / "step000001", script, config, weights, **about)
-    assert "mine" in (err := say(path, status=1)[1]) and "--tokenizer FILE" in err
-    err = say(path, "--tokenizer", "bytes", status=1)[1]
-    assert "wrong tokenizer" in err and "mine, sha256 111111111111" in err
-    none = write_checkpoint(tmp_path / "step000002", script, config, weights, tokenizer=None, tokenizer_sha256=None)
-    assert say(none, "--start", "x", "--max_new_tokens", 3)[0].startswith("x"), "257 ids are bytes"
+    data, other, torn = (make_corpus(tmp_path / name) for name in ("data", "other", "torn"))
+    (other / "manifest.json").write_text('{"tokenizer": "gpt2", "tokenizer_sha256": "0f"}')
+    (torn / "manifest.json").write_text("{")
+    shutil.copytree(gpt, "step000001")
+    with open("step000001/model.safetensors", "rb+") as file:
+        file.truncate(1000)
+    refused("latest", words=["no checkpoint", "./run_rwkv7.sh --track tiny"])
+    refused("step000001", words=["damaged", "bytes", "Take another step"])
+    for flags, words in (
+            (["--start", "FILE:gone.txt"], ["gone.txt", "No such file"]), (["--start", "FILE:data"], ["cannot read"]),
+            (["--start", "FILE:latin"], ["latin", "UTF-8", "iconv"]), (["--start", "\udcff"], ["Unicode", "FILE:"]),
+            (["--no-mark"], ["--no-mark", "--start"]), (["--tokenizer", "empty"], ["empty", "single bytes"]),
+            (["--eval", "gone"], ["no such data: gone"]), (["--eval", tmp_path], ["no val shards"]),
+            (["--eval", "empty"], ["make no sequence"]), (["--eval", "high.bin"], ["up to id 300", "257 ids"]),
+            (["--eval", data, "--context", 1000], ["449 tokens", "no sequence of 1000", "--context"]),
+            (["--eval", other], ["tokens of gpt2", "reads bytes"]), (["--eval", torn], ["manifest.json", "damaged"]),
+            (["--check", "--text", "empty"], ["empty", "nothing to compare"])):
+        refused(gpt, *flags, words=words)
 
 
 def test_a_terminal_gets_no_control_characters(monkeypatch, capsys):

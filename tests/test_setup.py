@@ -26,8 +26,7 @@ class Box:
 
     def __init__(self, folder):
         self.repo, self.bin, self.wheels = folder / "a repo", folder / "stub bin", folder / "wheels"
-        below = [self.repo / name for name in ("data", "records", "tests")]
-        for path in (*below, self.bin, self.wheels, folder / "home"):
+        for path in (*map(self.repo.joinpath, ("data", "records", "tests")), self.bin, self.wheels, folder / "home"):
             path.mkdir(parents=True)
         for name in "setup.sh run_rwkv7.sh run_rwkv6.sh run_gpt2.sh test.sh".split() + list(REQUIREMENTS):
             shutil.copy(ROOT / name, self.repo / name)
@@ -113,18 +112,16 @@ def installed(tmp_path_factory):
     done = box.run("first start")
     assert done.returncode == 0, done
     assert "making .venv with python3" in done.stderr and "installing requirements.txt" in done.stderr, done.stderr
+    box.packages = next((box.repo / ".venv" / "lib").glob("python3.*")) / "site-packages"
     return box
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The Python at hand
-
-def test_takes_the_python_at_hand(ready):
-    argv, before = ready.launched()
-    assert argv == ["train_rwkv7.py"] and before == []
-    assert not (ready.repo / ".venv").exists()
-    assert ready.launched(script="run_rwkv6.sh")[0] == ["train_rwkv6.py"]
-    assert ready.launched(script="run_gpt2.sh")[0] == ["train_gpt2.py"]
+@pytest.mark.parametrize("model, change", [
+    ("rwkv7", {}), ("rwkv6", {"torch": "2.11.0a0+git1"}), ("gpt2", {"torch": "2.14.0+cu130", "numpy": "1.26.0"})])
+def test_takes_the_python_at_hand_with_other_versions_too(box, model, change):
+    box.python(packages={**PINS, **change})
+    assert box.launched(script=f"run_{model}.sh") == ([f"train_{model}.py"], [])
+    assert not (box.repo / ".venv").exists()
 
 
 def test_takes_python_where_python3_lacks_packages(box):
@@ -138,8 +135,6 @@ def test_takes_the_python_named(ready):
     ready.python("my python", packages=PINS)
     ready.launched(PYTHON=str(ready.bin / "my python"))
     assert all(call.startswith(str(ready.bin / "my python") + " ") for call in ready.calls()), ready.calls()
-    done = ready.run(PYTHON="/nowhere/python3")
-    assert done.returncode == 1 and done.stderr == "setup: PYTHON=/nowhere/python3: no such program\n", done
 
 
 @pytest.mark.parametrize("change, lacks", [
@@ -155,12 +150,6 @@ def test_says_what_the_python_named_lacks(box, change, lacks):
     assert done.stderr == f"setup: PYTHON=other lacks {lacks}: using .venv\n" and done.stdout == SHOW, done
 
 
-@pytest.mark.parametrize("change", [{"torch": "2.11.0a0+git1"}, {"torch": "2.14.0+cu130", "numpy": "1.26.0"}])
-def test_other_versions_serve(box, change):
-    box.python(packages={**PINS, **change})
-    assert box.launched()[0] == ["train_rwkv7.py"]
-
-
 def test_tests_need_pytest_too(box):
     box.python("python3", packages={k: v for k, v in PINS.items() if k != "pytest"})
     box.python("python", packages=PINS)
@@ -172,9 +161,6 @@ def test_tests_need_pytest_too(box):
     assert box.calls()[-1].endswith("/python -m pytest -q --durations=10 tests/requirements.txt::x"), box.calls()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# .venv
-
 def test_makes_an_environment_and_remembers_it(installed):
     start = os.times()
     done = installed.run("second start")
@@ -185,21 +171,17 @@ def test_makes_an_environment_and_remembers_it(installed):
     assert shown["argv"] == ["train_rwkv7.py", "second start"]
 
 
-def site_packages(box):
-    return next((box.repo / ".venv" / "lib").glob("python3.*")) / "site-packages"
-
-
 def test_an_interrupted_install_is_repaired(installed):
     (installed.repo / ".venv" / "installed" / "requirements.txt").unlink()
-    for path in site_packages(installed).glob("tqdm*"):
+    for path in installed.packages.glob("tqdm*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     done = installed.run()
     assert done.returncode == 0 and "installing" in done.stderr and "making" not in done.stderr, done
-    assert (site_packages(installed) / "tqdm.py").exists()
+    assert (installed.packages / "tqdm.py").exists()
     assert installed.run().stderr == ""
 
 
-def test_a_failed_install_is_not_remembered(installed):
+def test_a_changed_file_is_installed_and_a_failed_install_is_not_remembered(installed):
     requirements = installed.repo / "requirements.txt"
     text = requirements.read_text()
     requirements.write_text(text + "no-such-package==1.0\n")
@@ -211,16 +193,10 @@ def test_a_failed_install_is_not_remembered(installed):
     assert installed.run().stderr == ""
 
 
-def test_changed_requirements_are_installed(installed):
-    (installed.repo / "requirements.txt").write_text((installed.repo / "requirements.txt").read_text() + "# changed\n")
-    assert "installing requirements.txt" in installed.run().stderr
-    assert installed.run().stderr == ""
-
-
 def test_test_requirements_come_on_top(installed):
     done = installed.run(script="test.sh")
     assert f"installing {' '.join(REQUIREMENTS)}" in done.stderr, done
-    assert (site_packages(installed) / "pytest.py").exists()
+    assert (installed.packages / "pytest.py").exists()
     assert installed.run(script="test.sh").stderr == "" and installed.run().stderr == ""
 
 
@@ -240,23 +216,16 @@ def test_an_environment_made_by_hand_serves_if_whole(box):
     assert done.returncode == 0 and done.stderr == "" and not (box.repo / ".venv" / "installed").exists(), done
 
 
-def test_no_python_fits(box):
-    box.not_python("python3", "3.8.10 venv")
-    box.not_python("python", "2.7.18 no-venv")
+@pytest.mark.parametrize("pythons, about", [
+    ({"python3": "3.8.10 venv", "python": "2.7.18 no-venv"}, "python3 is 3.8.10, python is 2.7.18"),
+    ({}, "none at all"), ({"python3": "3.11.2 no-venv"}, None)])
+def test_no_python_fits(box, pythons, about):
+    for name, version in pythons.items():
+        box.not_python(name, version)
     done = box.run()
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == ("setup: no Python 3.10 to 3.13 (python3 is 3.8.10, python is 2.7.18). "
-                           "Install one or name it: PYTHON=/path/to/python3.12\n")
-    (box.bin / "python3").unlink()
-    (box.bin / "python").unlink()
-    assert "(none at all)" in box.run().stderr
-
-
-def test_python_without_venv(box):
-    box.not_python("python3", "3.11.2 no-venv")
-    done = box.run()
-    assert done.returncode == 1 and "Python 3.11.2 cannot make .venv" in done.stderr, done
-    assert "apt install python3-venv" in done.stderr and len(done.stderr.splitlines()) == 1
+    said = (f"no Python 3.10 to 3.13 ({about}). Install one or name it: PYTHON=/path/to/python3.12" if about else
+            "Python 3.11.2 cannot make .venv, it lacks venv or ensurepip. Debian, Ubuntu: apt install python3-venv")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"setup: {said}\n"), done
 
 
 def test_a_newer_python_is_passed_over(box):
@@ -264,9 +233,6 @@ def test_a_newer_python_is_passed_over(box):
     box.not_python("python3.13", "3.13.1 venv")
     assert "making .venv with python3.13 (Python 3.13.1)" in box.run().stderr
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# Launch
 
 def test_arguments_pass_untouched(ready):
     given = ["--a", "two words", "", "*", "$HOME", 'quo"te', "--b=c d"]
@@ -292,23 +258,18 @@ def test_one_process_a_gpu(ready, gpus, env, processes):
         assert argv[1:] == ["--standalone", f"--nproc_per_node={processes}", "train_rwkv7.py", "x"]
 
 
-def test_the_tiny_track_takes_one_process(ready):
+def test_the_tiny_track_and_help_take_one_process(ready):
     ready.gpus(8)
     assert ready.launched("--track", "tiny")[0] == ["train_rwkv7.py", "--track", "tiny"]
     assert "--nproc_per_node=2" in ready.launched("--track", "tiny", NPROC="2")[0]
+    assert ready.launched("--help")[0] == ["train_rwkv7.py", "--help"]
 
 
-def test_bad_input_stops_before_many_processes_start(ready):
-    (ready.repo / "train_rwkv7.py").write_text(
-        "import os, sys\nif sys.argv[1:] == ['x', '--check']: sys.exit('no shards for ' + os.environ['WORLD_SIZE'])\n")
-    ready.gpus(2)
-    done = ready.run("x")
-    assert (done.returncode, done.stderr, done.stdout) == (1, "no shards for 2\n", ""), done
-
-
-def test_nproc_must_be_a_number(ready):
-    done = ready.run(NPROC="two")
-    assert done.returncode == 1 and done.stderr == "setup: NPROC=two is not a number of processes\n"
+@pytest.mark.parametrize("name, value, said", [
+    ("NPROC", "two", " is not a number of processes"), ("PYTHON", "/nowhere/python3", ": no such program")])
+def test_settings_that_make_no_sense(ready, name, value, said):
+    done = ready.run(**{name: value})
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr == f"setup: {name}={value}{said}\n", done
 
 
 @pytest.mark.parametrize("arguments, made", [
@@ -322,22 +283,23 @@ def test_corpus_is_made_when_needed(ready, arguments, made):
     assert before == (["corpus made"] if made else []) and argv == ["train_rwkv7.py", *arguments]
 
 
-def test_a_failing_corpus_stops_the_run(ready):
+def test_exit_status_passes_through(ready):
+    script = ready.repo / "train_rwkv7.py"
+    script.write_text("import sys; sys.exit(int(sys.argv[1]))\n")
+    assert [ready.run(code).returncode for code in ("0", "1", "37")] == [0, 1, 37]
+    script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)\n")
+    assert ready.run().returncode == -2  # as if Python itself had been called
+
+
+def test_a_failing_corpus_or_check_stops_the_run(ready):
     (ready.repo / "data" / "pydocs.py").write_text("import sys; sys.exit('no text')\n")
     done = ready.run("--track", "tiny")
-    assert done.returncode == 1 and done.stderr == "no text\n" and done.stdout == ""
-
-
-def test_help_needs_one_process(ready):
-    ready.gpus(8)
-    assert ready.launched("--help")[0] == ["train_rwkv7.py", "--help"]
-
-
-def test_exit_status_passes_through(ready):
-    (ready.repo / "train_rwkv7.py").write_text("import sys; sys.exit(int(sys.argv[1]))\n")
-    assert [ready.run(code).returncode for code in ("0", "1", "37")] == [0, 1, 37]
-    (ready.repo / "train_rwkv7.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)\n")
-    assert ready.run().returncode == -2  # as if Python itself had been called
+    assert (done.returncode, done.stderr, done.stdout) == (1, "no text\n", ""), done
+    (ready.repo / "train_rwkv7.py").write_text(
+        "import os, sys\nif sys.argv[1:] == ['x', '--check']: sys.exit('no shards for ' + os.environ['WORLD_SIZE'])\n")
+    ready.gpus(2)
+    done = ready.run("x")  # before many processes start
+    assert (done.returncode, done.stderr, done.stdout) == (1, "no shards for 2\n", ""), done
 
 
 def test_works_from_any_folder(ready, tmp_path):
