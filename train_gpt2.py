@@ -67,6 +67,7 @@ def stop(message):
     """End the program: a line on stderr, exit status 1, no traceback."""
     rank = int(os.environ.get("RANK", 0))
     if rank > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(2)  # if rank 0 says the same, the launcher ends this rank meanwhile
     print(f"{Path(__file__).name}: {f'rank {rank}: ' if rank > 0 else ''}{message}", file=sys.stderr)
     raise SystemExit(1)
@@ -612,8 +613,7 @@ def open_shard(path):
 class TokenStream:
     """The tokens of the sorted shards folder/*_<split>_*.bin as one stream; opens only the first with `need` tokens.
     repeat: how often the stream may be read over (position p is token p mod tokens); 0: fewer tokens will do.
-    cubic: tokens a chunk of the cubic order; that takes every shard. Raises ValueError with the way out.
-    """
+    cubic: tokens a chunk of the cubic order; that takes every shard. Raises ValueError with the way out."""
 
     def __init__(self, folder, split, need, why, repeat=1, cubic=0):
         self.paths, self.shards, total = [], [], 0

@@ -101,14 +101,41 @@ def first_line(error):
 # WKV-7
 
 
-def wkv7_inputs(family, B, T, H, N):
-    generator = torch.Generator().manual_seed(0)
-    normal = lambda T=T: torch.randn(B, T, H, N, generator=generator)
-    unit = functools.partial(torch.nn.functional.normalize, dim=-1)
-    r, w, k, v, dy, kappa, alpha = *(normal() for _ in range(5)), unit(normal()), torch.sigmoid(normal())
-    if family == "correlated":  # cosine 0.9 between keys, slow decay
-        kappa = unit(unit(normal(1)) * 0.9**0.5 + kappa * 0.1**0.5)
-        k, w, alpha = 8 * kappa, torch.full_like(w, -5.0), torch.full_like(alpha, 0.9)
+def wkv7_inputs(family, B=2, T=100, H=3, N=64, seed=0):
+    """Inputs r, w, k, v, a, b and dy of an input family, fp32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal():
+        return torch.randn(B, T, H, N, generator=generator)
+
+    def unit(x):
+        return torch.nn.functional.normalize(x, dim=-1)
+
+    r, w, k, v, kappa, alpha, dy = (*(normal() for _ in range(4)), unit(normal()), torch.sigmoid(normal()), normal())
+    if family == "slow":
+        w = w.fill_(-5.0)  # d = 0.996
+    elif family == "bound":
+        w = w.fill_(20.0)  # d = 0.5452, the bound
+    elif family == "correlated":  # cosine 0.9 between the keys, as where a text repeats itself
+        one = unit(normal()[:, :1])
+        kappa, alpha, w = unit(one * 0.9**0.5 + kappa * 0.1**0.5), torch.full_like(alpha, 0.9), w.fill_(-5.0)
+        k = kappa * 8
+    elif family == "identical":
+        kappa, alpha, w = kappa[:, :1].expand_as(kappa).contiguous(), torch.ones_like(alpha), w.fill_(-12.0)
+        k = kappa * 8
+    elif family == "zeros":  # rows of padding, and a head that is zero throughout
+        for x in (r, w, k, v, kappa, dy):
+            x[:, 1::3] = 0
+            x[:, T // 2 :, -1] = 0
+            x[:, :, 0] = 0
+    elif family == "large":
+        k, v = k * 30, v * 30
+    elif family == "tiny dy":
+        dy = dy * 1e-6
+    elif family == "sparse dy":
+        dy[:, torch.arange(T) % 7 != 3] = 0
+    elif family != "random":
+        raise ValueError(f"no family of inputs is called {family!r}")
     return (r, w, k, v, -kappa, kappa * alpha), dy
 
 
@@ -217,13 +244,47 @@ def time_mixing():
 # WKV-6
 
 
-def wkv6_inputs(family, B, T, H, N):
-    generator = torch.Generator().manual_seed(0)
-    normal = lambda *shape: torch.randn(*shape, generator=generator)
-    r, k, v, w, dy, u = *(normal(B, T, H, N) for _ in range(5)), normal(H, N)
-    if family == "correlated":  # cosine 0.9 between keys, slow decay
+def wkv6_inputs(family, B=2, T=100, H=3, N=64, seed=0):
+    """Inputs r, k, v, w, u and dy of an input family, fp32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*(shape or (B, T, H, N)), generator=generator)
+
+    r, k, v, w, dy, u = *(normal() for _ in range(5)), normal(H, N)
+    if family == "hard":  # sums of 16 log-decays reach -124: their exp, or its reciprocal, leaves fp32
+        w = 1 + 0.7 * w
+    elif family == "correlated":  # cosine 0.9 between the keys, slow decay
         unit = functools.partial(torch.nn.functional.normalize, dim=-1)
-        k, w = 8 * unit(unit(normal(B, 1, H, N)) * 0.9**0.5 + unit(k) * 0.1**0.5), torch.full_like(w, -5.5)
+        k, w = 8 * unit(unit(normal(B, 1, H, N)) * 0.9**0.5 + unit(k) * 0.1**0.5), w.fill_(-5.5)
+    elif family == "slow":  # d = 0.996
+        w = w.fill_(-5.5)
+    elif family == "strong":  # d = 2e-9; the log-decays of the sequence sum to -2000
+        w = w.fill_(3.0)
+    elif family == "at the edge":  # d = 1e-35, just above what fp32 can hold
+        w = w.fill_(4.4)
+    elif family == "nothing stays":  # d = 0, even in fp64
+        w = w.fill_(8.0)
+    elif family == "drops":  # slow decay, and now and then a token that wipes a channel out: log d = -1e5
+        w = torch.where(w > 1.5, 11.5 + 0.1 * w, -6 + 0.1 * w)
+    elif family == "no bounds":
+        w = torch.where(w > 1, 10 + 100 * (w - 1), torch.where(w < -1, 40 * w, w - 4))
+        w[:, ::5, 1] = -1e30
+        w[0, min(7, T - 1), 2] = 500.0
+    elif family == "zeros":  # rows of padding, and a head that is zero throughout
+        for x in (r, k, v, w, dy):
+            x[:, 1::3] = 0
+            x[:, T // 2 :, -1] = 0
+            x[:, :, 0] = 0
+        u[1] = 0
+    elif family == "large":
+        k, v = k * 30, v * 30
+    elif family == "tiny dy":
+        dy = dy * 1e-6
+    elif family == "sparse dy":
+        dy[:, torch.arange(T) % 7 != 3] = 0
+    elif family != "random":
+        raise ValueError(f"no family of inputs is called {family!r}")
     return (r, k, v, w, u), dy
 
 

@@ -147,7 +147,7 @@ def test_bad_input(made, tmp_path, capsys):
     negative = write_pair(tmp_path / "negative", [[[1, -1]]], 4, "<i4")
     refused(negative, good, "--tokenizer", "bytes", parts=["id -1"])
     none = write_pair(tmp_path / "none", [])
-    refused(none, good, "--tokenizer", "bytes", parts=["0", "none"])
+    refused(none, good, "--tokenizer", "bytes", parts=["2 documents", "none"])
     refused(write_pair(tmp_path / "one", [[[1]]]), "--tokenizer", "bytes", parts=["1 documents", "--val"])
     write_shard(tmp_path / "d" / "my_train_000001.bin", [1, 2, 3])
     refused(tmp_path / "d", "--tokenizer", "bytes", parts=["my_train_000001.bin", "document mark 256"])

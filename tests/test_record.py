@@ -19,12 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import ROOT, SCRIPTS, command, environment, make_corpus, only_record, run_here, tiny, tree
+from helpers import ROOT, SCRIPTS, command, environment, make_corpus, only_record, tiny
 
 RULE = "=" * 100
 STEP = re.compile(r"step:(\d+)/(\d+) train_loss:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d\d)ms")
 VAL = re.compile(r"step:(\d+)/(\d+) val_loss:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d\d)ms")
 NAME = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\dZ_(train_\w+?)_([\w.-]+)")
+UNENDING = "--steps", 20000, "--epochs", 10**5, "--val_every", 10**6
 
 
 def parse(log):
@@ -88,9 +89,9 @@ def test_sources_are_the_files(finished):
     assert finished.result["sources"] == [header for header, _ in finished.sources.values()]
 
 
-def test_environment(finished):
-    environment = finished.facts["environment"]
-    assert environment == finished.result["environment"]
+def test_environment_and_hardware(finished):
+    environment, hardware = finished.facts["environment"], finished.facts["hardware"]
+    assert environment == finished.result["environment"] and hardware == finished.result["hardware"]
     assert environment["git_commit"] in finished.commits, "before and after the run: one and the same, as a rule"
     assert isinstance(environment["git_dirty"], bool)
     assert (environment["python"], environment["torch"]) == (platform.python_version(), torch.__version__)
@@ -98,17 +99,10 @@ def test_environment(finished):
     assert environment["threads"] == 1 and environment["variables"]["OMP_NUM_THREADS"] == "1" and environment["isa"]
     for key in ("platform", "driver", "compiler", "nvcc"):
         assert isinstance(environment[key], str) and environment[key], key
-    packages = environment["packages"]
-    assert packages["torch"].split("+")[0] == torch.__version__.split("+")[0] and packages["numpy"] == numpy.__version__
-
-
-def test_hardware(finished):
-    hardware = finished.facts["hardware"]
-    assert hardware == finished.result["hardware"]
+    assert environment["packages"]["numpy"] == numpy.__version__
     assert hardware["count"] == 1 and hardware["name"]
     text, = [line for line in finished.rest if line.startswith(hardware["name"])]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    assert f"{os.cpu_count()} cores" in text and f"{memory:.1f} GiB" in text and "1 threads" in text, text
+    assert f"{os.cpu_count()} cores" in text and "1 threads" in text, text
 
 
 def test_data(finished):
@@ -116,11 +110,10 @@ def test_data(finished):
     assert data == finished.result["data"]
     assert data["folder"] == str(finished.data)
     assert data["manifest"] == json.loads((finished.data / "manifest.json").read_text())
-    shards = {split: [dict(name=path.name, tokens=(path.stat().st_size - 1024) // 2,
-                           sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-                      for path in sorted(finished.data.glob(f"*_{split}_*"))] for split in ("train", "val")}
-    assert data["val"] == shards["val"]
-    assert data["train"] == shards["train"][:3], "6 steps of 128 tokens and one target more reach into the third shard"
+    for split, number in (("train", 3), ("val", 1)):  # 6 steps of 128 tokens and a target reach into the third shard
+        assert data[split] == [dict(name=path.name, tokens=(path.stat().st_size - 1024) // 2,
+                                    sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+                               for path in sorted(finished.data.glob(f"*_{split}_*"))[:number]]
 
 
 def test_model(finished):
@@ -143,6 +136,8 @@ def test_step_lines(finished):
     assert times == sorted(times) and times[0] >= 0 and all(0 < float(loss) < 20 for _, _, loss, _, _ in steps)
     for step, _, _, ms, average in steps:
         assert abs(float(average) * int(step) - int(ms)) <= 0.5 + 0.005 * int(step) + 1e-6, (step, ms, average)
+    losses = numpy.frombuffer(base64.b64decode(finished.facts["losses"]["float32"]), "<f4")
+    assert [f"{loss:.4f}" for loss in losses] == [loss for _, _, loss, _, _ in steps] and len(set(losses.tolist())) == 6
 
 
 def test_val_lines_agree_with_the_result(finished):
@@ -191,12 +186,6 @@ def test_the_chain_is_the_hash_of_the_lines_so_far(finished):
         assert point["log_sha256"] == sha256(finished.log[:finished.log.index(line) + len(line)])
 
 
-def test_losses_bit_for_bit(finished):
-    losses = numpy.frombuffer(base64.b64decode(finished.facts["losses"]["float32"]), "<f4")
-    steps = [STEP.fullmatch(line) for line in finished.rest if "train_loss" in line]
-    assert [f"{loss:.4f}" for loss in losses] == [step[3] for step in steps] and len(set(losses.tolist())) == 6
-
-
 def test_clock_counts_every_second_once(finished):
     clock = finished.result["clock"]
     assert clock.keys() == {"warm-up", "train", "validation", "saving", "rest"}
@@ -204,12 +193,8 @@ def test_clock_counts_every_second_once(finished):
     assert sum(clock.values()) < finished.seconds
     wall = finished.result["wall"]
     assert finished.facts["wall"] == wall and 0 < wall["ended"] - wall["began"] < finished.seconds
-
-
-def test_warm_up_line(finished):
     line, = [line for line in finished.rest if line.startswith("warm-up: ")]
-    assert re.search(r"\b[0-9a-f]{64}$", line) and "restored" in line
-    assert f"{finished.result['clock']['warm-up']:.1f} s" in line
+    assert re.search(r"\b[0-9a-f]{64}$", line) and "restored" in line and f"{clock['warm-up']:.1f} s" in line
     assert finished.rest.index(line) < min(i for i, text in enumerate(finished.rest) if text.startswith("step:"))
 
 
@@ -236,11 +221,6 @@ def test_checkpoints(finished):
     assert sorted(weights) == sorted(name for name, _ in model.named_parameters())
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
     model.load_state_dict(weights)
-    training, each = load_file(folder / "step000004" / "training.safetensors"), {"losses", "random.cpu"}
-    matrices = {name for name, p in model.named_parameters() if f"{name}.M" in training}
-    assert matrices and training.keys() == each | {f"{name}.M" for name in matrices} | {
-        f"{name}.{key}" for name, _ in model.named_parameters() if name not in matrices
-        for key in ("exp_avg", "exp_avg_sq")}
     args = script.Hyperparameters.parse(finished.flags)
     stream = script.TokenStream(finished.data, "val", 353, "352 validation tokens")
     loss = script.validate(model, script.validation_set(stream, args, 0), args)
@@ -248,11 +228,11 @@ def test_checkpoints(finished):
 
 
 def test_console(finished):
-    out, final = finished.stdout, finished.result["final"]
+    final = finished.result["final"]
     assert finished.stderr == ""
-    for part in (f"validation loss {final['val_loss']:.4f}", f"{final['bits_per_byte']:.4f} bits per byte", "tokens/s",
-                 str(finished.path), "next:"):
-        assert part in out, part
+    for part in (f"validation loss {final['val_loss']:.4f}", f"{final['bits_per_byte']:.4f} bits per byte",
+                 str(finished.path)):
+        assert part in finished.stdout, part
 
 
 def wait_for_step(process, records, step):
@@ -265,11 +245,10 @@ def wait_for_step(process, records, step):
     raise AssertionError(f"no step {step} in the log: {process.communicate()}")
 
 
-def end_in_the_middle(script, folder, number):
+def end_in_the_middle(script, folder, number, ranks=1):
     """Start a run of many steps, send it a signal at step 3. Returns exit status, stderr, log and record's folder."""
-    flags = tiny(script, make_corpus(folder / "data"), folder / "records", "--steps", 20000, "--epochs", 10**5,
-                 "--val_every", 10**6)
-    process = subprocess.Popen(command(script, *flags), env=environment(), stdout=subprocess.PIPE,
+    flags = tiny(script, make_corpus(folder / "data"), folder / "records", *UNENDING)
+    process = subprocess.Popen(command(script, *flags, ranks=ranks), env=environment(), stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     try:
         wait_for_step(process, folder / "records", 3)
@@ -282,100 +261,33 @@ def end_in_the_middle(script, folder, number):
     return process.returncode, stderr, log, path
 
 
-def test_a_killed_run_leaves_its_log(tmp_path):
-    status, _, log, _ = end_in_the_middle("train_rwkv7", tmp_path, signal.SIGKILL)
-    assert status == -signal.SIGKILL
+@pytest.mark.parametrize("number", (signal.SIGKILL, signal.SIGINT, signal.SIGTERM))
+def test_a_run_that_is_ended_leaves_its_log(tmp_path, number):
+    """... with every step so far; SIGINT and SIGTERM also a checkpoint, the reason of the end and one line of error."""
+    status, stderr, log, path = end_in_the_middle("train_gpt2", tmp_path, number)
     facts, sources, rest = parse(log)
-    assert log.endswith("\n") and "train_rwkv7.py" in sources and facts["config"]["steps"] == 20000
+    assert log.endswith("\n") and "train_gpt2.py" in sources and facts["config"]["steps"] == 20000
     steps = [int(STEP.fullmatch(line)[1]) for line in rest if "train_loss" in line]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 3
-    assert "end: " not in "\n".join(rest)
-
-
-@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
-def test_an_interrupted_run_says_so(tmp_path, number):
-    status, stderr, log, path = end_in_the_middle("train_gpt2", tmp_path, number)
-    assert status == 128 + number
-    message, = stderr.strip().splitlines()
+    if number == signal.SIGKILL:
+        assert status == -number and "end: " not in "\n".join(rest)
+        return
     checkpoint, = (tmp_path / "checkpoints" / path.name).iterdir()
-    step = int(checkpoint.name[4:])
-    reason = f"after step {step} of 20000, checkpoint {checkpoint}"
-    assert message == f"train_gpt2.py: interrupted {reason}; the log: {path}/log.txt"
+    assert status == 128 + number and int(checkpoint.name[4:]) == steps[-1]
+    reason = f"after step {steps[-1]} of 20000, checkpoint {checkpoint}"
+    assert stderr.strip() == f"train_gpt2.py: interrupted {reason}; the log: {path}/log.txt"
     assert log.endswith(f"\nend: interrupted by {number.name} {reason}\n")
-    assert f"\nstep:{step}/20000 train_loss" in log and f"\nstep:{step + 1}/" not in log
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_nothing_is_overwritten(script, tmp_path, monkeypatch, capsys):
-    """Two runs of one name in one second: the second ends in one line, the first stays as it is."""
-    module = importlib.import_module(script)
-    monkeypatch.setattr(module.time, "strftime", lambda *_: "2026-01-02T03-04-05Z")
-    flags = tiny(script, make_corpus(tmp_path / "data"), tmp_path / "records", "--name", "twin", "--steps", 1)
-    run_here(script, *flags)
-    before = tree(tmp_path / "records")
-    assert list(before) == [f"2026-01-02T03-04-05Z_{script}_twin/{name}" for name in ("log.txt", "result.json")]
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        run_here(script, *flags)
-    message = capsys.readouterr().err
-    assert ended.value.code == 1 and message.count("\n") == 1 and "2026-01-02T03-04-05Z" in message, message
-    assert tree(tmp_path / "records") == before
-    with pytest.raises(OSError):
-        module.Record(module.Hyperparameters.parse(flags), 0)
-    assert tree(tmp_path / "records") == before
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_stop_after_is_the_beginning_of_the_whole_run(script, tmp_path):
-    """The same losses as in the whole run, the schedule being that of all steps; no result. Fewer tokens will do."""
-    logs = []
-    for name, more in (("whole", ()), ("part", ("--stop_after", 4))):
-        data = make_corpus(tmp_path / name / "data", train=(520,) if more else (520, 400))  # 4 of 6 steps read 513
-        run_here(script, *tiny(script, data, tmp_path / name / "records", "--random_seed", 5, *more))
-        logs.append(only_record(tmp_path / name / "records"))
-    (_, whole, _), (_, part, result) = logs
-    losses = [numpy.frombuffer(base64.b64decode(parse(log)[0]["losses"]["float32"]), "<f4").tolist()
-              for log in (whole, part)]
-    assert losses[0][:4] == losses[1] and len(losses[0]) == 6
-    assert result is None and part.endswith("\nend: stopped after step 4 of 6\n") and "step:4/6 val_loss" in part
-    with pytest.raises(SystemExit):
-        run_here(script, *tiny(script, data, tmp_path / "records", "--stop_after", 7))
-    assert not (tmp_path / "records").exists()
-
-
-def test_short_ids_tell_runs_apart(tmp_path):
-    script = importlib.import_module("train_gpt2")
-    args = script.Hyperparameters(records=str(tmp_path))
-    records = [script.Record(args, 0) for _ in range(3)]
-    assert len({record.path for record in records}) == 3
-    assert all(NAME.fullmatch(record.path.name) for record in records)
-    digest = hashlib.sha256(b"as it happens\n").hexdigest()
-    for record in records:
-        record.line("as it happens")
-        assert (record.path / "log.txt").read_text() == "as it happens\n", "a line must be on the disk at once"
-        assert record.close("tested") == record.path / "log.txt"
-        assert (record.path / "log.txt").read_text() == f"as it happens\nsha256: {digest}\nend: tested\n"
-    silent = script.Record(args, 1)
-    silent.line("nothing")
-    assert silent.close("nothing") is None and len(list(tmp_path.iterdir())) == 3, "only rank 0 writes"
 
 
 def test_result_is_whole_or_not_there(tmp_path, monkeypatch):
     script = importlib.import_module("train_gpt2")
     record = script.Record(script.Hyperparameters(records=str(tmp_path)), 0)
-    replace = os.replace
     moved = []
-
-    def watched(source, target):
-        assert json.loads(open(source).read()) == {"final": 1.5, "log_sha256": hashlib.sha256(b"").hexdigest()}
-        assert not os.path.exists(target)
-        moved.append(str(target))
-        replace(source, target)
-
-    monkeypatch.setattr(script.os, "replace", watched)
+    monkeypatch.setattr(script.os, "replace", lambda part, to: moved.append((open(part).read(), os.path.exists(to))))
     record.finish({"final": 1.5})
-    assert moved == [str(record.path / "result.json")]
-    assert sorted(path.name for path in record.path.iterdir()) == ["log.txt", "result.json"]
+    (text, there), = moved
+    assert json.loads(text) == {"final": 1.5, "log_sha256": hashlib.sha256(b"").hexdigest()} and not there
+    assert sorted(path.name for path in record.path.iterdir()) == ["log.txt", "result.json.part"]
 
 
 def test_clock_with_a_watch_of_its_own(monkeypatch):
@@ -390,28 +302,3 @@ def test_clock_with_a_watch_of_its_own(monkeypatch):
         assert clock.train_ms() == 1e3 * (clock.seconds["train"] + (seconds if phase == "train" else 0))
     clock.switch("rest")
     assert clock.seconds == {"warm-up": 20.0, "train": 9.0, "validation": 5.0, "saving": 0.5, "rest": 1.25}
-
-
-def test_lines_wait_for_no_loss():
-    """On a GPU the host runs one step ahead; the line of a step is written when its copy has arrived, in order."""
-    script = importlib.import_module("train_gpt2")
-    written = []
-    record = types.SimpleNamespace(line=written.append)
-    lines = script.StepLines(record, types.SimpleNamespace(steps=9, norm_every=2), ("a", "b"))
-
-    class Event:
-        waited = False
-
-        def synchronize(self):
-            self.waited = True
-
-    first, second = Event(), Event()
-    lines.pending.extend([(1, torch.tensor([2.0, 0.0, 9.0, 16.0]), first, 10.0),
-                          (2, torch.tensor([1.0, 2.0, 9.0, 16.0]), second, 25.0)])
-    lines.flush(ahead=1)
-    assert written == ["step:1/9 train_loss:2.0000 train_time:10ms step_avg:10.00ms"] and lines.last == 2.0
-    assert first.waited and not second.waited and not lines.stopping
-    lines.flush()
-    assert written[1:] == ["step:2/9 train_loss:1.0000 train_time:25ms step_avg:12.50ms",
-                           "step:2/9 grad_norm:5.0000e+00"] and second.waited
-    assert lines.stopping and lines.losses == [2.0, 1.0], "two ranks were asked to stop"

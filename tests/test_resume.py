@@ -2,7 +2,6 @@
 
 import base64
 import importlib
-import importlib.util
 import json
 import os
 import random
@@ -11,19 +10,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
-import torch
 
-from helpers import ROOT, SCRIPTS, command, environment, make_corpus, one_thread, only_record, run_here, tiny
-
-spec = importlib.util.spec_from_file_location("verify", ROOT / "records" / "verify.py")
-verify = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(verify)
+from helpers import ROOT, SCRIPTS, environment, load_program, make_corpus, one_thread, only_record, run_here, tiny
+from test_record import UNENDING, end_in_the_middle
 
 GPT2 = "train_gpt2"
+verify = load_program("records/verify.py")
 
 
 @pytest.fixture(scope="module")
@@ -80,49 +75,30 @@ def whole(run):
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Resumed and unbroken
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_in_three_parts_is_the_unbroken_run(script, go, tmp_path, capsys):
-    """Bitwise: losses, validations, the model. The record says so, counts all the time and is verified."""
-    _, log, unbroken = go(script=script)
-    first, stopped, _ = go("--stop_after", 3, script=script)
-    second, _, none = go("--stop_after", 8, "--resume", "auto", script=script)
-    last, again, result = go("--resume", "auto", "--usd_per_hour", 3.0, "--keep", 1, script=script)
+def test_a_run_in_three_parts_is_the_unbroken_run(script, go, tmp_path, capfd):
+    """Bitwise: losses, validations, the model. The record says so, counts all the time, is verified and replays."""
+    order = "--order", "cubic" if script == "train_rwkv6" else "sequential"
+    _, log, unbroken = go(*order, script=script)
+    first, stopped, _ = go(*order, "--stop_after", 3, script=script)
+    second, _, none = go(*order, "--stop_after", 8, "--resume", "auto", script=script)
+    last, again, result = go(*order, "--resume", "auto", "--usd_per_hour", 3.0, "--keep", 1, script=script)
     assert losses(again) == losses(log) and curve(result) == curve(unbroken) and none is None
     folders = list((tmp_path / "checkpoints").iterdir())
     whole_run, = [path for path in folders if path.name not in (first.name, second.name, last.name)]
     assert weights(last, tmp_path) == weights(whole_run, tmp_path)
     assert [(part["run"], part["step"]) for part in result["resumed"]] == [(first.name, 3), (second.name, 8)]
+    assert stopped.endswith("\nend: stopped after step 3 of 10\n")
     assert again.startswith(stopped[:stopped.index("losses: ")]), "it begins with the log up to the checkpoint"
     assert len(re.findall(r"^resumed: \{", again, re.M)) == 2 and "resumed" not in unbroken
     assert result["config"]["resume"] == "auto" and result["final"]["usd"] > 0 and result["run"] == last.name
     part = json.loads((tmp_path / "checkpoints" / second.name / "step000008" / "checkpoint.json").read_text())
     assert result["clock"]["train"] > part["clock"]["train"] > 0, "the training time of all parts"
     assert result["final"]["train_seconds"] == result["clock"]["train"]
-    status = verify.main([str(last)] + ["--no-code"] * (script != GPT2))
-    out = capsys.readouterr().out
+    status = verify.main([str(last), *(("--replay", "6") if script == GPT2 else ("--no-code",))])
+    out = capfd.readouterr().out
     assert status == 0 and "resumed after step 3, resumed after step 8" in out and "3 norms of the gradient" in out, out
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_stopped_at_step_100_it_is_at_step_200_what_it_would_have_been(script, go, tmp_path):
-    flags = ("--steps", 200, "--val_every", 50, "--epochs", 99)
-    one, log, unbroken = go(*flags, script=script)
-    go(*flags, "--stop_after", 100, script=script)
-    two, again, result = go(*flags, "--resume", "auto", script=script)
-    assert losses(again) == losses(log) and curve(result) == curve(unbroken) and len(curve(result)) == 5
-    assert weights(two, tmp_path, 200) == weights(one, tmp_path, 200) and result["resumed"][0]["step"] == 100
-
-
-def test_its_record_replays(go, capsys):
-    go("--stop_after", 4)
-    last, *_ = go("--resume", "auto", "--usd_per_hour", 2.0)
-    done = subprocess.run([sys.executable, ROOT / "records" / "verify.py", "--replay", "6", last], text=True,
-                          env=environment(), capture_output=True, timeout=200)
-    assert done.returncode == 0 and "6 steps and 4 validations are equal bit for bit, on the same" in done.stdout, done
+    assert script != GPT2 or "6 steps and 4 validations are equal bit for bit, on the same" in out, out
 
 
 def forged(record, change):
@@ -143,42 +119,21 @@ def forged(record, change):
 
 
 def test_what_a_resumed_record_says_is_checked(go, tmp_path, capsys):
-    def check(change, *names):
-        folder = shutil.copytree(record, tmp_path / str(len(names)) / record.name, dirs_exist_ok=True)
+    def ends_elsewhere(line, result):
+        line["saved"] = result["resumed"][0]["saved"] = line["began"]
+        line["now"]["run"] = "another"
+        line["now"]["config"]["stop_after"] = result["config"]["stop_after"] = 5
+
+    go("--stop_after", 4)
+    record, *_ = go("--resume", "auto")
+    for change, names in ((lambda line, result: None, set()), (ends_elsewhere, {"agreement", "schedule"}),
+                          (lambda line, result: line.update(step=5), {"log"})):
+        folder = shutil.copytree(record, tmp_path / str(len(names)) / record.name)
         forged(folder, change)
         verify.main([str(folder), "--no-code"])
         out = capsys.readouterr().out
         failed = set(re.findall(r"^  FAILED +(\S+)", out, re.M))
-        assert failed >= set(names) and "chain" not in failed and bool(failed) == bool(names), out
-
-    go("--stop_after", 4)
-    record, *_ = go("--resume", "auto")
-    check(lambda line, result: None)
-    check(lambda line, result: line.update(step=5), "log")
-    check(lambda line, result: line.update(run="another"), "log")
-    check(lambda line, result: line["now"].update(run="another"), "agreement")
-    check(lambda line, result: line["now"]["hardware"].update(name="B200"), "agreement")
-    check(lambda line, result: line.pop("now"), "log")
-    check(lambda line, result: (line.update(saved=line["saved"] + 9), result["resumed"][0].update(saved=line["saved"])),
-          "clock")
-    check(lambda line, result: (line.update(saved=line["began"]), result["resumed"][0].update(saved=line["saved"]),
-                                line["now"]["config"].update(stop_after=5), result["config"].update(stop_after=5)),
-          "schedule")
-
-
-def test_the_loader_starts_at_the_step(data):
-    module = importlib.import_module(GPT2)
-    for order in ("sequential", "cubic"):
-        args = module.Hyperparameters.parse(tiny(GPT2, data, "r", "--steps", 6, "--order", order, "--epochs", 3))
-        stream = lambda: module.TokenStream(data, "train", 769, "6 steps", 3, 32 if order == "cubic" else 0)
-        late, early, read = stream(), module.DataLoader(stream(), args, 1, 3), []
-        plain = late.read
-        late.read = lambda position, count: read.append(position) or plain(position, count)
-        loader = module.DataLoader(late, args, 1, 3, 4)
-        batches = [early.next() for _ in range(6)][4:]
-        for batch in batches:
-            assert all(torch.equal(a, b) for a, b in zip(batch, loader.next()))
-        assert len(read) == (2 if order == "sequential" else 4), "nothing of the first four steps"
+        assert failed >= names and "chain" not in failed and bool(failed) == bool(names), out
 
 
 def test_paths_and_flags_that_may_change(go, tmp_path):
@@ -195,9 +150,7 @@ def test_paths_and_flags_that_may_change(go, tmp_path):
     assert list(whole(run)) == [3, 6, 7], "another run's are not removed"
 
 
-def test_auto_begins_and_never_goes_on_with_a_finished_run(go, capsys):
-    _, _, result = go("--resume", "auto")
-    assert "resumed" not in result and "nothing in" in capsys.readouterr().out
+def test_auto_never_goes_on_with_a_finished_run(go, capsys):
     go("--stop_after", 4)
     go("--resume", "auto", "--stop_after", 6)
     for seed in (1337, 5):  # another seed, finished, in between: it is not mistaken for this run
@@ -208,33 +161,21 @@ def test_auto_begins_and_never_goes_on_with_a_finished_run(go, capsys):
     assert "resumed" not in result and "from the beginning" in capsys.readouterr().out, "its parts are finished too"
 
 
-REFUSED = {
-    "a rate": (["--head_lr", 0.1], "--head_lr was ", "is 0.1"),
-    "the length": (["--steps", 11], "--steps was 10, is 11"),
-    "the dtype": (["--dtype", "mixed"], "--dtype was fp32, is mixed"),
-}
-
-
-@pytest.fixture
-def refused(go, capsys):
-    def check(*flags, parts):
-        capsys.readouterr()
-        assert go(*flags, ends=1) is None, "a record was written"
-        message = capsys.readouterr().err
-        assert message.count("\n") == 1 and all(part in message for part in parts), message
-
-    return check
-
-
-def test_refusals(go, refused, tmp_path, monkeypatch, capsys):
+def test_refusals(go, tmp_path, monkeypatch, capsys):
     """By name it is refused, in one line; --resume auto says why it passes over it (but for other flags) and begins."""
+    def refused(path, *flags, says):
+        capsys.readouterr()
+        assert go("--resume", path, *flags, ends=1) is None, "a record was written"
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and says in message and path.name in message, message
+
     module = importlib.import_module(GPT2)
     first, _, _ = go("--stop_after", 2)
     run = tmp_path / "checkpoints" / first.name
-    for flags, *parts in REFUSED.values():
-        refused("--resume", run, *flags, parts=[str(run), *parts])
-    refused("--resume", tmp_path / "nowhere", parts=["nowhere", "no whole checkpoint"])
-    refused("--resume", run / "step000009", parts=["step000009", "no whole checkpoint"])
+    refused(run, "--steps", 11, says="--steps was 10, is 11")
+    refused(run, "--dtype", "mixed", says="--dtype was fp32, is mixed")
+    refused(tmp_path / "nowhere", says="no whole checkpoint")
+    refused(run / "step000009", says="no whole checkpoint")
     data = shutil.copytree(go.data, tmp_path / "other")
     shard = data / "toy_train_000000.bin"
     tokens = bytearray(shard.read_bytes())
@@ -242,20 +183,25 @@ def test_refusals(go, refused, tmp_path, monkeypatch, capsys):
     shard.write_bytes(tokens)
     plain = module.read_sources
     other = lambda paths: [(dict(about, sha256="0"), text) for about, text in plain(paths)]
-    for name in ("data", "source"):
-        flags = ("--data", data) if name == "data" else ()
-        monkeypatch.setattr(module, "read_sources", other if name == "source" else plain)
-        why = "other shards" if name == "data" else "train_gpt2.py has changed"
-        refused("--resume", run, *flags, parts=[why])
-        _, _, none = go("--resume", "auto", "--stop_after", 1, "--name", name, *flags)
+    for name, sources, flags, why in (("data", plain, ("--data", data), "other shards"),
+                                      ("source", other, (), "train_gpt2.py has changed")):
+        monkeypatch.setattr(module, "read_sources", sources)
+        refused(run, *flags, says=why)
+        go("--resume", "auto", "--stop_after", 1, "--name", name, *flags)
         assert re.search(rf"{run}/step000002 is passed over: .*{why}.*\n", out := capsys.readouterr().out), out
         assert "from the beginning" in out
     monkeypatch.setattr(module, "read_sources", plain)
     done, _, _ = go()
-    refused("--resume", done, parts=["its run is finished"])
+    refused(done, says="its run is finished")
     with one_thread(), pytest.raises(SystemExit):
         importlib.import_module("train_rwkv7").main(tiny("train_rwkv7", go.data, tmp_path / "r", "--resume", run))
     assert "it is of train_gpt2.py" in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("name", ("checkpoint.json", "model.safetensors", "training.safetensors", "log.txt"))
@@ -269,14 +215,8 @@ def test_a_damaged_checkpoint_is_passed_over(name, go, tmp_path, capsys):
     about = module.read_about(run / "step000004")
     sources, data = about["sources"], about["data"]
 
-    def flip(path):
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-
     for damage in (flip, lambda path: os.truncate(path, path.stat().st_size - 1), os.remove):
-        for resume in ("auto", run, run / "step000004"):
-            args.resume = str(resume)
+        for args.resume in ("auto", str(run), str(run / "step000004")):
             assert module.find_checkpoint(args, sources, data)[0] == run / "step000004"
             damage(run / "step000004" / name)
             capsys.readouterr()
@@ -284,17 +224,13 @@ def test_a_damaged_checkpoint_is_passed_over(name, go, tmp_path, capsys):
             line, = capsys.readouterr().out.strip().split("\n")
             assert f"{run}/step000004 is passed over: its {name} is damaged or missing" in line
             damage(run / "step000002" / name)
-            if resume == "auto":
+            if args.resume == "auto":
                 assert module.find_checkpoint(args, sources, data) is None
             else:
                 with pytest.raises(ValueError, match="no whole checkpoint"):
                     module.find_checkpoint(args, sources, data)
             shutil.rmtree(run)
             shutil.copytree(backup, run)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Signals and kill -9
 
 
 def at(name, call, action, monkeypatch):
@@ -323,7 +259,7 @@ def test_a_signal_ends_after_the_step(moment, number, go, tmp_path, monkeypatch,
     path = tmp_path / "checkpoints" / folder.name / f"step{step:06d}"
     reason = f"after step {step} of 10, checkpoint {path}"
     assert log.endswith(f"\nend: interrupted by {number.name} {reason}\n") and none is None
-    assert capsys.readouterr().err == f"\ntrain_gpt2.py: interrupted {reason}; the log: {folder}/log.txt\n"
+    assert f"interrupted {reason}; the log: {folder}/log.txt\n" in capsys.readouterr().err
     assert f"step:{step}/10 train_loss" in log and f"step:{step}/10 val_loss" not in log
     assert list(whole(path.parent)) == [step]
     _, log, again = go("--resume", "auto")
@@ -333,42 +269,26 @@ def test_a_signal_ends_after_the_step(moment, number, go, tmp_path, monkeypatch,
 def test_second_signals(go, tmp_path, monkeypatch):
     """One within a second is the same one; a later one ends at once, as does any before the first step."""
     module = importlib.import_module(GPT2)
+    for number, apart, call, step in (
+            (signal.SIGTERM, 0, 5, 3), (signal.SIGINT, 11, 5, None), (signal.SIGTERM, 0, 1, None)):
+        def twice():
+            signal.raise_signal(signal.SIGTERM)
+            module.signals.since -= apart
+            signal.raise_signal(number)
 
-    def twice():
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-
-    def later():
-        signal.raise_signal(signal.SIGTERM)
-        module.signals.since -= 11
-        signal.raise_signal(signal.SIGINT)
-
-    for action, call, step in ((twice, 5, 3), (later, 5, None), (twice, 1, None)):
         with monkeypatch.context() as patch:
-            at("train_step", call, action, patch)
+            at("train_step", call, twice, patch)
             folder, log, result = go(ends=143)
         assert result is None and "\nend: interrupted by SIGTERM" in log
         assert (f"after step {step}" in log) == bool(step) == (tmp_path / "checkpoints" / folder.name).exists()
 
 
-def test_ranks_agree_on_the_step(data, tmp_path):
+def test_ranks_agree_on_the_step(tmp_path):
     """SIGTERM to torchrun, which passes it on: one checkpoint, resumed by another number of ranks; losses to 1e-5."""
-    flags = tiny(GPT2, data, tmp_path / "records", "--steps", 20000, "--epochs", 10**5, "--val_every", 10**6)
-    process = subprocess.Popen(command(GPT2, *flags, ranks=2), env=environment(), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
-    try:
-        end = time.time() + 120
-        while time.time() < end and not any("\nstep:3/" in log.read_text(encoding="utf-8")
-                                            for log in tmp_path.glob("records/*/log.txt")):
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
-    finally:
-        process.kill()
-    folder, log, _ = only_record(tmp_path / "records")
-    (step, about), = whole(tmp_path / "checkpoints" / folder.name).items()
+    _, _, log, folder = end_in_the_middle(GPT2, tmp_path, signal.SIGTERM, ranks=2)
+    step, = whole(tmp_path / "checkpoints" / folder.name)
     assert step >= 3 and f"\nend: interrupted by SIGTERM after step {step} of 20000, checkpoint" in log, log[-500:]
-    ends = [*flags, "--stop_after", step + 2]
+    ends = tiny(GPT2, tmp_path / "data", tmp_path / "records", *UNENDING, "--stop_after", step + 2)
     run_here(GPT2, *ends, "--records", tmp_path / "resumed", "--resume", "auto")
     run_here(GPT2, *ends, "--records", tmp_path / "unbroken")
     logs = [only_record(tmp_path / name)[1] for name in ("resumed", "unbroken")]
@@ -417,7 +337,6 @@ def test_kill_9_at_random_moments(tmp_path):
     from the newest, and what comes out is the unbroken run. Every fourth dies at any moment since its start, the others
     after their first checkpoint. The processes are forked from one that has torch loaded."""
     seed = random.randrange(10**6)
-    print("seed", seed)
     moments = random.Random(seed)
     data = make_corpus(tmp_path / "data", train=(9000,))
     flags = tiny(GPT2, data, tmp_path / "records", "--seq_len", 16, "--bsz", 2, "--steps", 20000, "--epochs", 10**4,
@@ -451,83 +370,66 @@ def test_kill_9_at_random_moments(tmp_path):
     finally:
         nursery.kill()
     log = (resumed / "log.txt").read_text()
-    print(f"{parts} of 20 parts reached a checkpoint, step {reached}")
     assert parts >= 15 and len(re.findall(r"^resumed: ", log, re.M)) == parts, f"seed {seed}"
     assert losses(log) == losses(only_record(tmp_path / "unbroken")[1]), f"seed {seed}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Full disks, losses that are no numbers, spikes
-
-
-def no_room_at(step, module, monkeypatch):
-    sync = module.sync
+@pytest.mark.parametrize("step", (8, 10))
+def test_full_disk_at_a_checkpoint(step, go, tmp_path, monkeypatch, capsys):
+    """One line, status 1, nothing half. In between the run ends and can go on; at the last one its record is whole."""
+    module = importlib.import_module(GPT2)
+    plain = module.sync
 
     def full(path):
         if f"step{step:06d}" in str(path) and path.suffix == ".safetensors":
             raise OSError(28, "No space left on device")
-        sync(path)
+        plain(path)
 
-    monkeypatch.setattr(module, "sync", full)
-
-
-def test_full_disk_at_the_last_checkpoint(go, tmp_path, monkeypatch, capsys):
-    """The record is whole and verified all the same; one line, status 1."""
-    no_room_at(10, importlib.import_module(GPT2), monkeypatch)
-    folder, log, result = go("--save_every", 4, ends=1)
-    assert result["end"] == "finished" and re.search(r"^checkpoint: \[Errno 28\] No space.*step000010'$", log, re.M)
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "the record is whole" in message and "step000010" in message, message
-    assert list(whole(tmp_path / "checkpoints" / folder.name)) == [4, 8]
-    assert sorted(p.name for p in (tmp_path / "checkpoints" / folder.name).iterdir()) == ["step000004", "step000008"]
-    assert verify.main([str(folder), "--no-code"]) == 0
-
-
-def test_full_disk_at_a_checkpoint_in_between(go, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        no_room_at(8, importlib.import_module(GPT2), patch)
+        patch.setattr(module, "sync", full)
         folder, log, result = go("--save_every", 4, ends=1)
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "step000008" in message and "No space left" in message, message
-    assert result is None and re.search(r"\nend: failed: .*step000008'\. Make room.*\n\Z", log)
-    assert sorted(p.name for p in (tmp_path / "checkpoints" / folder.name).iterdir()) == ["step000004"]
-    assert "resumed" in go("--resume", "auto")[2]
+    message, run = capsys.readouterr().err, tmp_path / "checkpoints" / folder.name
+    assert message.count("\n") == 1 and f"step{step:06d}" in message and "No space left" in message, message
+    assert list(whole(run)) == ([4] if step == 8 else [4, 8]) and len(list(run.iterdir())) == len(whole(run))
+    if step == 10:
+        assert result["end"] == "finished" and re.search(r"^checkpoint: \[Errno 28\] No space.*step000010'$", log, re.M)
+        assert "the record is whole" in message and verify.main([str(folder), "--no-code"]) == 0
+    else:
+        assert result is None and re.search(r"\nend: failed: .*step000008'\. Make room.*\n\Z", log)
+        assert "resumed" in go("--resume", "auto")[2]
 
 
-@pytest.mark.parametrize("poison", ("a gradient", "a later gradient", "the loss", "a weight"))
+@pytest.mark.parametrize("poison", ("a gradient", "the loss", "a weight"))
 def test_no_numbers_stop_the_run(poison, go, tmp_path, monkeypatch, capsys):
     """... at that step, which is named with the first bad tensor and the last good checkpoint; nothing bad is saved."""
     module = importlib.import_module(GPT2)
-    plain, calls = module.train_step, []
-    names = []
+    plain, calls, names = module.train_step, [], []
 
-    def poisoned(model, optimizers, inputs, targets, args):
+    def poisoned(model, *more):
         calls.append(1)
-        parameters, hooks = dict(model.named_parameters()), []
-        names[:] = parameters
-        if len(calls) == 2 + 6:
-            bad = {"a gradient": [names[2], names[1]], "a later gradient": [names[-1]]}.get(poison, [])
-            hooks = [parameters[name].register_hook(lambda g: g * float("inf")) for name in bad]
-            if poison == "the loss":
-                with torch.no_grad():
-                    parameters[names[0]].fill_(float("nan"))
-        report = plain(model, optimizers, inputs, targets, args)
-        if poison == "a weight" and len(calls) == 2 + 6:
-            with torch.no_grad():
-                parameters[names[3]].view(-1)[-1] = float("inf")
-        for hook in hooks:
-            hook.remove()
+        if len(calls) != 2 + 6:  # the warm-up's are two
+            return plain(model, *more)
+        parameters = dict(model.named_parameters())
+        names.extend(parameters)
+        if poison == "a gradient":
+            for name in names[2:0:-1]:
+                parameters[name].register_hook(lambda g: g * float("inf"))
+        elif poison == "the loss":
+            parameters[names[0]].data.fill_(float("nan"))
+        report = plain(model, *more)
+        if poison == "a weight":
+            parameters[names[3]].data.view(-1)[-1] = float("inf")
         return report
 
     monkeypatch.setattr(module, "train_step", poisoned)
     folder, log, result = go("--save_every", 2, ends=1)
     message = capsys.readouterr().err
     last = tmp_path / "checkpoints" / folder.name / "step000004"
-    bad = {"a gradient": f"gradient of {names[1]}", "a later gradient": f"gradient of {names[-1]}"}
-    what = {"the loss": "the loss is nan", "a weight": f"{names[3]} is not finite"}.get(poison) or bad[poison]
+    what = {"a gradient": f"gradient of {names[1]}", "the loss": "the loss is nan",
+            "a weight": f"{names[3]} is not finite"}[poison]
     assert message.count("\n") == 1 and "step 6 of 10: " in message and what in message, message
     assert f"Last good checkpoint: {last}" in message
-    assert result is None and f"\nend: failed: step 6 of 10: " in log and "step:7/" not in log
+    assert result is None and "\nend: failed: step 6 of 10: " in log and "step:7/" not in log
     assert list(whole(last.parent)) == [2, 4]
 
 
@@ -536,10 +438,9 @@ def test_spikes():
     module = importlib.import_module(GPT2)
     calm = [2.0, 2.1] * 60
     for loss, before, words in (
-            (2.56, calm, "2.5600 after 2.0500 with sd 0.0500"), (2.54, calm, None), (9.0, calm[:19], None),
-            (9.0, calm[:20], "9.0000 after 2.0500 with sd 0.0500"), (4.0, [1.0, 2.0] * 50, None),
-            (4.6, [1.0, 2.0] * 50, "4.6000 after 1.5000 with sd 0.5000"), (float("nan"), calm, None),
-            (9.0, [9.0] * 50 + [1.0] * 100, "9.0000 after 1.0000 with sd 0.0000"), (9.0, [], None)):
+            (2.56, calm, "2.5600 after 2.0500 with sd 0.0500"), (2.54, calm, None), (4.0, [1.0, 2.0] * 50, None),
+            (9.0, calm[:19], None), (9.0, calm[:20], "9.0000 after 2.0500 with sd 0.0500"), (float("nan"), calm, None),
+            (9.0, [9.0] * 50 + [1.0] * 100, "9.0000 after 1.0000 with sd 0.0000")):
         assert module.spike(loss, before) == verify.spike(loss, before) == words, (loss, words)
 
 
@@ -557,15 +458,3 @@ def test_spikes_and_norms_in_a_record(go, monkeypatch, capsys):
     assert [int(step) for step, _ in norms] == [4, 8, 12, 16, 20, 24] and all(0 < float(norm) < 99 for _, norm in norms)
     assert verify.main([str(folder), "--no-code"]) == 0
     assert "4 spikes, 6 norms of the gradient" in capsys.readouterr().out
-    for pattern in (r"^step:8/24 grad_norm:.*\n", r"^step:22/24 spike:.*\n"):
-        record = verify.Record(folder)
-        record.log = verify.Log(re.sub(pattern, "", log, flags=re.M))
-        record.log.finish()
-        with pytest.raises(verify.Failed, match="is missing"):
-            verify.notes(record)
-    monkeypatch.setattr(verify, "SPIKE_NATS", 0.5)
-    record = verify.Record(folder)
-    record.log.notes = [(number, match) for number, match in record.log.notes if match[1] != "24"]
-    record.log.steps = record.log.steps[:-2]
-    with pytest.raises(verify.Failed, match="spike where none is due"):
-        verify.notes(record)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import grading
 import train_rwkv6
+from cases import wkv6_inputs as make
 from grading import (  # noqa: F401
     FORMS, Operator, check, cpu_kernel, test_bitwise_repeatable_on_any_number_of_threads, test_compile_in_one_graph,
     test_gradcheck_recurrence, test_gradcheck_torch_form, test_head_sizes, test_lengths, test_opcheck,
@@ -19,47 +20,6 @@ from train_rwkv6 import wkv6
 
 recurrent = load_program("cuda/wkv6/reference.py").wkv6
 NAMES = ("y", "dr", "dk", "dv", "dw", "du")
-
-
-def make(family, B=2, T=100, H=3, N=64, seed=0):
-    """Inputs r, k, v, w, u and dy of an input family, fp32."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*(shape or (B, T, H, N)), generator=generator)
-
-    r, k, v, w, dy, u = *(normal() for _ in range(5)), normal(H, N)
-    if family == "hard":  # sums of 16 log-decays reach -124: their exp, or its reciprocal, leaves fp32
-        w = 1 + 0.7 * w
-    elif family == "slow":  # d = 0.996
-        w = w.fill_(-5.5)
-    elif family == "strong":  # d = 2e-9; the log-decays of the sequence sum to -2000
-        w = w.fill_(3.0)
-    elif family == "at the edge":  # d = 1e-35, just above what fp32 can hold
-        w = w.fill_(4.4)
-    elif family == "nothing stays":  # d = 0, even in fp64
-        w = w.fill_(8.0)
-    elif family == "drops":  # slow decay, and now and then a token that wipes a channel out: log d = -1e5
-        w = torch.where(w > 1.5, 11.5 + 0.1 * w, -6 + 0.1 * w)
-    elif family == "no bounds":
-        w = torch.where(w > 1, 10 + 100 * (w - 1), torch.where(w < -1, 40 * w, w - 4))
-        w[:, ::5, 1] = -1e30
-        w[0, min(7, T - 1), 2] = 500.0
-    elif family == "zeros":  # rows of padding, and a head that is zero throughout
-        for x in (r, k, v, w, dy):
-            x[:, 1::3] = 0
-            x[:, T // 2 :, -1] = 0
-            x[:, :, 0] = 0
-        u[1] = 0
-    elif family == "large":
-        k, v = k * 30, v * 30
-    elif family == "tiny dy":
-        dy = dy * 1e-6
-    elif family == "sparse dy":
-        dy[:, torch.arange(T) % 7 != 3] = 0
-    else:
-        assert family == "random"
-    return (r, k, v, w, u), dy
 
 
 run = functools.partial(grading.run, wkv6, recurrent, NAMES)  # (form, inputs, dy)

@@ -9,6 +9,7 @@ import torch
 
 import grading
 import train_rwkv7
+from cases import wkv7_inputs as make
 from grading import (  # noqa: F401
     FORMS, Operator, check, cpu_kernel, test_bitwise_repeatable_on_any_number_of_threads, test_compile_in_one_graph,
     test_gradcheck_recurrence, test_gradcheck_torch_form, test_head_sizes, test_lengths, test_opcheck,
@@ -18,45 +19,6 @@ from train_rwkv7 import wkv7
 
 recurrent = load_program("cuda/wkv7/reference.py").wkv7
 NAMES = ("y", "dr", "dw", "dk", "dv", "da", "db")
-SLOW, FAST = -5.0, 20.0  # decay before its activation: d = 0.996 and d = 0.5452, the bound
-
-
-def make(family, B=2, T=100, H=3, N=64, seed=0):
-    """Inputs r, w, k, v, a, b and dy of an input family, fp32."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal():
-        return torch.randn(B, T, H, N, generator=generator)
-
-    def unit(x):
-        return torch.nn.functional.normalize(x, dim=-1)
-
-    r, w, k, v, kappa, alpha, dy = (*(normal() for _ in range(4)), unit(normal()), torch.sigmoid(normal()), normal())
-    if family == "slow":
-        w = w.fill_(SLOW)
-    elif family == "bound":
-        w = w.fill_(FAST)
-    elif family == "correlated":  # cosine 0.9 between the keys, as where a text repeats itself
-        one = unit(normal()[:, :1])
-        kappa, alpha, w = unit(one * 0.9**0.5 + kappa * 0.1**0.5), torch.full_like(alpha, 0.9), w.fill_(SLOW)
-        k = kappa * 8
-    elif family == "identical":
-        kappa, alpha, w = kappa[:, :1].expand_as(kappa).contiguous(), torch.ones_like(alpha), w.fill_(-12.0)
-        k = kappa * 8
-    elif family == "zeros":  # rows of padding, and a head that is zero throughout
-        for x in (r, w, k, v, kappa, dy):
-            x[:, 1::3] = 0
-            x[:, T // 2 :, -1] = 0
-            x[:, :, 0] = 0
-    elif family == "large":
-        k, v = k * 30, v * 30
-    elif family == "tiny dy":
-        dy = dy * 1e-6
-    elif family == "sparse dy":
-        dy[:, torch.arange(T) % 7 != 3] = 0
-    else:
-        assert family == "random"
-    return (r, w, k, v, -kappa, kappa * alpha), dy
 
 
 run = functools.partial(grading.run, wkv7, recurrent, NAMES)  # (form, inputs, dy)
