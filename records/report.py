@@ -300,11 +300,12 @@ def for_page(record):
     script = result.get("script") or re.sub(r"^[^_]*_(train_[a-z0-9]+)_.*", r"\1.py", record["folder"].name)
     facts = dict(config, **{f"environment {key}": result.get("environment", {}).get(key)
                             for key in ("python", "torch", "cuda", "driver", "git_commit", "git_dirty")})
+    finite = lambda value: value if value is not None and math.isfinite(value) else None
     clean = lambda rows: [row for row in rows if all(math.isfinite(value) for value in row)]
     return dict(
         id=record["folder"].name, script=" ".join([script, flags(result)]).strip(), seed=config.get("random_seed"),
-        status=record["end"], machine=machine(result) if result else "unfinished", loss=last.get("val_loss"),
-        bits=last.get("bits_per_byte"), seconds=last.get("train_seconds"), steps=last.get("steps"),
+        status=record["end"], machine=machine(result) if result else "unfinished", loss=finite(last.get("val_loss")),
+        bits=finite(last.get("bits_per_byte")), seconds=last.get("train_seconds"), steps=last.get("steps"),
         tokens=last.get("tokens"), rate=last.get("tokens_per_second"),
         memory=max(memory.values()) / 1e6 if memory else None, val=clean(record["val"]), train=clean(record["train"]),
         facts="\n".join(f"{key}: {value}" for key, value in facts.items()))
@@ -329,7 +330,8 @@ def markdown(records):
 
 
 def html(records):
-    data = json.dumps([for_page(record) for record in records], ensure_ascii=False, separators=(",", ":"))
+    runs = [for_page(record) for record in records]
+    data = json.dumps(runs, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     page = (Path(__file__).resolve().parent / "page.html").read_text(encoding="utf-8")
     data = data.replace("<", "\\u003c")  # no "</script>" can come from a run's words
     return page.replace(">RUNS<", f">{data}<", 1)

@@ -350,3 +350,11 @@ def test_a_run_is_held_against_its_reference(toy, tmp_path, monkeypatch, capsys,
     told = f"; reference at step {point['step']}: {point['mean']:.4f} ± {point['band']:.4f}: {said}"
     assert "reference" not in lines[0] if said is None else lines[0].endswith(told), lines
     assert lines[0].count("reference") == (4 if case == "far" else said is not None)
+
+
+def test_the_page_of_a_diverged_run(tmp_path):
+    """A loss that is no number is no JSON either: the page shows none."""
+    record = dict(folder=tmp_path, result=copy.deepcopy(RESULT), config={}, end="finished", val=[], train=[])
+    record["result"]["final"]["val_loss"] = float("nan")
+    runs, = re.findall(r"(?s)<script [^>]*id=\"runs\"[^>]*>(.*?)</script>", module.html([record]))
+    assert json.loads(runs, parse_constant=pytest.fail)[0]["loss"] is None
