@@ -991,8 +991,7 @@ class DataLoader:
     Step s is tokens [s n, (s + 1) n] with n = bsz * seq_len, whatever the ranks and micro-batches; this rank gets
     sequences [first, last) of its bsz. In the cubic order the run's k-th sequence is chunk k^3 mod p of the stream.
     start: the first step to read; what came before is not touched.
-    next() -> inputs, targets, both int64 (last - first, seq_len), on the device.
-    """
+    next() -> inputs, targets, both int64 (last - first, seq_len), on the device."""
 
     def __init__(self, stream, args, first, last, start=0):
         self.stream, self.args, self.first, self.last, self.start = stream, args, first, last, start
@@ -1077,14 +1076,11 @@ def read_sources(paths):
 
 class Record:
     """The run's folder: log.txt, line by line as things happen, and result.json, written last. Only rank 0 writes.
-
     A folder without result.json belongs to a run that did not finish. log: what a resumed run's log begins with, bytes.
     checkpoint: the folder of the last one. Raises OSError.
-
     chain: sha256 over the lines so far. result.json, the log's last line but one and each point of the curve hold its
     value there, so that records/verify.py finds an edited, lost, added or moved line and about where. It proves no
-    honesty: who edits can hash anew. It holds a record to the digests that others saw, in a commit for instance.
-    """
+    honesty: who edits can hash anew. It holds a record to the digests that others saw, in a commit for instance."""
 
     def __init__(self, args, rank, log=b""):
         self.path, self.log, self.file, self.checkpoint, self.chain = None, None, None, None, hashlib.sha256(log)
@@ -1819,12 +1815,16 @@ def leave_together():
 
 
 if __name__ == "__main__":
+    status = 0
     try:
         main()
-    except BaseException as error:
-        if not dist.is_initialized():
-            raise
-        if not isinstance(error, SystemExit):
-            traceback.print_exc()
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if world_size() > 1:  # all is written; a thread of the process group can abort the interpreter's shutdown
+        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(error.code if isinstance(error, SystemExit) else 1)  # the others may never come: wait for none
+        os._exit(status)
+    sys.exit(status)

@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""The day a GPU is at hand, in one go and under ten minutes: python dev/gpu.py --out results/
+"""The day a GPU is at hand, in one go and eight minutes: python dev/gpu.py --out results/
 
     doctor    what the machine has (cuda/doctor.py)
-    build     every kernel, built and held against the recurrence by its self-test
-    tests     tests/test_gpu.py: accuracy on every input family and size, the same bits twice
+    build     every kernel, all at once, held against its reference in float64
+    tests     tests/test_gpu.py, all kernels at once: accuracy on every input family and size, the same bits twice
     bench     cuda/bench.py with peers, for every operator
-    train     steps of the training scripts on random tokens at several micro-batches: ms, tokens/s, memory, and what
-              share of the GPU's time goes to the WKV operator
+    train     steps of the training scripts on random tokens: ms, tokens/s, memory, and what share of the GPU's time
+              goes to the WKV operator; at a micro-batch of 32 sequences, or what the card has the memory for
 
-Every stage has a share of the time, survives the failure of the one before, and leaves its output in DIR/<stage>.txt;
-results.json and results.md are written anew after each. --stages train gives one stage all the time. --device cpu tries
-everything on a CPU, with toy sizes. Nothing is written outside DIR but built kernels in cuda/build/; no record is made.
-Exit status 1 if any stage met a failure.
+Every stage has a share of the time and survives the failure of the one before. DIR gets five files at most: rows.jsonl,
+a line for every kernel, test run, timing and training run as soon as it is known; log.txt, all that was printed;
+results.json and results.md, written anew after each stage. --stages train gives one stage all the time. --device cpu
+tries everything on a CPU, with toy sizes. Nothing is written outside DIR but built kernels in cuda/build/; no record is
+made. Exit status 1 if any stage met a failure.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -29,9 +31,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARES = dict(doctor=0.05, build=0.20, tests=0.25, bench=0.25, train=1.0)  # of all the time, at most; train: the rest
+SHARES = dict(doctor=0.05, build=0.20, tests=0.20, bench=0.25, train=1.0)  # of all the time, at most; train: the rest
 WARM_UP, STEPS, PROFILED = {"cuda": 5, "cpu": 1}, {"cuda": 30, "cpu": 3}, {"cuda": 3, "cpu": 1}
-MICRO_BATCHES = {"cuda": (16, 32, 64), "cpu": (2,)}
+GB_A_SEQUENCE, GB_FIXED = 1.8, 3  # of RWKV-7, not compiled, with room to spare (dev/LOG.md)
 TOY = ["--track=tiny", "--device=cpu", "--dtype=fp32", "--width=32", "--headsz=16", "--layers=2", "--seq_len=32"]
 NO_TIME = "no time left"
 LEAST = {"cuda": 40, "cpu": 1}  # s that a training run takes at least: compilation, most of all
@@ -66,6 +68,21 @@ def call(command, limit, **env):
         raise
 
 
+def append(args, stage, row):
+    """A row is on the disk as soon as it is known, whatever ends this program."""
+    with open(args.out / "rows.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(dict(stage=stage, **row)) + "\n")
+
+
+def micro_batch(device):
+    """The largest of 8, 16, 32 sequences of 1024 tokens that this GPU has the memory for; 2 short ones on a CPU."""
+    if device == "cpu":
+        return 2
+    said = call(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"], 20)[1]
+    room = max([int(mib) for mib in re.findall(r"^\d+$", said, re.M)], default=40960) * 2**20 / 1e9
+    return max([n for n in (8, 16, 32) if GB_FIXED + n * GB_A_SEQUENCE < 0.9 * room], default=4)
+
+
 def last_json(output):
     """The last line that is a JSON object, or None."""
     for line in reversed(output.splitlines()):
@@ -97,8 +114,10 @@ def build(args, seconds):
         started = time.monotonic()
         status, output = call([sys.executable, "cuda/build.py", script.replace("train_r", ""), kernel], seconds)
         said = [line for line in output.splitlines() if " built; " in line or "cannot be had" in line]
-        return dict(script=script, kernel=kernel, ok=status == 0, seconds=round(time.monotonic() - started, 1),
-                    said=(said or [last_line(output)])[0]), f"--- {script} {kernel}: status {status}\n{output}\n"
+        row = dict(script=script, kernel=kernel, ok=status == 0, seconds=round(time.monotonic() - started, 1),
+                   said=(said or [last_line(output)])[0])
+        append(args, "build", row)
+        return row, f"--- {script} {kernel}: status {status}\n{output}\n"
 
     jobs = [(script, kernel) for script in scripts() if "rwkv" in script for kernel in kernels(script, args.device)]
     with ThreadPoolExecutor() as pool:
@@ -110,28 +129,38 @@ def build(args, seconds):
 def tests(args, seconds):
     """One process a kernel: a CUDA error spoils what its process does later."""
     command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "tests/test_gpu.py"]
-    end, ok, summaries, failed, outputs = time.monotonic() + seconds, True, [], [], []
-    for kernel in ["torch", *kernels("train_rwkv7", args.device)]:
-        status, output = call(command, end - time.monotonic(), TEST_DEVICE=args.device, TEST_KERNELS=kernel)
-        ok &= status == 0 and " passed" in last_line(output)  # not: all skipped
-        summaries.append(f"{kernel}: {last_line(output)}")
-        failed += [line for line in output.splitlines() if line.startswith("FAILED")]
-        outputs.append(output)
-    return dict(ok=ok, summary="; ".join(summaries), failed=failed), "\n".join(outputs)
+
+    def one(kernel):
+        status, output = call(command, seconds, TEST_DEVICE=args.device, TEST_KERNELS=kernel)
+        failed = [line for line in output.splitlines() if line.startswith("FAILED")]
+        ok = status == 0 and " passed" in last_line(output)  # not: all skipped
+        row = dict(kernel=kernel, ok=ok, summary=last_line(output), failed=failed)
+        append(args, "tests", row)
+        return row, output
+    with ThreadPoolExecutor() as pool:
+        rows, outputs = zip(*pool.map(one, ["torch", *kernels("train_rwkv7", args.device)]))
+    summary = "; ".join(f"{row['kernel']}: {row['summary']}" for row in rows)
+    failed = [line for row in rows for line in row["failed"]]
+    return dict(ok=all(row["ok"] for row in rows), summary=summary, failed=failed), "\n".join(outputs)
 
 
 def bench(args, seconds):
     """Every operator; what was measured before a time-out counts."""
     found, outputs, ok = {}, [], True
     operators = [name for name, script in (("wkv7", "train_rwkv7"), ("wkv6", "train_rwkv6")) if script in scripts()]
-    toy = ["--shape", "1,32,1,32", "--repeats", 3] if args.device == "cpu" else []
+    B = micro_batch(args.device)
+    sizes = ["1,32,1,32"] if args.device == "cpu" else [f"{B},1024,12,64", f"{B},1024,6,128"]
+    more = ["--shape", *sizes, "--repeats", 3 if args.device == "cpu" else 30]
     for operator in operators:
-        path = args.out / f"bench_{operator}.json"
+        path = args.out / f"bench_{operator}.part"
         path.unlink(missing_ok=True)
-        command = [sys.executable, "cuda/bench.py", operator, "--device", args.device, "--peers", "--json", path, *toy]
+        command = [sys.executable, "cuda/bench.py", operator, "--device", args.device, "--peers", "--json", path, *more]
         status, output = call(command, seconds / len(operators))
         outputs.append(output)
         measured = json.loads(path.read_text()) if path.exists() else dict(rows=[])
+        path.unlink(missing_ok=True)
+        for row in measured["rows"]:
+            append(args, "bench", dict(row, operator=operator, machine=measured["machine"]))
         table = [line for line in output.splitlines() if line.startswith("| ")]
         found[operator] = dict(table=table, said="" if status == 0 else last_line(output), **measured)
         ok = ok and status == 0
@@ -140,10 +169,10 @@ def bench(args, seconds):
 
 def train(args, seconds):
     """Runs in order of interest, until the time is up."""
-    end, rows, outputs = time.monotonic() + seconds, [], []
+    end, rows, outputs, jobs = time.monotonic() + seconds, [], [], runs(args.device, micro_batch(args.device))
     with tempfile.TemporaryDirectory(prefix="tokens.") as folder:
-        write_tokens(Path(folder), args.device)
-        for script, flags, micro in runs(args.device):
+        write_tokens(Path(folder), args.device, max(micro for *_, micro in jobs))
+        for script, flags, micro in jobs:
             row = dict(script=script, flags=flags, device_bsz=micro)
             rows.append(row)
             if end - time.monotonic() < LEAST[args.device]:
@@ -154,6 +183,7 @@ def train(args, seconds):
             outputs.append(f"--- {script} {' '.join(flags)} --device_bsz {micro}: status {status}\n{output}\n")
             facts = last_json(output) if status == 0 else None
             row.update(facts or dict(failed=f"status {status}: {last_line(output)[:200]}"))
+            append(args, "train", row)
     return dict(ok=all(row.get("failed", NO_TIME) == NO_TIME for row in rows), rows=rows), "".join(outputs)
 
 
@@ -169,22 +199,22 @@ def kernels(script, device):
     return ["cpu"] if device == "cpu" else ["cuda", "fast", "wind"] if script == "train_rwkv7" else ["cuda", "fast"]
 
 
-def runs(device):
-    """(script, flags, device_bsz): the race's two sides first, at the largest micro-batch."""
+def runs(device, micro):
+    """(script, flags, device_bsz): the race's two sides first."""
     flag = {"train_gpt2": []} if device == "cpu" else {"train_gpt2": [], "train_rwkv7": ["--fast_cuda"],
                                                        "train_rwkv6": ["--fast_cuda"]}
-    jobs = [(script, flag.get(script, ["--kernel=cpu"]), micro)
-            for micro in reversed(MICRO_BATCHES[device]) for script in scripts()]
+    jobs = [(script, flag.get(script, ["--kernel=cpu"]), micro) for script in scripts()]
     if device == "cuda":
-        jobs[1:1] = [("train_rwkv7", ["--wind_cuda"], 64)]
-        jobs += [("train_rwkv7", ["--kernel=cuda"], 32), ("train_rwkv7", ["--kernel=torch"], 16)]
+        jobs[2:2] = [("train_rwkv7", ["--wind_cuda"], micro)]
+        jobs += [("train_rwkv7", ["--kernel=cuda"], micro), ("train_rwkv7", ["--fast_cuda"], micro // 2),
+                 ("train_rwkv7", ["--kernel=torch"], micro // 2)]
     return jobs
 
 
-def write_tokens(folder, device):
+def write_tokens(folder, device, micro):
     """Shards of random tokens, enough for the longest run."""
     import numpy
-    count = 2**12 if device == "cpu" else all_steps(device) * max(MICRO_BATCHES[device]) * 1024 + 1
+    count = 2**12 if device == "cpu" else all_steps(device) * micro * 1024 + 1
     generator = numpy.random.default_rng(0)
     for name in ("random_train_000001.bin", "random_val_000000.bin"):
         header = numpy.zeros(256, dtype="<i4")
@@ -354,7 +384,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results, made if need be")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial with toy sizes")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default: %(default)s)")
     parser.add_argument("--stages", nargs="+", choices=SHARES, default=list(SHARES), help="only these (default: all)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -365,7 +395,7 @@ def main(argv=None):
     args.out = args.out.absolute()
     args.out.mkdir(parents=True, exist_ok=True)
     budget, stages = Budget(60 * args.minutes), {}
-    commit = call(["git", "rev-parse", "--short", "HEAD"], 10)[1].strip()
+    commit = call(["git", "rev-parse", "--short", "HEAD"], 10)[1].strip() if shutil.which("git") else "unknown"
     date = datetime.datetime.now().isoformat("T", "minutes")
     results = dict(date=date, commit=commit, device=args.device, stages=stages)
     for name in [name for name in SHARES if name in args.stages]:
@@ -379,7 +409,8 @@ def main(argv=None):
             except Exception as error:  # the next stage has its turn, whatever this one met
                 end = f"failed: {type(error).__name__}: {error}"
         stages[name] = dict(end=end, seconds=time.monotonic() - started, facts=facts)
-        (args.out / f"{name}.txt").write_text(output, encoding="utf-8")
+        with open(args.out / "log.txt", "a", encoding="utf-8") as file:
+            file.write(f"===== {name}\n{output}\n")
         write(args.out, results)
         print(f"\n## {name}: {end}, {stages[name]['seconds']:.0f} s\n" + "\n".join(section(name, facts)), flush=True)
     print(f"\nall of it: {args.out / 'results.md'}")

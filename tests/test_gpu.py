@@ -31,7 +31,7 @@ KERNELS = [name for name in ("torch", *FORMS) if name in WANTED]
 ROUNDS = {name: "fp32" if name == "torch" or "fp32" in FORMS[name].dtypes else "bf16" for name in KERNELS}
 SIZES = {name: (64, 128) if name == "torch" else cases.build.head_sizes(FORMS[name]) for name in KERNELS}
 CASES = [(kernel, N) for kernel in KERNELS for N in (SIZES[kernel] if GPU else (32,))]
-FULL = ((64, 1024, 12, 64), (64, 1024, 6, 128), (64, 4096, 2, 64)) if GPU else ((3, 64, 2, 32),)
+FULL = ((16, 1024, 12, 64), (16, 1024, 6, 128), (16, 4096, 2, 64)) if GPU else ((3, 64, 2, 32),)
 
 
 @pytest.fixture(scope="module", autouse=True)

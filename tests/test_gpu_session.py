@@ -30,7 +30,9 @@ def test_whole_on_a_cpu(tmp_path, capsys, monkeypatch):
     stages = results["stages"]
     assert {name: stage["end"] for name, stage in stages.items()} == dict.fromkeys(
         ("doctor", "build", "bench", "train"), "done")
-    assert all((tmp_path / f"{name}.txt").stat().st_size for name in stages)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "results.json", "results.md", "rows.jsonl"]
+    lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["build"] * 2 + ["bench"] * 4 + ["train"] * 3
     assert stages["doctor"]["facts"]["page"].startswith("doctor ")
     assert {(k["script"], k["kernel"], k["ok"]) for k in stages["build"]["facts"]["kernels"]} >= {
         ("train_rwkv7", "cpu", True)}
@@ -100,17 +102,20 @@ def test_a_stage_that_hangs_is_ended_with_its_children(tmp_path):
     assert state in ("Z", "gone"), f"process {pid} still runs"
 
 
+@pytest.mark.parametrize("mib, micro", ((143771, 32), (81559, 32), (46068, 16), (40960, 16), (24576, 8), (9000, 4)))
+def test_the_micro_batch_fits_the_card(mib, micro, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "call", lambda command, limit: (0, f"{mib}\n{mib}\n"))
+    assert gpu.micro_batch("cuda") == micro
+
+
 def test_command_lines_of_a_gpu(tmp_path, monkeypatch):
     """Every run for a GPU is one its script understands, with tokens enough for all its steps."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setitem(gpu.MICRO_BATCHES, "cuda", (1, 2))
-    gpu.write_tokens(tmp_path, "cuda")
-    monkeypatch.setitem(gpu.MICRO_BATCHES, "cuda", (16, 32, 64))
-    jobs = gpu.runs("cuda")
-    assert {(script, micro) for script, _, micro in jobs} >= {
-        (script, micro) for script in ("train_rwkv7", "train_gpt2") for micro in (16, 32, 64)}
-    assert ("train_rwkv7", ["--fast_cuda"], 64) in jobs[:3]
+    gpu.write_tokens(tmp_path, "cuda", 2)
+    jobs = gpu.runs("cuda", 32)
+    assert [(script, flags) for script, flags, _ in jobs[:3]] == [
+        ("train_rwkv7", ["--fast_cuda"]), ("train_gpt2", []), ("train_rwkv7", ["--wind_cuda"])]
     for script, flags, micro in jobs:
         module = importlib.import_module(script)
         job = dict(device="cuda", device_bsz=micro, flags=flags, data=str(tmp_path))
