@@ -32,7 +32,8 @@ def test_whole_on_a_cpu(tmp_path, capsys, monkeypatch):
         ("doctor", "build", "bench", "train"), "done")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "results.json", "results.md", "rows.jsonl"]
     lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [line["stage"] for line in lines] == ["build"] * 2 + ["bench"] * 4 + ["train"] * 3
+    timed = sum(len(found["rows"]) for found in stages["bench"]["facts"]["operators"].values())
+    assert [line["stage"] for line in lines] == ["build"] * 2 + ["bench"] * timed + ["train"] * 3 and timed >= 4
     assert stages["doctor"]["facts"]["page"].startswith("doctor ")
     assert {(k["script"], k["kernel"], k["ok"]) for k in stages["build"]["facts"]["kernels"]} >= {
         ("train_rwkv7", "cpu", True)}
