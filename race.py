@@ -213,13 +213,13 @@ def remaining(race, label, elapsed, fraction, todo):
 
 def one_run(race, folder, c, seed, todo, held, place):
     """One run to its end. Returns {label, seed, end, folder, seconds}; end is "finished" or why not."""
+    env = {**({} if count_gpus() else CPU_ENVIRONMENT), **os.environ}
     before, start, shown, at = run_folders(folder, c["label"], seed), time.monotonic(), 0.0, None
     tty, interrupted = sys.stdout.isatty(), False
     if before:  # a repetition: folders are named by the second
         time.sleep(1.1)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as console:
         words = launch(c, race, "--random_seed", seed, "--name", f"{c['label']}_seed{seed}", "--records", short(folder))
-        env = {**({} if count_gpus() else CPU_ENVIRONMENT), **os.environ}
         process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT,
                                    env=env, start_new_session=True, pass_fds=[held.fileno()] if held else ())
         try:

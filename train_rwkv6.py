@@ -8,7 +8,7 @@ Track tiny:    the same script on bytes of text, about 1M parameters, two minute
     CPU      ./run_rwkv6.sh --track tiny                 (python data/pydocs.py; python train_rwkv6.py --track tiny)
 
 Claims: on fineweb none yet (the public run of this recipe reached 3.2914 after 5100 steps); on tiny the table of
-README.md, from the runs in records/. The file stands alone: besides itself it reads only its kernels in cuda/.
+README.md, from the runs in records/. The file stands alone but for its kernels; records/report.py, if there, sums up.
 """
 
 import argparse
@@ -917,7 +917,6 @@ def where_from(folder, need):
 
 class DataLoader:
     """Batches of the training stream, read ahead by a thread into pinned memory.
-
     Step s is tokens [s n, (s + 1) n] with n = bsz * seq_len, whatever the ranks and micro-batches; this rank gets
     sequences [first, last) of its bsz. In the cubic order the run's k-th sequence is chunk k^3 mod p of the stream.
     start: the first step to read; what came before is not touched.
@@ -1487,8 +1486,8 @@ def check_cover(model, optimizers):
 
 
 def open_data(args, rank):
-    """(train stream, val stream, their facts for the record). On every machine local rank 0 checks every token, and
-    that the shards are those of rank 0. Raises ValueError."""
+    """(train stream, val stream, their facts for the record: {} but for local rank 0, which checks every token on its
+    machine). Raises ValueError."""
     steps, cubic = args.stop_after or args.steps, args.seq_len if args.order == "cubic" else 0
     train = TokenStream(args.data, "train", steps * args.bsz * args.seq_len + 1, f"{steps} steps", args.epochs, cubic)
     exactly = 1 if args.track == "fineweb" else 0
@@ -1528,7 +1527,7 @@ def same_shards(described, args):
 
 def out_of_memory(error, args):
     """A line with the next smaller --device_bsz if it is memory that ran out, else None."""
-    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+    if not (isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))):
         return None
     now = min(args.device_bsz, -(-args.bsz // world_size()))
     way_out = f"--device_bsz {now // 2} (the same losses)" if now > 1 else "a shorter --seq_len or a smaller model"
@@ -1728,11 +1727,12 @@ def main(argv=None):
         raise SystemExit(128 + number)
     except Exception as error:
         memory = out_of_memory(error, args)
-        short = memory or str(error).removesuffix(".")
+        foreseen = memory or isinstance(error, (OSError, Diverged)) or isinstance(error, ValueError) and not record
+        short = memory or (str(error).removesuffix(".") if foreseen else f"{type(error).__name__}: {error}")
         if isinstance(error, OSError):
             short += ". Make room, set permissions or choose --records FOLDER or --checkpoints FOLDER"
         log = record.close(f"failed: {short}") if record else None
-        if memory or isinstance(error, (OSError, Diverged)) or isinstance(error, ValueError) and not record:
+        if foreseen:
             stop(f"{short}{f'; the log: {log}' if log else ''}.")
         raise
 

@@ -4,8 +4,7 @@
     python cuda/build.py                        every kernel: built, can be built, or why not; builds nothing
     python cuda/build.py wkv7                   those of one operator
     python cuda/build.py wkv7 fast              builds it if need be and prints the library's path
-    python cuda/build.py wkv7 fast --json       prints one line of JSON: {"library", "sources": what a record embeds,
-                                                "built_with", "head_sizes", "dtypes"}
+    python cuda/build.py wkv7 fast --json       prints {"library", "sources": what a record embeds, "built_with"}
     python cuda/build.py wkv7 fast --device cuda --headsz 64 --dtype bf16     only if it fits a run with these flags
 
 What it has to say besides goes to stderr. Exit status 1 with three lines there: the cause, the way out, the way around.
@@ -18,6 +17,7 @@ Environment: CXX (the C++ compiler, c++ if unset), CUDA_HOME (where bin/nvcc is;
 
 import argparse
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import json
@@ -105,6 +105,7 @@ def output(*command):
     return done.stdout + done.stderr
 
 
+@functools.cache
 def torch_facts():
     """torch's {folder, version, cuda}, read from its files. Raises KernelError where there is none."""
     spec = importlib.util.find_spec("torch")
@@ -115,6 +116,7 @@ def torch_facts():
     return dict(folder=folder, version=version["__version__"], cuda=version["cuda"])
 
 
+@functools.cache
 def gpus():
     """[(name, architecture as a number: 90 for sm_90)] of the NVIDIA GPUs here, by nvidia-smi."""
     said = output("nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader")
@@ -380,10 +382,9 @@ def judge(operator, kernel, library, device=None):
 
 def describe(operator, kernel, library):
     """What --json prints of a kernel that is built."""
-    form, known = KERNELS[operator, kernel], library.with_suffix(".json")
+    known = library.with_suffix(".json")
     return dict(library=str(library), sources=[path.relative_to(ROOT).as_posix() for path in sources(operator, kernel)],
-                built_with=json.loads(known.read_text(encoding="utf-8")) if known.exists() else None,
-                head_sizes=head_sizes(form), dtypes=form.dtypes)
+                built_with=json.loads(known.read_text(encoding="utf-8")) if known.exists() else None)
 
 
 def listing(operators):

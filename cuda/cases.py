@@ -93,6 +93,25 @@ def peer(package, module, name):
         return None, f"{package} {version}: {first_line(error)}"
 
 
+def plain_family(family, tensors, k, v, dy):
+    """The families that every operator has, made in place of random tensors (B, T, H, N). Raises ValueError."""
+    T = dy.size(1)
+    if family == "zeros":  # rows of padding, and a head that is zero throughout
+        for x in (*tensors, dy):
+            x[:, 1::3] = 0
+            x[:, T // 2 :, -1] = 0
+            x[:, :, 0] = 0
+    elif family == "large":
+        k *= 30
+        v *= 30
+    elif family == "tiny dy":
+        dy *= 1e-6
+    elif family == "sparse dy":
+        dy[:, torch.arange(T) % 7 != 3] = 0
+    elif family != "random":
+        raise ValueError(f"no family of inputs is called {family!r}")
+
+
 def first_line(error):
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:150]
 
@@ -123,19 +142,8 @@ def wkv7_inputs(family, B=2, T=100, H=3, N=64, seed=0):
     elif family == "identical":
         kappa, alpha, w = kappa[:, :1].expand_as(kappa).contiguous(), torch.ones_like(alpha), w.fill_(-12.0)
         k = kappa * 8
-    elif family == "zeros":  # rows of padding, and a head that is zero throughout
-        for x in (r, w, k, v, kappa, dy):
-            x[:, 1::3] = 0
-            x[:, T // 2 :, -1] = 0
-            x[:, :, 0] = 0
-    elif family == "large":
-        k, v = k * 30, v * 30
-    elif family == "tiny dy":
-        dy = dy * 1e-6
-    elif family == "sparse dy":
-        dy[:, torch.arange(T) % 7 != 3] = 0
-    elif family != "random":
-        raise ValueError(f"no family of inputs is called {family!r}")
+    else:
+        plain_family(family, (r, w, k, v, kappa), k, v, dy)
     return (r, w, k, v, -kappa, kappa * alpha), dy
 
 
@@ -271,20 +279,10 @@ def wkv6_inputs(family, B=2, T=100, H=3, N=64, seed=0):
         w = torch.where(w > 1, 10 + 100 * (w - 1), torch.where(w < -1, 40 * w, w - 4))
         w[:, ::5, 1] = -1e30
         w[0, min(7, T - 1), 2] = 500.0
-    elif family == "zeros":  # rows of padding, and a head that is zero throughout
-        for x in (r, k, v, w, dy):
-            x[:, 1::3] = 0
-            x[:, T // 2 :, -1] = 0
-            x[:, :, 0] = 0
-        u[1] = 0
-    elif family == "large":
-        k, v = k * 30, v * 30
-    elif family == "tiny dy":
-        dy = dy * 1e-6
-    elif family == "sparse dy":
-        dy[:, torch.arange(T) % 7 != 3] = 0
-    elif family != "random":
-        raise ValueError(f"no family of inputs is called {family!r}")
+    else:
+        plain_family(family, (r, k, v, w), k, v, dy)
+        if family == "zeros":
+            u[1] = 0
     return (r, k, v, w, u), dy
 
 

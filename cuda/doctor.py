@@ -21,8 +21,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import build  # beside this file
+
 ROOT = Path(__file__).resolve().parent.parent
-NVCC_PLACES = ("/usr/local/cuda/bin/nvcc",)
 PACKAGES = ("torch", "numpy", "tqdm", "safetensors", "huggingface_hub")
 
 
@@ -56,21 +57,11 @@ def first_line(error):
 # The machine
 
 
-def tool(names, pattern):
-    """{path, version} of the first program found under one of the names, or {}."""
-    for name in filter(None, names):
-        if path := shutil.which(name):
-            said = shell(path, "--version")
-            found = re.search(pattern, said)
-            return dict(path=path, version=found[1] if found else (said.splitlines() or ["version unknown"])[0])
-    return {}
-
-
 def tools():
-    cuda_home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = [os.path.join(cuda_home, "bin", "nvcc")] if cuda_home else []
-    compiler = os.environ.get("CXX", "").split(" ")[0] or "c++"
-    return {"nvcc": tool([*nvcc, "nvcc", *NVCC_PLACES], r"release ([\d.]+)"), "C++": tool([compiler], r"^(.*)")}
+    """{name: {path, version} or {}} of the compilers that cuda/build.py would take."""
+    nvcc, cxx = build.nvcc(), build.cxx()
+    return {"nvcc": dict(path=nvcc, version=build.release(nvcc)) if nvcc else {},
+            "C++": dict(path=cxx[0], version=build.output(*cxx, "--version").partition("\n")[0]) if cxx else {}}
 
 
 def packages():
@@ -136,10 +127,9 @@ def kernels():
     """[{operator, kernel, flag, state, why}] by cuda/build.py, or in a line why it cannot tell. state: built, can be
     built, cannot be built; why: cause and way out, where it cannot."""
     try:
-        done = subprocess.run([sys.executable, ROOT / "cuda" / "build.py", "--json"], capture_output=True, text=True)
-        rows = json.loads(done.stdout)
-    except (OSError, ValueError):
-        return f"cuda/build.py cannot tell ({(done.stderr.splitlines() or ['no output'])[0]})"
+        rows = build.listing(["wkv7", "wkv6"])
+    except build.KernelError as error:
+        return f"cuda/build.py cannot tell ({error.args[0]})"
     for row in rows:
         row["flag"] = f"--{row['kernel']}_cuda" if row["kernel"] in ("fast", "wind") else f"--kernel {row['kernel']}"
     return rows
@@ -332,7 +322,6 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="the facts as JSON")
     arguments = parser.parse_args(argv)
-    sys.path.insert(0, str(ROOT))  # not this folder: its name is that of NVIDIA's packages
     facts = examine()
     facts["wrong"], facts["next"] = advice(facts)
     print(json.dumps(facts, indent=1) if arguments.json else page(facts))

@@ -77,6 +77,7 @@ VALUES = {
     "head size below 0": (["--headsz", -16], ["--headsz -16"]),
     "no steps": (["--steps", 0], ["--steps", "at least 1"]),
     "steps below 0": (["--steps", -5], ["--steps", "at least 1"]),
+    "a stop past the end": (["--stop_after", 7], ["--stop_after 7 is more than --steps 6"]),
     "no sequences": (["--bsz", 0], ["--bsz", "at least 1"]),
     "no micro-batch": (["--device_bsz", 0], ["--device_bsz", "at least 1"]),
     "no tokens in a sequence": (["--seq_len", 0], ["--seq_len", "at least 1"]),

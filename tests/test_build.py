@@ -102,7 +102,7 @@ def test_cold_then_warm(machine):
     status, out, err = machine.run("wkv7", "cpu", "--json", alone=True)
     facts = json.loads(out)
     assert status == 0 and err == "" and out.count("\n") == 1
-    assert Path(facts["library"]) == library and facts["head_sizes"] == [16, 32, 64, 96, 128, 192]
+    assert Path(facts["library"]) == library
     assert facts["sources"] == ["cuda/build.py", "cuda/wkv7/reference.py", "cuda/wkv7/wkv7_cpu.cpp", "cuda/cpu.h"]
     assert facts["built_with"]["torch"] == torch.__version__ and max(facts["built_with"]["errors"].values()) < 2e-6
 

@@ -63,12 +63,14 @@ def test_without_torch_or_any_package():
     assert "cannot be imported (ModuleNotFoundError: No module named 'torch')" in done.stdout
     assert "to mend          this Python lacks torch, numpy, tqdm" in done.stdout
     assert re.search(r"^next +\./run_rwkv7\.sh --track tiny .*makes \.venv", done.stdout, re.M)
+    assert re.search(r"^kernels +cuda/build.py cannot tell \(.* has no torch\.\)$", done.stdout, re.M)
 
 
 def test_nvcc_is_found_where_it_is_said_to_be_and_nothing_fails_without(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
-    monkeypatch.setattr(doctor, "NVCC_PLACES", ())
-    for name in ("CUDA_HOME", "CUDA_PATH", "CXX"):
+    which = doctor.build.shutil.which  # this machine's own nvcc is found whatever PATH says
+    monkeypatch.setattr(doctor.build.shutil, "which", lambda name: None if name.startswith("/usr/") else which(name))
+    for name in ("CUDA_HOME", "CXX"):
         monkeypatch.delenv(name, raising=False)
     assert doctor.tools() == {"nvcc": {}, "C++": {}} and doctor.driver() == {}
     program(tmp_path / "path", "nvcc", "echo 'Cuda compilation tools, release 11.8, V11.8.89'")

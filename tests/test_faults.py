@@ -165,6 +165,7 @@ def test_data_of_another_machine(data, tmp_path):
 
 @pytest.mark.parametrize("error", (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError(),
+    RuntimeError("CUDA error: out of memory"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")))
 def test_out_of_memory(error, data, tmp_path, monkeypatch, capfd):
     def train_step(*_):

@@ -439,6 +439,7 @@ def test_spikes():
     calm = [2.0, 2.1] * 60
     for loss, before, words in (
             (2.56, calm, "2.5600 after 2.0500 with sd 0.0500"), (2.54, calm, None), (4.0, [1.0, 2.0] * 50, None),
+            (4.6, [1.0, 2.0] * 50, "4.6000 after 1.5000 with sd 0.5000"), (9.0, [], None),
             (9.0, calm[:19], None), (9.0, calm[:20], "9.0000 after 2.0500 with sd 0.0500"), (float("nan"), calm, None),
             (9.0, [9.0] * 50 + [1.0] * 100, "9.0000 after 1.0000 with sd 0.0000")):
         assert module.spike(loss, before) == verify.spike(loss, before) == words, (loss, words)
@@ -458,3 +459,15 @@ def test_spikes_and_norms_in_a_record(go, monkeypatch, capsys):
     assert [int(step) for step, _ in norms] == [4, 8, 12, 16, 20, 24] and all(0 < float(norm) < 99 for _, norm in norms)
     assert verify.main([str(folder), "--no-code"]) == 0
     assert "4 spikes, 6 norms of the gradient" in capsys.readouterr().out
+    for pattern in (r"^step:8/24 grad_norm:.*\n", r"^step:22/24 spike:.*\n"):
+        record = verify.Record(folder)
+        record.log = verify.Log(re.sub(pattern, "", log, flags=re.M))
+        record.log.finish()
+        with pytest.raises(verify.Failed, match="is missing"):
+            verify.notes(record)
+    monkeypatch.setattr(verify, "SPIKE_NATS", 0.5)
+    record = verify.Record(folder)
+    record.log.notes = [(number, match) for number, match in record.log.notes if match[1] != "24"]
+    record.log.steps = record.log.steps[:-2]
+    with pytest.raises(verify.Failed, match="spike where none is due"):
+        verify.notes(record)
