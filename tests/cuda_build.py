@@ -1,7 +1,10 @@
 """Builds the kernels of cuda/ for tests: for a CPU, to run on the machine of tests/cuda_on_cpu; by nvcc, to read its
-report of registers and memory. What was built is kept in cuda/build/."""
+report of registers and memory and to count instructions. What was built is kept in cuda/build/."""
 
+import collections
 import hashlib
+import importlib.util
+import json
 import os
 import pathlib
 import platform
@@ -24,8 +27,8 @@ def compiler():
             return command
 
 
-def run(command):
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+def run(command, **how):
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **how)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(map(str, command))}\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
@@ -94,25 +97,79 @@ def find_nvcc():
 
 def nvcc_report(source, arch, flags=()):
     """What nvcc says of the kernels of a .cu file, warnings being errors: {kernel: {"registers", "barriers", "stack",
-    "spill_stores", "spill_loads", "shared"}}, in bytes. arch: "80", "90a", "100". kernel: as in the source, with its
-    template arguments, forward<64>. shared: what is declared, not what a launch asks for."""
+    "spill_stores", "spill_loads", "shared"}}, in bytes, and where cuobjdump is, how often its machine code has each
+    instruction: "counts". arch: "80", "90a", "100". kernel: as in the source, with its template arguments,
+    forward<64>. shared: what is declared, not what a launch asks for."""
     nvcc, source = find_nvcc(), pathlib.Path(source)
     command = [nvcc, "-std=c++17", "-O3", "-I", ROOT / "cuda", f"-gencode=arch=compute_{arch},code=sm_{arch}",
-               "-Xptxas", "-v", "-Werror", "all-warnings", *flags, "-c", source, "-o", os.devnull]
-    key = [source, *headers_of(source), run([nvcc, "--version"]), list(map(str, command))]
-    return parse_ptxas(cached(source.stem, ".ptxas", key, lambda made: made.write_text(run(command))).read_text())
+               "-Xptxas", "-v", "-Werror", "all-warnings", *flags, "-cubin", source, "-o"]
+
+    def make(made):
+        cubin = made.with_suffix(".cubin")
+        said = run([*command, cubin])
+        made.write_text(json.dumps([said, count_instructions(cubin)]))
+    tools = [str(tool) for tool in (cuobjdump(),) if tool]
+    key = [source, *headers_of(source), run([nvcc, "--version"]), list(map(str, command)), tools, "IMAD.MOV"]
+    said, counts = json.loads(cached(source.stem, ".ptxas", key, make).read_text())
+    return parse_ptxas(said, counts)
 
 
-def parse_ptxas(text):
+def cuobjdump():
+    """Its path in the environment of this Python, or None."""
+    found = importlib.util.find_spec("nvidia")
+    folders = [pathlib.Path(folder) for folder in found.submodule_search_locations] if found else []
+    return next((path for folder in folders for path in folder.glob("*/bin/cuobjdump")), None)
+
+
+def count_instructions(cubin):
+    """{mangled name: {instruction without its modifiers: how often}} of a .cubin; {} without cuobjdump."""
+    if not (tool := cuobjdump()):
+        return {}
+    env = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}  # where nvdisasm is
+    text, found = run([tool, "-sass", cubin], env=env), {}
+    for line in text.splitlines():
+        if name := re.search(r"Function : (\S+)", line):
+            counts = found[name[1]] = collections.Counter()
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(IMAD.MOV|\w+)", line):
+            counts[instruction[1].replace("IMAD.MOV", "MOV")] += 1
+    return found
+
+
+def hold_counts(source, arch, report):
+    """A kernel costs what it cost when tests/cuda_counts.json was written: COUNTS=write ./test.sh tests/test_wkv*_*.py
+    -k nvcc_report writes it. Another nvcc may need 3 % more."""
+    if not all(used["counts"] for used in report.values()):
+        return
+    path = ROOT / "tests" / "cuda_counts.json"
+    release = re.search(r"release (\S+),", run([find_nvcc(), "--version"]))[1]
+    table = json.loads(path.read_text())
+    for name, used in report.items():
+        counts = used["counts"]
+        row = dict(instructions=sum(counts.values()) - counts.get("NOP", 0), registers=used["registers"],
+                   spilled=used["spill_stores"] + used["spill_loads"])
+        row |= {kind: counts.get(kind, 0) for kind in ("HMMA", "LDSM", "MOV", "MUFU", "SHFL", "BAR")}
+        key = f"{source.name} sm_{arch} {name}"
+        if os.environ.get("COUNTS") == "write":
+            table |= {"nvcc": release, key: row}
+            lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items())]
+            path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        slack = 1 if table["nvcc"] == release else 1.03
+        over = [f"{kind} {n}, was {table[key][kind]}" for kind, n in row.items() if n > slack * table[key][kind]]
+        assert not over, f"{key}: {', '.join(over)}"
+
+
+def parse_ptxas(text, counts):
     report = {}
     for part in re.split(r"Compiling entry function '", text)[1:]:
         def number(pattern):
             found = re.search(pattern, part)
             return int(found[1]) if found else 0
-        report[part[: part.index("'")]] = {
+        symbol = part[: part.index("'")]
+        report[symbol] = {
             "registers": int(re.search(r"Used (\d+) registers", part)[1]), "barriers": number(r"used (\d+) barriers"),
             "stack": number(r"(\d+) bytes stack frame"), "spill_stores": number(r"(\d+) bytes spill stores"),
-            "spill_loads": number(r"(\d+) bytes spill loads"), "shared": number(r"(\d+) bytes smem")}
+            "spill_loads": number(r"(\d+) bytes spill loads"), "shared": number(r"(\d+) bytes smem"),
+            "counts": counts.get(symbol)}
     names = demangle(list(report))
     return {name: report[symbol] for name, symbol in zip(names, report)}
 

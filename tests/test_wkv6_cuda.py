@@ -11,7 +11,8 @@ from cuda_kernels import (  # noqa: F401
     Operator, kernel, poisoned, pytestmark, test_a_long_sequence, test_a_sequence_in_two_pieces,
     test_address_and_undefined_behaviour_sanitizers, test_bitwise_repeatable, test_compile_in_one_graph, test_fp32,
     test_head_sizes, test_lengths, test_no_races, test_nvcc_report, test_only_the_final_state_is_used, test_opcheck,
-    test_judge, test_states, test_strided_inputs_and_dy, test_the_order_of_threads_does_not_matter)
+    test_judge, test_shared_memory, test_states, test_strided_inputs_and_dy,
+    test_the_order_of_threads_does_not_matter)
 from grading import errors
 from test_wkv6 import NAMES, make, recurrent
 from train_rwkv6 import wkv6
@@ -23,6 +24,7 @@ BUDGET = {"cuda": {**{f"scan<{N}": (168 if N in (32, 64, 192) else 255, 0) for N
                    **{f"gradients<{N}": (255, 0) for N in (32, 64, 96, 128, 192)}},
           "fast": {"wkv6::forward<64>": (80, 0), "wkv6::forward<128>": (128, 0),  # 6, 2, 3 and 1 blocks
                    "wkv6::backward<64>": (168, 0), "wkv6::backward<128>": (255, 0)}}
+SHARED = {"cuda": {64: (12320, 75904), 128: (24608, 129152)}, "fast": {64: (28032, 73728), 128: (55552, 228224)}}
 
 
 def gates(kernel, family):
@@ -62,7 +64,7 @@ class Layer(torch.nn.Module):
 def op():
     return Operator(
         name="wkv6", script=train_rwkv6, call=wkv6, recurrent=recurrent, names=NAMES, tensors=4, make=inputs_of,
-        errors=errors, gates=gates, fp32_gate=1e-6, layer=Layer, budget=budget,
+        errors=errors, gates=gates, fp32_gate=1e-6, layer=Layer, budget=budget, shared=SHARED,
         families=dict(fp32=("random", "slow", "drops"), states=("random", "slow", "drops"), long=("slow", "drops"),
                       sizes=("random", "drops")),
         direct_inputs="r, k, v, w = bf16(normal()), bf16(normal()), bf16(normal()), bf16(3 * normal() - 1)\n"

@@ -9,7 +9,8 @@ from cuda_kernels import (  # noqa: F401
     Operator, kernel, poisoned, pytestmark, test_a_long_sequence, test_a_sequence_in_two_pieces,
     test_address_and_undefined_behaviour_sanitizers, test_bitwise_repeatable, test_compile_in_one_graph, test_fp32,
     test_head_sizes, test_lengths, test_no_races, test_nvcc_report, test_only_the_final_state_is_used, test_opcheck,
-    test_judge, test_states, test_strided_inputs_and_dy, test_the_order_of_threads_does_not_matter)
+    test_judge, test_shared_memory, test_states, test_strided_inputs_and_dy,
+    test_the_order_of_threads_does_not_matter)
 from grading import errors
 from test_wkv7 import NAMES, make, recurrent
 from train_rwkv7 import wkv7
@@ -28,6 +29,7 @@ BUDGET = {"cuda": {"forward<32": (128, 0), "forward<64": (168, 0), "forward<96":
                    "backward<128": (255, 0), "backward<192": (255, 3000)},
           "fast": {"wkv7::forward<64>": (80, 0), "wkv7::forward<128>": (128, 0),  # 6, 2, 3 and 1 blocks
                    "wkv7::backward<64>": (168, 0), "wkv7::backward<128>": (255, 0)}}
+SHARED = {"cuda": {64: (18432, 39936), 128: (36864, 100352)}, "fast": {64: (28416, 76544), 128: (53248, 232448)}}
 
 
 def gates(kernel, family):
@@ -60,7 +62,8 @@ class Layer(torch.nn.Module):
 def op():
     return Operator(
         name="wkv7", script=train_rwkv7, call=wkv7, recurrent=recurrent, names=NAMES, tensors=6, make=make,
-        errors=errors, gates=gates, fp32_gate=6e-6, layer=Layer, budget=budget,  # fp32: the error of 8 steps back
+        errors=errors, gates=gates, fp32_gate=6e-6,  # the error of 8 steps back
+        layer=Layer, budget=budget, shared=SHARED,
         families=dict(fp32=("random", "bound", "slow", "identical"), states=("random", "slow", "correlated"),
                       long=("slow", "correlated"), sizes=("random", "identical")),
         direct_inputs="kappa = normal(); kappa /= np.linalg.norm(kappa, axis=-1, keepdims=True)\n"

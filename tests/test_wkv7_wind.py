@@ -10,7 +10,7 @@ import torch
 
 import cuda_build
 import train_rwkv7
-from cuda_build import build_on_cpu, find_nvcc, nvcc_report, sanitized_environment
+from cuda_build import build_on_cpu, find_nvcc, hold_counts, nvcc_report, sanitized_environment
 from cuda_kernels import judge
 from helpers import ROOT, environment, one_thread
 from test_wkv7 import make
@@ -210,3 +210,4 @@ def test_nvcc_report(arch):
     for name, used in report.items():
         assert used["registers"] <= (128 if name.endswith("forward") else 255), (name, used)
         assert used["stack"] == used["spill_stores"] == used["spill_loads"] == used["shared"] == 0, (name, used)
+    hold_counts(FOLDER / "wkv7_wind.cu", arch, report)

@@ -487,6 +487,10 @@ const char* cudaGetErrorString(cudaError_t error) {
 
 // How the launches that follow run. order, of threads and blocks: 0 forwards, 1 backwards, 2 at random, from `seed`.
 // copies, cp.async's: land 0 when waited for, 1 at once, 2 at random in between.
+extern "C" __attribute__((visibility("default"))) int64_t cuda_on_cpu_shared() {  // bytes a block had, the last launched
+  return cuda_on_cpu::m.shared_size;
+}
+
 extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_schedule(int order, uint64_t seed, int copies) {
   std::lock_guard lock(cuda_on_cpu::m.mutex);
   cuda_on_cpu::m.order = order, cuda_on_cpu::m.seed = seed, cuda_on_cpu::m.copies = RACES ? 0 : copies;
