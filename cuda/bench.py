@@ -59,21 +59,27 @@ def run(function, inputs, dy, device):
     return [x.detach().cpu().double() for x in (y, *torch.autograd.grad(y, leaves, dy.to(y)))]
 
 
+def check_family(operator, kernel, family, shape, device, dtype):
+    """Two runs on inputs of a family, B,T,H,N, against the reference in float64 on the same device. Returns {tensor:
+    relative L2 error} and a list of what is wrong."""
+    inputs, dy = operator.make(family, *shape)
+    inputs, dy = cast(inputs, dtype), dy.to(dtype)  # the rounding of the inputs is no kernel's fault
+    reference = run(operator.reference, [x.double() for x in inputs], dy.double(), device)
+    results, again = (run(lambda *x: kernel.call(*kernel.prepare(x)), inputs, dy, device) for _ in range(2))
+    errors = {name: ((x - exact).norm() / (exact.norm() or 1)).item()  # all decays 0: dw is 0
+              for name, x, exact in zip(operator.tensors, results, reference)}
+    slack, gates = PEER_SLACK if kernel.peer else 1, operator.gates(kernel.rounds, dtype, family)
+    wrong = [f"{family}: two runs differ"] * (not kernel.peer and not all(map(torch.equal, results, again)))
+    return errors, wrong + [f"{family} {name} {error:.1e} above {slack * gates[name]:.1e}"
+                            for name, error in errors.items() if not error <= slack * gates[name]]  # NaN is above
+
+
 def check(operator, kernel, N, device, dtype):
     """{family: {tensor: relative L2 error}} and "" or why the kernel must not be timed."""
-    errors, wrong = {}, []
-    for family in FAMILIES:
-        inputs, dy = operator.make(family, *CHECK_SHAPE[device], N)
-        inputs, dy = cast(inputs, dtype), dy.to(dtype)  # the rounding of the inputs is no kernel's fault
-        reference = run(operator.reference, [x.double() for x in inputs], dy.double(), "cpu")
-        results, again = (run(lambda *x: kernel.call(*kernel.prepare(x)), inputs, dy, device) for _ in range(2))
-        errors[family] = {name: ((x - exact).norm() / exact.norm()).item()
-                          for name, x, exact in zip(operator.tensors, results, reference)}
-        if not kernel.peer and not all(map(torch.equal, results, again)):
-            wrong.append(f"{family}: two runs differ")
-        slack, gates = PEER_SLACK if kernel.peer else 1, operator.gates(kernel.rounds, dtype, family)
-        wrong += [f"{family} {name} {error:.1e} above {slack * gates[name]:.1e}"
-                  for name, error in errors[family].items() if not error <= slack * gates[name]]  # NaN is above
+    found = {family: check_family(operator, kernel, family, (*CHECK_SHAPE[device], N), device, dtype)
+             for family in FAMILIES}
+    wrong = [text for _, some in found.values() for text in some]
+    errors = {family: errors for family, (errors, _) in found.items()}
     return errors, ("wrong results: " if kernel.peer and wrong else "") + "; ".join(wrong)
 
 
@@ -178,7 +184,7 @@ def quartiles(times):
     return middle, high - low
 
 
-def measure(operator, shape, kernels, timer, device, repeats, speed):
+def measure(operator, shape, kernels, timer, device, repeats, speed, check=check):
     """One row for each kernel of this head size; `refused` says why it was not timed."""
     dtype, rows, green = DTYPES[device], {}, {}
     for name, kernel in kernels.items():

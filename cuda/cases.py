@@ -2,6 +2,7 @@
 a sound kernel stays below, traffic and arithmetic. To be imported; python cuda/bench.py --help lists them.
 """
 
+import dataclasses
 import functools
 import importlib
 import importlib.metadata
@@ -55,6 +56,7 @@ class Operator:
     elements: Callable  # B, T, H, N -> numbers read or written at the least, both passes
     flops: Callable  # B, T, H, N -> of the recurrence, both passes
     head_sizes: tuple
+    families: tuple  # of inputs; the first are plain
     shapes: dict  # device: shapes timed by default; none: not timed there
 
 
@@ -93,8 +95,11 @@ def peer(package, module, name):
         return None, f"{package} {version}: {first_line(error)}"
 
 
+PLAIN = ("random", "zeros", "large", "tiny dy", "sparse dy")
+
+
 def plain_family(family, tensors, k, v, dy):
-    """The families that every operator has, made in place of random tensors (B, T, H, N). Raises ValueError."""
+    """The families PLAIN, which every operator has, made in place of random tensors (B, T, H, N). Raises ValueError."""
     T = dy.size(1)
     if family == "zeros":  # rows of padding, and a head that is zero throughout
         for x in (*tensors, dy):
@@ -192,7 +197,7 @@ def wkv7():
         tensors=("y", "dr", "dw", "dk", "dv", "da", "db"), make=wkv7_inputs, kernels=wkv7_kernels, gates=wkv7_gates,
         reference=lambda *inputs: REFERENCE["wkv7"].wkv7(*inputs)[0],
         elements=lambda B, T, H, N: (7 + 13) * B * T * H * N, flops=lambda B, T, H, N: (9 + 19) * B * T * H * N * N,
-        head_sizes=ANY_SIZE,
+        head_sizes=ANY_SIZE, families=(*PLAIN, "slow", "bound", "correlated", "identical"),
         shapes={"cuda": [(64, 1024, 12, 64), (64, 1024, 6, 128), (8, 1024, 12, 64)],
                 "cpu": [(16, 256, 4, 32), (8, 256, 4, 64), (1, 1024, 12, 64)]})
 
@@ -245,6 +250,7 @@ def time_mixing():
         tensors=MIXED, make=time_mix_inputs, kernels=time_mix_kernels, gates=time_mix_gates,
         reference=lambda *inputs: REFERENCE["wkv7"].time_mix(*inputs[:6], inputs[6:]),
         elements=wkv7().elements, flops=wkv7().flops, head_sizes=KERNELS["wkv7", "wind"].head_sizes,
+        families=wkv7().families,
         shapes={"cuda": [(64, 1024, 12, 64)], "cpu": []})  # what it saves is traffic of a GPU's memory
 
 
@@ -278,7 +284,7 @@ def wkv6_inputs(family, B=2, T=100, H=3, N=64, seed=0):
     elif family == "no bounds":
         w = torch.where(w > 1, 10 + 100 * (w - 1), torch.where(w < -1, 40 * w, w - 4))
         w[:, ::5, 1] = -1e30
-        w[0, min(7, T - 1), 2] = 500.0
+        w[0, min(7, T - 1), -1] = 500.0
     else:
         plain_family(family, (r, k, v, w), k, v, dy)
         if family == "zeros":
@@ -293,7 +299,10 @@ def wkv6_gates(rounds, dtype, family):
         limits = KERNELS["wkv6", "cpu"].limits
     elif rounds == "fp32":
         limits = [2.5e-3, 2.5e-3, 2.5e-3, 2.5e-3, 4e-3, 1e-3]
-    return dict(zip(("y", "dr", "dk", "dv", "dw", "du"), limits))
+    gates = dict(zip(("y", "dr", "dk", "dv", "dw", "du"), limits))
+    if family == "at the edge":  # of what fp32 can hold: cuda/README.md
+        gates["dw"] = max(gates["dw"], 4e-6)
+    return gates
 
 
 def wkv6_kernels(device, peers):
@@ -320,7 +329,38 @@ def wkv6():
         tensors=("y", "dr", "dk", "dv", "dw", "du"), make=wkv6_inputs, kernels=wkv6_kernels, gates=wkv6_gates,
         reference=lambda *inputs: REFERENCE["wkv6"].wkv6(*inputs)[0],
         elements=lambda B, T, H, N: (5 + 9) * B * T * H * N, flops=lambda B, T, H, N: (5 + 11) * B * T * H * N * N,
-        head_sizes=ANY_SIZE, shapes=wkv7().shapes)
+        head_sizes=ANY_SIZE, shapes=wkv7().shapes,
+        families=(*PLAIN, "hard", "correlated", "slow", "strong", "at the edge", "nothing stays", "drops", "no bounds"))
+
+
+def with_states(operator, name):
+    """The operator from a state that is not zero to its final state, `name` being the reference's. y and that state are
+    one vector, (B, T, H, N) and (B, H, N, N) flattened; the initial state, (B, H, N N) fp32, is the last input."""
+    def join(y, state):
+        return torch.cat([y.to(state.dtype).flatten(), state.flatten()])
+
+    def make(family, B, T, H, N):
+        inputs, dy = operator.make(family, B, T, H, N)
+        generator = torch.Generator().manual_seed(2)
+        state, dstate = (torch.randn(B, H, N * N, generator=generator) for _ in range(2))
+        return (*inputs, state), join(dy, dstate)
+
+    def start(x, like):
+        return x.unflatten(-1, (like.size(-1), like.size(-1)))
+
+    def kernels(device, peers):
+        def call(about):
+            return lambda *x: join(*about.call(*x[:-1], state=start(x[-1], x[0]), final=True))
+        return {kernel: dataclasses.replace(about, call=call(about))
+                for kernel, about in operator.kernels(device, False).items()
+                if kernel == "torch" or KERNELS[name, kernel].states}
+
+    def gates(rounds, dtype, family):
+        limits = operator.gates(rounds, dtype, family)
+        return {**limits, "y, sT": limits["y"], "ds0": max(limits.values())}
+    return dataclasses.replace(
+        operator, tensors=("y, sT", *operator.tensors[1:], "ds0"), make=make, kernels=kernels, gates=gates,
+        reference=lambda *x: join(*getattr(REFERENCE[name], name)(*x[:-1], start(x[-1], x[0]))))
 
 
 # Name on the command line: what is checked and timed under it. An operator with inputs of its own is one more in the
