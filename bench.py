@@ -51,7 +51,8 @@ def random_model(name, track):
     """The model of a script at a track's shape, random weights; the same ones every time."""
     script = importlib.import_module(name)
     kernel = {} if name == "train_gpt2" else dict(kernel="torch")
-    config = script.Hyperparameters(track=track, device="cpu", dtype="fp32", **kernel)
+    sizes = script.TINY if track == "tiny" else {}
+    config = script.Hyperparameters(**sizes, device="cpu", dtype="fp32", **kernel)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         weights = {key: t + 0.02 * torch.randn_like(t) for key, t in script.build_model(config).state_dict().items()}

@@ -35,7 +35,7 @@ run=$1 again=""
 shift
 trap 'again=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1  # to the processes of srun, not to this shell
 checkpoints=checkpoints/slurm_$SLURM_JOB_ID
-srun --kill-on-bad-exit=1 "$run" --save_every 125 --keep 2 --checkpoints "$checkpoints" --resume auto "$@" &
+srun --kill-on-bad-exit=1 "$run" --save_every 125 --checkpoints "$checkpoints" --resume auto "$@" &
 status=0
 wait "$!" || status=$?
 if [ -n "$again" ]; then  # the signal broke off the wait

@@ -20,6 +20,7 @@ import errno
 import gc
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import math
 import os
@@ -36,7 +37,7 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -52,139 +53,59 @@ from torch.optim.adam import adam
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Command line [shared]
-
-TRACKS = ("fineweb", "tiny")
-
-
-def flag(help, both=None, choices=None, **per_track):
-    """A field of Hyperparameters: help (meaning and unit) and its default, one for both tracks or one for each."""
-    defaults = {track: per_track.get(track, both) for track in TRACKS}
-    return field(default=None, metadata=dict(help=help, defaults=defaults, choices=choices))
-
-
-def stop(message):
-    """End the program: a line on stderr, exit status 1, no traceback."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank > 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(2)  # if rank 0 says the same, the launcher ends this rank meanwhile
-    print(f"{Path(__file__).name}: {f'rank {rank}: ' if rank > 0 else ''}{message}", file=sys.stderr)
-    raise SystemExit(1)
-
-
-class Flags:
-    """Base of Hyperparameters: unset fields take the track's defaults; every field is a command-line flag."""
-
-    def __post_init__(self):
-        self.track = self.track or TRACKS[0]
-        for f in fields(self):
-            if getattr(self, f.name) is None:
-                setattr(self, f.name, f.metadata["defaults"][self.track])
-
-    @classmethod
-    def parse(cls, argv=None):
-        """Hyperparameters from the command line. Bad flags end the program with one line and status 2."""
-        parser = argparse.ArgumentParser(prog=Path(__file__).name, description=__doc__, allow_abbrev=False,
-                                         formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (all flags: --help)\n")
-        for f in fields(cls):
-            defaults, choices = f.metadata["defaults"], f.metadata["choices"]
-            same = len(set(defaults.values())) == 1
-            shown = str(defaults[TRACKS[0]]) if same else ", ".join(f"{t} {value}" for t, value in defaults.items())
-            kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
-                type=f.type, choices=choices, metavar=None if choices else f.type.__name__.upper())
-            text = f"{f.metadata['help']} [{shown or 'none'}]".replace("%", "%%")
-            parser.add_argument(f"--{f.name}", help=text, default=None, **kind)
-        return cls(**vars(parser.parse_args(argv)))
-
-
-def has_bf16(device):
-    """Whether the device multiplies bf16 matrices in hardware (on a CPU: AVX512-BF16 or AMX)."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def resolve(args):
-    """Fix what "auto" means on this machine. Raises ValueError with the way out."""
-    cuda = torch.cuda.is_available()
-    if args.device == "cuda" and not cuda:
-        raise ValueError("--device cuda: torch sees no CUDA device. Use --track tiny --device cpu.")
-    if args.device == "auto" and args.track == "fineweb" and not cuda:
-        raise ValueError("track fineweb needs a CUDA device and torch sees none. "
-                         "On this machine run --track tiny (or insist with --device cpu: months, not minutes).")
-    if args.device == "auto":
-        args.device = "cuda" if cuda else "cpu"
-    if args.dtype == "auto":
-        args.dtype = ("bf16" if args.device == "cuda" else "mixed") if has_bf16(args.device) else "fp32"
-    if args.order == "cubic" and args.track == "fineweb":
-        raise ValueError("--order cubic is for small corpora on --track tiny; track fineweb reads in sequence.")
-    counts = ("steps", "bsz", "device_bsz", "seq_len", "epochs", "val_every", "val_tokens", "layers", "width")
-    for name in (f.name for f in fields(args) if f.type in (int, float)):
-        if getattr(args, name) < (name in counts):
-            raise ValueError(f"--{name} {getattr(args, name)} is too small: at least {int(name in counts)}.")
-    if args.stop_after > args.steps:
-        raise ValueError(f"--stop_after {args.stop_after} is more than --steps {args.steps}.")
-    if args.random_seed >= 2**63:
-        raise ValueError(f"--random_seed {args.random_seed} is too large: below 2^63.")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Hyperparameters
 
 
 @dataclass
-class Hyperparameters(Flags):
-    """All that defines a run. Each field is a flag: help (meaning, unit) and its default, per track if it differs."""
+class Hyperparameters:
+    """All that defines a run, with the values of track fineweb; TINY replaces some of them on track tiny."""
     # the run
-    track: str = flag("fineweb (124M parameters, GPT-2 tokens) or tiny (1M, bytes)", "fineweb", choices=TRACKS)
-    data: str = flag("folder of *_train_*.bin and *_val_*.bin shards", fineweb="data/fineweb10B", tiny="data/pydocs")
-    name: str = flag("name of the run in its record's folder (default: a short id)", "")
-    random_seed: int = flag("seed of the starting weights", 1337)
-    records: str = flag("folder that receives the record", "records")
-    checkpoints: str = flag("folder that receives the checkpoints", "checkpoints")
+    track: str = "fineweb"  # fineweb (124M parameters, GPT-2 tokens) or tiny (1M, bytes)
+    data: str = "data/fineweb10B"  # folder of *_train_*.bin and *_val_*.bin shards
+    name: str = ""  # name of the run in its record's folder; none: a short id
+    random_seed: int = 1337  # seed of the starting weights
+    records: str = "records"  # folder that receives the record
+    checkpoints: str = "checkpoints"  # folder that receives the checkpoints
     # length and batch
-    steps: int = flag("optimiser steps", fineweb=3242, tiny=4400)
-    stop_after: int = flag("end after so many steps, without a result: to compare beginnings; 0: never", 0)
-    warmdown_steps: int = flag("last steps, over which every learning rate falls linearly to 0", fineweb=926, tiny=4400)
-    warmup_steps: int = flag("first steps, over which every learning rate rises linearly", fineweb=0, tiny=0)
-    bsz: int = flag("sequences a step, over all devices and micro-batches", fineweb=512, tiny=2)
-    device_bsz: int = flag("sequences a device takes at once", fineweb=64, tiny=16)
-    seq_len: int = flag("tokens a sequence (T)", fineweb=1024, tiny=256)
-    epochs: int = flag("how often the train shards may be read over", fineweb=1, tiny=20)
-    order: str = flag("of the train tokens; cubic: k-th sequence = chunk k^3 mod p (data/README.md)", "sequential",
-                      choices=("sequential", "cubic"))
-    val_every: int = flag("steps between validations", fineweb=125, tiny=1100)
-    val_tokens: int = flag("validation tokens, the first there are (tiny: at most)", fineweb=10485760, tiny=262144)
-    save_every: int = flag("steps between checkpoints; 0: only after the last step", 0)
-    keep: int = flag("checkpoints of the run that are kept, the newest; 0: all", 0)
-    resume: str = flag("checkpoint to go on from: auto (this run's newest, if any) or a folder", "")
+    steps: int = 3242  # optimiser steps
+    stop_after: int = 0  # end after so many steps, without a result: to compare beginnings; 0: never
+    warmdown_steps: int = 926  # last steps, over which every learning rate falls linearly to 0
+    warmup_steps: int = 0  # first steps, over which every learning rate rises linearly
+    bsz: int = 512  # sequences a step, over all devices and micro-batches
+    device_bsz: int = 64  # sequences a device takes at once
+    seq_len: int = 1024  # tokens a sequence (T)
+    epochs: int = 1  # how often the train shards may be read over
+    order: str = "sequential"  # of the train tokens; cubic: k-th sequence = chunk k^3 mod p (data/README.md)
+    val_every: int = 125  # steps between validations
+    val_tokens: int = 10485760  # validation tokens, the first there are; tiny: at most
+    save_every: int = 0  # steps between checkpoints; 0: only after the last step
+    resume: str = ""  # checkpoint to go on from: auto (this run's newest, if any) or a folder
     # model
-    vocab_size: int = flag("token ids in use; tables are padded to a multiple of 128", fineweb=50257, tiny=257)
-    layers: int = flag("blocks (L)", fineweb=12, tiny=2)
-    width: int = flag("channels (C)", fineweb=768, tiny=192)
-    headsz: int = flag("channels a head (N)", fineweb=128, tiny=64)
-    ffn_ratio: float = flag("hidden width of the MLP / C", fineweb=4.0, tiny=4.333)
-    softcap: float = flag("logits become c tanh(z / c); 0 for none", 30.0)
+    vocab_size: int = 50257  # token ids in use; tables are padded to a multiple of 128
+    layers: int = 12  # blocks (L)
+    width: int = 768  # channels (C)
+    headsz: int = 128  # channels a head (N)
+    ffn_ratio: float = 4.0  # hidden width of the MLP / C
+    softcap: float = 30.0  # logits become c tanh(z / c); 0 for none
     # learning rates
-    muon_lr: float = flag("Muon: matrices of the blocks", fineweb=0.02, tiny=0.01)
-    muon_scale: str = flag("Muon's scale of an update", "spectral", choices=("spectral", "rms"))
-    muon_warmup: int = flag("steps over which Muon's momentum rises from 0.85 to 0.95", fineweb=500, tiny=100)
-    adam_lr: float = flag("Adam: scalars (lambdas and value mixes)", 0.02)
-    emb_lr: float = flag("Adam: embedding", fineweb=0.3, tiny=0.1)
-    head_lr: float = flag("Adam: head", fineweb=0.002, tiny=0.005)
-    adam_beta2: float = flag("Adam: decay of the mean square", fineweb=0.95, tiny=0.99)
+    muon_lr: float = 0.02  # Muon: matrices of the blocks
+    muon_scale: str = "spectral"  # Muon's scale of an update: spectral or rms
+    muon_warmup: int = 500  # steps over which Muon's momentum rises from 0.85 to 0.95
+    adam_lr: float = 0.02  # Adam: scalars (lambdas and value mixes)
+    emb_lr: float = 0.3  # Adam: embedding
+    head_lr: float = 0.002  # Adam: head
+    adam_beta2: float = 0.95  # Adam: decay of the mean square
     # machine
-    device: str = flag("where to train", "auto", choices=("auto", "cuda", "cpu"))
-    dtype: str = flag("bf16 (activations and products), mixed (products bf16, the rest fp32) or fp32", "auto",
-                      choices=("auto", "bf16", "mixed", "fp32"))
-    compile: bool = flag("torch.compile the model on a GPU", True)
-    # report
-    check: bool = flag("only check flags, machine and data, for WORLD_SIZE ranks, and stop", False)
-    norm_every: int = flag("steps between lines with the norm of the gradient, 0 for none", 100)
-    usd_per_hour: float = flag("price of the whole machine in dollars an hour, for the cost in the record", 0.0)
+    device: str = "auto"  # where to train: auto, cuda or cpu
+    dtype: str = "auto"  # bf16 (activations and products), mixed (products bf16, the rest fp32) or fp32
+    compile: bool = True  # torch.compile the model on a GPU
+    check: bool = False  # only check flags, machine and data, for WORLD_SIZE ranks, and stop
+
+
+TINY = dict(
+    track="tiny", data="data/pydocs", steps=4400, warmdown_steps=4400, bsz=2, device_bsz=16, seq_len=256, epochs=20,
+    val_every=1100, val_tokens=262144, vocab_size=257, layers=2, width=192, headsz=64, ffn_ratio=4.333,
+    muon_lr=0.01, emb_lr=0.1, head_lr=0.005, muon_warmup=100, adam_beta2=0.99)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -862,29 +783,16 @@ class Clock:
 
 
 class Diverged(ArithmeticError):
-    """A loss, gradient or parameter is no number any more."""
-
-
-SPIKE_STEPS, SPIKE_SD, SPIKE_NATS = 100, 6.0, 0.5
-
-
-def spike(loss, before):
-    """The words for a loss more than 6 sd and 0.5 nats above the mean of up to 100 before it (20 at least), or None."""
-    before = before[-SPIKE_STEPS:]
-    mean = math.fsum(before) / max(1, len(before))
-    if len(before) < 20 or loss <= mean + SPIKE_NATS:
-        return None
-    sd = math.sqrt(math.fsum((x - mean) ** 2 for x in before) / len(before))
-    return f"{loss:.4f} after {mean:.4f} with sd {sd:.4f}" if loss > mean + SPIKE_SD * sd else None
+    """A loss or parameter is no number any more."""
 
 
 class StepLines:
-    """The log's lines of each step: the loss, a spike, every --norm_every steps the norm of the gradient. What a step
-    reports (see train_step) stays on the device until its copy has arrived; the host runs one step ahead there.
-    stopping: a rank was asked to stop, which all ranks so learn after the same step. Raises Diverged."""
+    """The log's line of each step. What a step reports (see train_step) stays on the device until its copy has arrived;
+    the host runs one step ahead there. stopping: a rank was asked to stop, which all so learn after the same step.
+    Raises Diverged."""
 
-    def __init__(self, record, args, names, losses=()):
-        self.record, self.args, self.names, self.pending = record, args, names, collections.deque()
+    def __init__(self, record, args, losses=()):
+        self.record, self.args, self.pending = record, args, collections.deque()
         self.last, self.stopping = math.nan, False
         self.losses = list(losses)  # as they are, for the line of all of them that ends the log: bitwise comparison
 
@@ -902,18 +810,12 @@ class StepLines:
             step, report, event, train_ms = self.pending.popleft()
             if event:
                 event.synchronize()
-            self.last, asked, *squares = report.tolist()
+            self.last, asked = report.tolist()
             self.stopping |= asked > 0
-            name = f"step:{step}/{self.args.steps}"
-            self.record.line(f"{name} train_loss:{self.last:.4f} {timing(train_ms, step)}")
-            if not math.isfinite(self.last + sum(squares)):
-                bad = next((name for name, square in zip(self.names, squares) if not math.isfinite(square)), None)
-                self.fail(step, f"the loss is {self.last}" + (f", the gradient of {bad} not finite" if bad else ""))
-            if words := spike(self.last, self.losses):
-                self.record.line(f"{name} spike:{words}")
+            self.record.line(f"step:{step}/{self.args.steps} train_loss:{self.last:.4f} {timing(train_ms, step)}")
+            if not math.isfinite(self.last):
+                self.fail(step, f"the loss is {self.last}")
             self.losses.append(self.last)
-            if self.args.norm_every and step % self.args.norm_every == 0:
-                self.record.line(f"{name} grad_norm:{math.sqrt(math.fsum(squares)):.4e}")
 
     def fail(self, step, what):
         raise Diverged(f"step {step} of {self.args.steps}: {what}. Last good checkpoint: "
@@ -930,8 +832,8 @@ def timing(train_ms, step):
 # checkpoints/<run>/step000100/ holds the model (plain names, dtypes as trained), what a resumed run needs besides it
 # (nothing after the last step) and checkpoint.json with the size and hash of each file. Under this name it is whole.
 STEP_FOLDER = re.compile(r"step\d{6,}")
-FREE = ("device_bsz", "data", "records", "checkpoints", "name", "save_every", "keep", "resume", "stop_after", "check",
-        "usd_per_hour")  # flags that a resumed run may change; of the data the shards count
+FREE = ("device_bsz", "data", "records", "checkpoints", "name", "save_every", "resume", "stop_after",
+        "check")  # flags that a resumed run may change; of the data the shards count
 
 
 def sha256(data):
@@ -952,8 +854,9 @@ def checkpoints_of(run):
 
 
 def save(args, record, model, optimizers, about, losses):
-    """Write a checkpoint, remove what --keep does not cover. Returns None or, on all ranks, why not: an OSError. Every
-    rank calls it, rank 0 writes. about: its facts; losses: of the steps so far, None when all is over."""
+    """Write a checkpoint; of the older ones the newest stays while the run is unfinished. Every rank calls it, rank 0
+    writes. Returns None or, on all ranks, why not: an OSError. about: its facts; losses: of the steps so far, None when
+    all is over."""
     training, failure = {}, None
     for optimizer in optimizers if losses is not None else ():
         training.update(optimizer.full_state())
@@ -977,7 +880,7 @@ def save(args, record, model, optimizers, about, losses):
             os.replace(part, final)
             sync(folder)
             record.checkpoint = final
-            for old in checkpoints_of(folder)[:-args.keep] if args.keep else ():
+            for old in checkpoints_of(folder)[:-1 if losses is None else -2]:
                 os.replace(old, part)  # half removed it would be half a checkpoint
                 shutil.rmtree(part, ignore_errors=True)
         except OSError as error:
@@ -1123,6 +1026,78 @@ def schedule(optimizers, step, args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Command line [shared]
+
+CHOICES = dict(
+    track=("fineweb", "tiny"), order=("sequential", "cubic"), muon_scale=("spectral", "rms"),
+    device=("auto", "cuda", "cpu"), dtype=("auto", "bf16", "mixed", "fp32"), kernel=("auto", "torch", "cpu", "cuda"))
+RANGES = {  # every other number: 0 to 2^31
+    (1, 2**31): "steps bsz device_bsz seq_len epochs val_every val_tokens vocab_size layers width headsz",
+    (0, 10): "muon_lr adam_lr ln_lr emb_lr head_lr lambda_lr", (0, 1 - 1e-9): "adam_beta2", (0.1, 2**31): "ffn_ratio",
+    (0, 2**63 - 1): "random_seed"}
+
+
+def parse(argv=None):
+    """Hyperparameters from the command line, a flag a field. A bad one ends the program: one line, status 2."""
+    parser = argparse.ArgumentParser(prog=Path(__file__).name, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (all flags: --help)\n")
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", inspect.getsource(Hyperparameters), re.MULTILINE))
+    for f in fields(Hyperparameters):
+        tiny = f", tiny {TINY[f.name]}" if f.name in TINY else ""
+        text = f"{comments[f.name]} [{f.default or 'none' if f.type is str else f.default}{tiny}]".replace("%", "%%")
+        if f.type is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        else:
+            how = dict(type=f.type, choices=CHOICES.get(f.name), metavar=f.type.__name__.upper())
+        parser.add_argument(f"--{f.name}", help=text, default=argparse.SUPPRESS, **how)
+    given = vars(parser.parse_args(argv))
+    args = Hyperparameters(**{**(TINY if given.get("track") == "tiny" else {}), **given})
+    limits = {name: pair for pair, names in RANGES.items() for name in names.split()}
+    for f in fields(args):
+        value, (least, most) = getattr(args, f.name), limits.get(f.name, (0, 2**31))
+        if f.type in (int, float) and not least <= value <= most:  # nor is nan
+            parser.error(f"--{f.name} {value} is not in the range from {least} to {most:.10g}")
+    return args
+
+
+def stop(message):
+    """End the program: a line on stderr, exit status 1, no traceback."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2)  # if rank 0 says the same, the launcher ends this rank meanwhile
+    print(f"{Path(__file__).name}: {f'rank {rank}: ' if rank > 0 else ''}{message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def has_bf16(device):
+    """Whether the device multiplies bf16 matrices in hardware (on a CPU: AVX512-BF16 or AMX)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def resolve(args):
+    """Fix what "auto" means on this machine. Raises ValueError with the way out."""
+    cuda = torch.cuda.is_available()
+    if args.device == "cuda" and not cuda:
+        raise ValueError("--device cuda: torch sees no CUDA device. Use --track tiny --device cpu.")
+    if args.device == "auto" and args.track == "fineweb" and not cuda:
+        raise ValueError("track fineweb needs a CUDA device and torch sees none. "
+                         "On this machine run --track tiny (or insist with --device cpu: months, not minutes).")
+    if args.device == "auto":
+        args.device = "cuda" if cuda else "cpu"
+    if args.dtype == "auto":
+        args.dtype = ("bf16" if args.device == "cuda" else "mixed") if has_bf16(args.device) else "fp32"
+    if args.order == "cubic" and args.track == "fineweb":
+        raise ValueError("--order cubic is for small corpora on --track tiny; track fineweb reads in sequence.")
+    if args.stop_after > args.steps:
+        raise ValueError(f"--stop_after {args.stop_after} is more than --steps {args.steps}.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Main [shared]
 
 ACTIVE_LIMIT = 124_000_000  # parameters a token may use on track fineweb
@@ -1166,20 +1141,9 @@ def all_sum(tensor):
     return tensor
 
 
-@torch.no_grad()
-def gradient_squares(model, optimizers):
-    """Squared norm of this rank's piece of each parameter's gradient, fp32 (parameters,) in the order of
-    model.parameters(), on the device without waiting for it: 0 for what other ranks own. Only between the backward and
-    zero_grad."""
-    grads = {p: g for optimizer in optimizers for p, g in optimizer.gradients().items()}
-    norms = dict(zip(grads, torch._foreach_norm(list(grads.values()), dtype=torch.float32))) if grads else {}
-    zero = torch.zeros((), device=next(model.parameters()).device)
-    return torch.stack([norms.get(p, zero) for p in model.parameters()]).square()
-
-
 def train_step(model, optimizers, inputs, targets, args):
     """One optimiser step on this rank's share (n, T), n >= 0. Returns, on the device, the mean loss of the global
-    batch, the number of ranks asked to stop and the squared norm of each parameter's gradient (2 + parameters,)."""
+    batch and the number of ranks asked to stop (2,)."""
     SENT.clear()
     total = torch.zeros((), device=inputs.device)
     parts = max(1, -(-len(inputs) // args.device_bsz))  # micro-batches, as equal as it goes: few shapes to compile
@@ -1195,12 +1159,11 @@ def train_step(model, optimizers, inputs, targets, args):
     with averaging(model, optimizers):
         for x, y in batches[-1:]:
             backward(x, y)
-    squares = gradient_squares(model, optimizers)
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)
     asked = torch.full_like(total, float(signals.number > 0))
-    return all_sum(torch.cat([torch.stack([total, asked]), squares]))
+    return all_sum(torch.stack([total, asked]))
 
 
 def validation_set(stream, args, rank):
@@ -1384,8 +1347,7 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
 
     for phase, seconds in start[1]["clock"].items() if start else ():
         clock.seconds[phase] += seconds
-    names = [name for name, _ in model.named_parameters()]
-    lines = StepLines(record, args, names, losses)
+    lines = StepLines(record, args, losses)
     stopping, failure, signals.patient = False, None, True
     bar = tqdm(total=args.steps, initial=done, unit="step", file=sys.stdout, disable=rank != 0, dynamic_ncols=True,
                mininterval=0.2 if sys.stdout.isatty() else 10)
@@ -1477,7 +1439,6 @@ def report(facts, clock, curve, val, train_tokens, args):
         epochs=tokens / train_tokens, train_seconds=seconds,
         step_avg_ms=1e3 * seconds / args.steps, tokens_per_second=tokens / seconds, flops_per_second=flops,
         mfu=flops / (world_size() * max(peak)) if peak else None, peak_memory=memory,
-        usd=seconds / 3600 * args.usd_per_hour if args.usd_per_hour else None,
         target=TARGET.get(args.track), reached=loss <= TARGET[args.track] if args.track in TARGET else None)
     return dict(facts, clock=dict(clock.seconds), wall=wall, curve=curve, final=final, end="finished")
 
@@ -1487,7 +1448,7 @@ def main(argv=None):
     signals.__init__()
     signal.signal(signal.SIGINT, signals)
     signal.signal(signal.SIGTERM, signals)
-    clock, args, record = Clock(), Hyperparameters.parse(argv), None
+    clock, args, record = Clock(), parse(argv), None
     rank = int(os.environ.get("RANK", 0))
     try:
         clock.device, data, model, optimizers, counts = set_up(args, rank)

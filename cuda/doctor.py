@@ -143,14 +143,9 @@ def defaults():
     """{track: {field: default}} of train_rwkv7.py's Hyperparameters, read from its source: no import, no torch."""
     tree = ast.parse((ROOT / "train_rwkv7.py").read_text(encoding="utf-8"))
     body = next(node.body for node in tree.body if getattr(node, "name", "") == "Hyperparameters")
-    found = {"fineweb": {}, "tiny": {}}
-    for node in body:
-        if isinstance(node, ast.AnnAssign):
-            both = [x.value for x in node.value.args[1:2] if isinstance(x, ast.Constant)]
-            given = {x.arg: x.value.value for x in node.value.keywords if isinstance(x.value, ast.Constant)}
-            for track in found:
-                found[track][node.target.id] = given.get(track, *both or [None])
-    return found
+    tiny = next(node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "TINY")
+    fineweb = {node.target.id: node.value.value for node in body if isinstance(node, ast.AnnAssign)}
+    return {"fineweb": fineweb, "tiny": {**fineweb, **{x.arg: x.value.value for x in tiny.keywords}}}
 
 
 def shard(path):

@@ -369,7 +369,7 @@ def time_steps(job, device):
     import importlib
     import torch
     script, cuda = importlib.import_module(job["script"]), device == "cuda"
-    args = script.Hyperparameters.parse([*run_flags(job, device, all_steps()), "--val_tokens=1024"])
+    args = script.parse([*run_flags(job, device, all_steps()), "--val_tokens=1024"])
     _, (stream, _, _), model, optimizers, counts = script.set_up(args, 0)
     compiled = torch.compile(model, fullgraph=True, dynamic=False) if cuda and args.compile else model
     loader, numbers, losses = script.DataLoader(stream, args, 0, args.bsz), iter(range(args.steps)), []

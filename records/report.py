@@ -434,7 +434,17 @@ def reference_of(result):
         return {}
 
 
-def summary(folder):
+def spikes(losses):
+    """Steps whose loss is more than 6 sd and 0.5 nats above the mean of up to 100 before it (20 at least)."""
+    found = []
+    for step in range(20, len(losses)):
+        before = losses[max(0, step - 100):step]
+        if losses[step] > statistics.fmean(before) + max(0.5, 6 * statistics.pstdev(before)):
+            found.append(step + 1)
+    return found
+
+
+def summary(folder, usd_per_hour=None):
     """What came out of a finished run, whether it is what such runs come to, and what to try next."""
     result = read_json(Path(folder) / "result.json")
     final, config, reference = result["final"], result["config"], reference_of(result)
@@ -453,8 +463,11 @@ def summary(folder):
     speed += f"{final['flops_per_second'] / 1e12:.3g} TFLOP/s"
     if final["mfu"]:
         speed += f", MFU {final['mfu']:.1%}"
-    if final["usd"]:
-        speed += f", ${final['usd']:.2f}"
+    if usd_per_hour:
+        speed += f", ${usd_per_hour * final['train_seconds'] / 3600:.2f}"
+    log = (Path(folder) / "log.txt").read_text(encoding="utf-8")
+    if found := spikes([float(loss) for loss in re.findall(r"^step:\d+/\d+ train_loss:(\S+)", log, re.MULTILINE)]):
+        speed += f", spikes of the loss at step {', '.join(map(str, found[:9]))}{', ...' if found[9:] else ''}"
     rival = "gpt2" if "rwkv" in result["script"] else "rwkv7"
     return (f"{loss}\n{speed}\nnext: ./run_{rival}.sh --track {config['track']} (its rival), --random_seed "
             f"{config['random_seed'] + 1} (the noise), python records/report.py (all runs), --help (all flags)")
@@ -467,11 +480,12 @@ def main(argv=None):
     parser.add_argument("--write", action="store_true", help="write the leaderboard into the README files")
     parser.add_argument("--update-reference", action="store_true", help="write records/reference/")
     parser.add_argument("--summary", metavar="RECORD", help="a finished run in three lines")
+    parser.add_argument("--usd_per_hour", type=float, metavar="X", help="price of the machine, for --summary")
     parser.add_argument("--records", default=ROOT / "records", type=Path, help="folder of the runs")
     args = parser.parse_args(argv)
     try:
         if args.summary:
-            print(summary(args.summary))
+            print(summary(args.summary, args.usd_per_hour))
             return 0
         if args.record:
             print("\n".join(map(str, pages(args.record, args.out))))

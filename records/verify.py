@@ -41,7 +41,6 @@ ACTIVE_LIMIT, TARGET, FINEWEB_VAL = 124_000_000, 3.28, 10_485_760  # the rules o
 NUMBER = r"(\d+\.\d{4}|nan|inf)"
 STEP = re.compile(rf"step:(\d+)/(\d+) (train|val)_loss:{NUMBER} train_time:(\d+)ms step_avg:(\d+\.\d\d)ms")
 NOTE = re.compile(r"step:(\d+)/(\d+) (spike|grad_norm):(.*)")
-SPIKE_STEPS, SPIKE_SD, SPIKE_NATS = 100, 6.0, 0.5  # a loss so far above the mean of those before it gets a line
 TAIL = ("losses", "curve", "clock", "wall", "result")  # the log's last lines but two, each key: JSON
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # environment variables that a replay does not pass on, and those
 STEERING = ("OMP_", "GOMP_", "MALLOC_", "MKL_", "CUBLAS_", "NCCL_", "PYTORCH_", "NVIDIA_TF32_")  # only from the record
@@ -59,7 +58,8 @@ import torch
 answers = []
 for command, config in json.load(sys.stdin):
     try:
-        parsed = vars(module.Hyperparameters.parse(command[1:])).copy()
+        parse = getattr(module, "parse", None) or module.Hyperparameters.parse  # the latter before 2026-12
+        parsed = vars(parse(command[1:])).copy()
         args = module.Hyperparameters(**config)
         kernel, build = getattr(args, "kernel", "torch"), os.path.join(folder, "cuda", "build.py")
         if hasattr(module, "kernel_sources"):  # a record from before cuda/build.py
@@ -371,37 +371,6 @@ def steps(record):
     return f"{config['steps']:,} steps and {len(curve)} validations, times rising, losses as their exact values{parts}"
 
 
-def spike(loss, before):
-    """The words for a loss more than 6 sd and 0.5 nats above the mean of up to 100 before it (20 at least), or None."""
-    before = before[-SPIKE_STEPS:]
-    mean = math.fsum(before) / max(1, len(before))
-    if len(before) < 20 or loss <= mean + SPIKE_NATS:
-        return None
-    sd = math.sqrt(math.fsum((x - mean) ** 2 for x in before) / len(before))
-    return f"{loss:.4f} after {mean:.4f} with sd {sd:.4f}" if loss > mean + SPIKE_SD * sd else None
-
-
-def notes(record):
-    """After a step's line, where they are due and only there: a spike, by its rule, and the norm of the gradient."""
-    config, losses = record.result["config"], record.log.losses()
-    every, there, due = config.get("norm_every"), {number: match for number, match in record.log.notes}, []
-    for number, match in record.log.steps if every is not None else ():
-        if match[3] == "train":
-            step = int(match[1])
-            if words := spike(losses[step - 1], losses[:step - 1]):
-                due.append((number + 1, step, "spike", words))
-            if every and step % every == 0:
-                due.append((number + 1 + bool(words), step, "grad_norm", None))
-    for number, step, kind, words in due:
-        match = there.pop(number, [None] * 5)
-        need((match[1], match[2], match[3]) == (str(step), str(config["steps"]), kind),
-             f"line {number}: the {kind} of step {step} is missing")
-        need(match[4] == words if words else re.fullmatch(r"\d\.\d{4}e[+-]\d\d", match[4]),
-             f"line {number}: the {kind} of step {step} is {match[4]!r}, not {words or 'a number'}")
-    need(not there, f"line {min(there, default=0)}: {there and there[min(there)][3]} where none is due")
-    spikes = sum(kind == "spike" for _, _, kind, _ in due)
-    return f"{spikes} spikes, {len(due) - spikes} norms of the gradient, where they are due"
-
 
 def schedule(record):
     """Validations when they are due; tokens = steps x sequences x length; the validation tokens that there are."""
@@ -432,8 +401,7 @@ def figures(record):
     expected = dict(
         val_loss=losses[-1], step_avg_ms=1e3 * seconds / final["steps"], tokens_per_second=tokens / seconds,
         flops_per_second=flops, bits_per_byte=losses[-1] * final["val_tokens"] / text / math.log(2) if text else None,
-        usd=seconds / 3600 * config["usd_per_hour"] if config["usd_per_hour"] else None, target=target,
-        reached=losses[-1] <= target if target else None,
+        target=target, reached=losses[-1] <= target if target else None,
         epochs=tokens / sum(shard["tokens"] for shard in result["data"]["train"]))
     for key, value in expected.items():
         need(near(final[key], value), f"final.{key} is {final[key]}, by the rest of the record {value}")
@@ -596,7 +564,7 @@ def rules(record):
     return f"of track {config['track']} are kept"
 
 
-CHECKS = (log, chain, agreement, steps, notes, schedule, figures, clock, sources, commit, command, model, data, tokens,
+CHECKS = (log, chain, agreement, steps, schedule, figures, clock, sources, commit, command, model, data, tokens,
           rules)
 
 
@@ -695,7 +663,7 @@ def compare(record, again, count):
         shards = [[(s["name"], s["sha256"]) for s in facts["data"][split]] for facts in (again.facts, record.result)]
         need(shards[0] == shards[1][:len(shards[0])], f"the {split} shards here are other ones: no losses to compare")
     need(len(here) == count == len(there), f"{len(here)} losses of {count} steps")
-    unlike = ("stop_after", "data", "records", "name", "save_every", "checkpoints", "keep", "resume", "usd_per_hour")
+    unlike = ("stop_after", "data", "records", "name", "save_every", "checkpoints", "resume")
     facts = lambda all: dict(
         {f"environment.{key}": all["environment"][key] for key in ("torch", "cuda", "driver", "nvcc", "compiler", "isa",
                                                                   "threads")},

@@ -93,7 +93,7 @@ def finish_a_run(script, folder):
     manifest = dict(dataset="toy", tokenizer="bytes", tokenizer_sha256="0f" * 32, vocab_size=257, shards=shards)
     (data / "manifest.json").write_text(json.dumps(manifest))
     kernel = ["--kernel", "cpu"] if "rwkv" in script else []
-    flags = tiny(script, data, folder / "records", "--name", "first-run_1.0", "--save_every", 4, "--usd_per_hour", 36.0,
+    flags = tiny(script, data, folder / "records", "--name", "first-run_1.0", "--save_every", 4,
                  "--random_seed", 7, "--epochs", 1, *kernel)
     if kernel:  # built here, if at all: what the build says is not the run's
         importlib.import_module(script).load_kernel("cpu")

@@ -73,15 +73,15 @@ COMMAND_LINE = {
 }
 VALUES = {
     "head size that does not divide": (["--headsz", 24], ["--headsz 24", "32 is not a multiple"]),
-    "head size 0": (["--headsz", 0], ["--headsz 0"]),
+    "head size 0": (["--headsz", 0], ["--headsz 0", "range from 1"]),
     "head size below 0": (["--headsz", -16], ["--headsz -16"]),
-    "no steps": (["--steps", 0], ["--steps", "at least 1"]),
-    "steps below 0": (["--steps", -5], ["--steps", "at least 1"]),
+    "no steps": (["--steps", 0], ["--steps", "range from 1"]),
+    "steps below 0": (["--steps", -5], ["--steps", "range from 1"]),
     "a stop past the end": (["--stop_after", 7], ["--stop_after 7 is more than --steps 6"]),
-    "no sequences": (["--bsz", 0], ["--bsz", "at least 1"]),
-    "no micro-batch": (["--device_bsz", 0], ["--device_bsz", "at least 1"]),
-    "no tokens in a sequence": (["--seq_len", 0], ["--seq_len", "at least 1"]),
-    "no validations": (["--val_every", 0], ["--val_every", "at least 1"]),
+    "no sequences": (["--bsz", 0], ["--bsz", "range from 1"]),
+    "no micro-batch": (["--device_bsz", 0], ["--device_bsz", "range from 1"]),
+    "no tokens in a sequence": (["--seq_len", 0], ["--seq_len", "range from 1"]),
+    "no validations": (["--val_every", 0], ["--val_every", "range from 1"]),
     "no validation tokens": (["--val_tokens", 0], ["--val_tokens"]),
     "validation tokens below a sequence": (["--val_tokens", 31], ["--val_tokens", "31", "32"]),
     "no epochs": (["--epochs", 0], ["--epochs"]),
@@ -118,7 +118,7 @@ def test_all_at_once_is_one_line(script, tmp_path):
     """As a process, from a folder where nothing is: what main() does in here, it does out there."""
     done = run_script(script, "--no-such", "--flag", cwd=tmp_path)
     check_message(script, done.returncode, done.stderr, ["--no-such"])
-    done = run_script(script, "--track", "tiny", "--device", "cpu", "--steps", 0, cwd=tmp_path)
+    done = run_script(script, "--track", "tiny", "--device", "cpu", "--steps", "nan", cwd=tmp_path)
     check_message(script, done.returncode, done.stderr, ["--steps"])
     assert done.stdout == "" and os.listdir(tmp_path) == []
 
@@ -254,11 +254,11 @@ def test_full_disk_later(moment, script, data, tmp_path, monkeypatch, capfd):
     (dict(wind_cuda=True, headsz=128), "wind cannot be had: it has no heads of 128 channels here.\nUse --headsz 64."),
     (dict(wind_cuda=True, dtype="fp32"), "wkv7 wind cannot be had: it computes in bf16"),
     (dict(wind_cuda=True, fast_cuda=True), "--fast_cuda and --wind_cuda exclude each other"),
-    (dict(headsz=100), "--headsz 100: --width 128 is not a multiple of it"), (dict(headsz=0), "--headsz 0: "),
+    (dict(headsz=100), "--headsz 100: --width 128 is not a multiple of it"),
 ])
 def test_flags_that_do_not_fit(flags, part, capfd):
     """What is no matter of the script alone, cuda/build.py says in three lines, before it builds anything."""
-    sound = dict(track="tiny", device="cuda", width=128, headsz=64, dtype="bf16")
+    sound = dict(train_rwkv7.TINY, device="cuda", width=128, headsz=64, dtype="bf16")
     args = train_rwkv7.Hyperparameters(**{**sound, **flags})
     with pytest.raises(ValueError) as refused:
         train_rwkv7.build_model(args)
@@ -269,7 +269,7 @@ def test_flags_that_do_not_fit(flags, part, capfd):
 
 
 def test_auto_takes_torch_where_a_kernel_does_not_fit(capfd):
-    args = train_rwkv7.Hyperparameters(track="tiny", device="cpu", dtype="fp32", width=64, headsz=8)
+    args = train_rwkv7.parse("--track tiny --device cpu --dtype fp32 --width 64 --headsz 8".split())
     train_rwkv7.build_model(args)
     lines = capfd.readouterr().err.splitlines()
     assert args.kernel == "torch" and len(lines) == 4 and "no heads of 8 channels" in lines[0]

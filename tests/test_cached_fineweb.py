@@ -169,7 +169,7 @@ def test_counts():
                          ("--steps 3200 --bsz 512 --seq_len 64", 2), (f"--steps {10**8 // 1024} --bsz 1", 1),
                          ("--steps 1000000 --bsz 1 --seq_len 100", 2)):  # one token too many
         assert program.parse("x", "fineweb10B", 103, "", flags.split()).count == count, flags
-    defaults = train_rwkv7.Hyperparameters(track="fineweb")
+    defaults = train_rwkv7.Hyperparameters()
     assert (defaults.bsz, defaults.seq_len) == (512, 1024), "the script's defaults are those of the track"
 
 

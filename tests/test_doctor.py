@@ -47,7 +47,7 @@ def test_its_facts_as_json(capsys):
     assert facts["next"] and facts["writable"]["records"] is True and facts["memory"]["total"] > 2**28
     assert facts["data"][0]["need"] == 3200 * 512 * 1024 + 1
     for track, row in zip(("fineweb", "tiny"), facts["data"]):
-        args = train_rwkv7.Hyperparameters(track=track)
+        args = train_rwkv7.parse([f"--track={track}"])
         need = args.steps * args.bsz * args.seq_len + 1
         assert (row["track"], row["folder"], row["need"]) == (track, args.data, -(-need // args.epochs))
     assert str(ROOT) not in out

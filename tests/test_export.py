@@ -55,7 +55,7 @@ def scattered(case):
     """Script, Hyperparameters and weights of a tiny model with all parameters scattered."""
     script, flags = importlib.import_module(CASES[case][0]), CASES[case][1]
     kernel = {} if "gpt2" in script.__name__ else dict(kernel="torch")
-    config = script.Hyperparameters(track="tiny", device="cpu", dtype="fp32", **kernel, **flags)
+    config = script.Hyperparameters(**{**script.TINY, "device": "cpu", "dtype": "fp32", **kernel, **flags})
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     weights = {name: scatter(p.detach(), generator) for name, p in script.build_model(config).state_dict().items()}

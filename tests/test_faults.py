@@ -192,7 +192,7 @@ def test_another_error_is_no_lack_of_memory(data, tmp_path, monkeypatch):
 def test_what_a_gpu_trains_in(capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    args = train_gpt2.Hyperparameters(track="tiny")
+    args = train_gpt2.parse(["--track=tiny"])
     train_gpt2.resolve(args)
     assert (args.device, args.dtype) == ("cuda", dtype)
     assert train_gpt2.has_bf16(torch.device("cuda", 0)) == (dtype == "bf16")

@@ -140,7 +140,7 @@ CASES = {
 
 
 def build(script, *flags):
-    args = script.Hyperparameters.parse(["--track", "fineweb", "--device", "cpu", "--dtype", "fp32", *flags])
+    args = script.parse(["--track", "fineweb", "--device", "cpu", "--dtype", "fp32", *flags])
     torch.manual_seed(args.random_seed)
     return args, script.build_model(args)
 
@@ -287,7 +287,7 @@ def test_more_than_the_limit_is_refused(name, tmp_path, monkeypatch, capsys):
     script = importlib.import_module(name)
     data = make_corpus(tmp_path / "data")
     flags = tiny(name, data, tmp_path / "records", "--track", "fineweb", "--vocab_size", 300, "--check")
-    args = script.Hyperparameters.parse(flags)
+    args = script.parse(flags)
     model = script.build_model(args)
     active = sum(p.numel() for p in model.parameters()) - (0 if name == "train_rwkv6" else 384 * 32)
     monkeypatch.setattr(script, "ACTIVE_LIMIT", active)

@@ -20,7 +20,7 @@ def scattered(case):
     """(script, Hyperparameters, {name: tensor}): the tiny model with noise on every parameter, so that no term is 0."""
     script = importlib.import_module(case.split()[0])
     kernel = {} if case == "train_gpt2" else dict(kernel="torch")
-    config = script.Hyperparameters(track="tiny", device="cpu", dtype="fp32", **kernel, **CASES[case])
+    config = script.Hyperparameters(**{**script.TINY, "device": "cpu", "dtype": "fp32", **kernel, **CASES[case]})
     torch.manual_seed(0)
     model = script.build_model(config)
     noise = lambda p: torch.randn_like(p) * (0.5 / p.shape[-1] ** 0.5 if min(p.shape[-2:], default=1) > 1 else 0.1)

@@ -358,3 +358,12 @@ def test_the_page_of_a_diverged_run(tmp_path):
     record["result"]["final"]["val_loss"] = float("nan")
     runs, = re.findall(r"(?s)<script [^>]*id=\"runs\"[^>]*>(.*?)</script>", module.html([record]))
     assert json.loads(runs, parse_constant=pytest.fail)[0]["loss"] is None
+
+
+def test_spikes():
+    """More than 6 sd and 0.5 nats above the mean of the last hundred."""
+    calm = [2.0, 2.1] * 60
+    for loss, before, found in (
+            (2.56, calm, True), (2.54, calm, False), (4.0, [1.0, 2.0] * 50, False), (4.6, [1.0, 2.0] * 50, True),
+            (9.0, [], False), (9.0, calm[:19], False), (9.0, calm[:20], True), (9.0, [9.0] * 50 + [1.0] * 100, True)):
+        assert module.spikes([*before, loss]) == [len(before) + 1] * found, (loss, before)

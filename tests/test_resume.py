@@ -36,7 +36,7 @@ def go(data, tmp_path, monkeypatch):
 
     def run(*flags, script=GPT2, ends=None):
         records = tmp_path / f"records{next(count)}"
-        flags = tiny(script, data, records, "--steps", 10, "--norm_every", 3, *flags)
+        flags = tiny(script, data, records, "--steps", 10, *flags)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])  # what the record gives as its command
         if ends is None:
             run_here(script, *flags)
@@ -82,7 +82,7 @@ def test_a_run_in_three_parts_is_the_unbroken_run(script, go, tmp_path, capfd):
     _, log, unbroken = go(*order, script=script)
     first, stopped, _ = go(*order, "--stop_after", 3, script=script)
     second, _, none = go(*order, "--stop_after", 8, "--resume", "auto", script=script)
-    last, again, result = go(*order, "--resume", "auto", "--usd_per_hour", 3.0, "--keep", 1, script=script)
+    last, again, result = go(*order, "--resume", "auto", script=script)
     assert losses(again) == losses(log) and curve(result) == curve(unbroken) and none is None
     folders = list((tmp_path / "checkpoints").iterdir())
     whole_run, = [path for path in folders if path.name not in (first.name, second.name, last.name)]
@@ -91,13 +91,13 @@ def test_a_run_in_three_parts_is_the_unbroken_run(script, go, tmp_path, capfd):
     assert stopped.endswith("\nend: stopped after step 3 of 10\n")
     assert again.startswith(stopped[:stopped.index("losses: ")]), "it begins with the log up to the checkpoint"
     assert len(re.findall(r"^resumed: \{", again, re.M)) == 2 and "resumed" not in unbroken
-    assert result["config"]["resume"] == "auto" and result["final"]["usd"] > 0 and result["run"] == last.name
+    assert result["config"]["resume"] == "auto" and result["run"] == last.name
     part = json.loads((tmp_path / "checkpoints" / second.name / "step000008" / "checkpoint.json").read_text())
     assert result["clock"]["train"] > part["clock"]["train"] > 0, "the training time of all parts"
     assert result["final"]["train_seconds"] == result["clock"]["train"]
     status = verify.main([str(last), *(("--replay", "6") if script == GPT2 else ("--no-code",))])
     out = capfd.readouterr().out
-    assert status == 0 and "resumed after step 3, resumed after step 8" in out and "3 norms of the gradient" in out, out
+    assert status == 0 and "resumed after step 3, resumed after step 8" in out, out
     assert script != GPT2 or "6 steps and 4 validations are equal bit for bit, on the same" in out, out
 
 
@@ -140,14 +140,14 @@ def test_paths_and_flags_that_may_change(go, tmp_path):
     """A step's folder, a run's, a record's; another micro-batch, other folders, a copy of the data elsewhere."""
     first, _, _ = go("--save_every", 3, "--stop_after", 7)
     run = tmp_path / "checkpoints" / first.name
-    assert list(whole(run)) == [3, 6, 7]
+    assert list(whole(run)) == [6, 7]
     moved = shutil.copytree(go.data, tmp_path / "elsewhere")
     for path, step, *flags in ((run / "step000006", 6), (run, 7, "--device_bsz", 2, "--data", moved), (first, 7),
-                               (run / "step000003", 3, "--name", "other", "--save_every", 1, "--keep", 2)):
+                               (run / "step000006", 6, "--name", "other", "--save_every", 1)):
         folder, log, result = go("--resume", path, *flags)
         assert [part["step"] for part in result["resumed"]] == [step]
-        assert sorted(whole(tmp_path / "checkpoints" / folder.name)) == ([9, 10] if step == 3 else [10])
-    assert list(whole(run)) == [3, 6, 7], "another run's are not removed"
+        assert sorted(whole(tmp_path / "checkpoints" / folder.name)) == [10]
+    assert list(whole(run)) == [6, 7], "another run's are not removed"
 
 
 def test_auto_never_goes_on_with_a_finished_run(go, capsys):
@@ -211,7 +211,7 @@ def test_a_damaged_checkpoint_is_passed_over(name, go, tmp_path, capsys):
     first, _, _ = go("--save_every", 2, "--stop_after", 4)
     run, backup = tmp_path / "checkpoints" / first.name, tmp_path / "backup"
     shutil.copytree(run, backup)
-    args = module.Hyperparameters.parse(tiny(GPT2, go.data, tmp_path / "r", "--steps", 10, "--norm_every", 3))
+    args = module.parse(tiny(GPT2, go.data, tmp_path / "r", "--steps", 10))
     about = module.read_about(run / "step000004")
     sources, data = about["sources"], about["data"]
 
@@ -352,7 +352,7 @@ def test_kill_9_at_random_moments(tmp_path):
     def newest():
         return max((step for run in (tmp_path / "checkpoints").glob("*") for step in whole(run)), default=0)
 
-    saving, reached, parts = ("--save_every", 1, "--keep", 2, "--resume", "auto"), 0, 0
+    saving, reached, parts = ("--save_every", 1, "--resume", "auto"), 0, 0
     try:
         for kill in range(20):
             ended = child(moments.uniform(0, 1.0), "", *saving) if kill % 4 == 0 else child(
@@ -399,9 +399,9 @@ def test_full_disk_at_a_checkpoint(step, go, tmp_path, monkeypatch, capsys):
         assert "resumed" in go("--resume", "auto")[2]
 
 
-@pytest.mark.parametrize("poison", ("a gradient", "the loss", "a weight"))
+@pytest.mark.parametrize("poison", ("the loss", "a weight"))
 def test_no_numbers_stop_the_run(poison, go, tmp_path, monkeypatch, capsys):
-    """... at that step, which is named with the first bad tensor and the last good checkpoint; nothing bad is saved."""
+    """... at that step, which is named with the last good checkpoint; nothing bad is saved."""
     module = importlib.import_module(GPT2)
     plain, calls, names = module.train_step, [], []
 
@@ -411,10 +411,7 @@ def test_no_numbers_stop_the_run(poison, go, tmp_path, monkeypatch, capsys):
             return plain(model, *more)
         parameters = dict(model.named_parameters())
         names.extend(parameters)
-        if poison == "a gradient":
-            for name in names[2:0:-1]:
-                parameters[name].register_hook(lambda g: g * float("inf"))
-        elif poison == "the loss":
+        if poison == "the loss":
             parameters[names[0]].data.fill_(float("nan"))
         report = plain(model, *more)
         if poison == "a weight":
@@ -425,49 +422,8 @@ def test_no_numbers_stop_the_run(poison, go, tmp_path, monkeypatch, capsys):
     folder, log, result = go("--save_every", 2, ends=1)
     message = capsys.readouterr().err
     last = tmp_path / "checkpoints" / folder.name / "step000004"
-    what = {"a gradient": f"gradient of {names[1]}", "the loss": "the loss is nan",
-            "a weight": f"{names[3]} is not finite"}[poison]
+    what = {"the loss": "the loss is nan", "a weight": f"{names[3]} is not finite"}[poison]
     assert message.count("\n") == 1 and "step 6 of 10: " in message and what in message, message
     assert f"Last good checkpoint: {last}" in message
     assert result is None and "\nend: failed: step 6 of 10: " in log and "step:7/" not in log
     assert list(whole(last.parent)) == [2, 4]
-
-
-def test_spikes():
-    """More than 6 sd and 0.5 nats above the mean of the last hundred; the same rule in verify.py."""
-    module = importlib.import_module(GPT2)
-    calm = [2.0, 2.1] * 60
-    for loss, before, words in (
-            (2.56, calm, "2.5600 after 2.0500 with sd 0.0500"), (2.54, calm, None), (4.0, [1.0, 2.0] * 50, None),
-            (4.6, [1.0, 2.0] * 50, "4.6000 after 1.5000 with sd 0.5000"), (9.0, [], None),
-            (9.0, calm[:19], None), (9.0, calm[:20], "9.0000 after 2.0500 with sd 0.0500"), (float("nan"), calm, None),
-            (9.0, [9.0] * 50 + [1.0] * 100, "9.0000 after 1.0000 with sd 0.0000")):
-        assert module.spike(loss, before) == verify.spike(loss, before) == words, (loss, words)
-
-
-def test_spikes_and_norms_in_a_record(go, monkeypatch, capsys):
-    """A rule by which every step after 20 is a spike: lines where they are due, in a resumed run too, and verified."""
-    module = importlib.import_module(GPT2)
-    for owner in (module, verify):
-        monkeypatch.setattr(owner, "SPIKE_NATS", -9.0)
-        monkeypatch.setattr(owner, "SPIKE_SD", -900.0)
-    flags = "--steps", 24, "--norm_every", 4
-    go(*flags, "--stop_after", 22)
-    folder, log, _ = go(*flags, "--resume", "auto")
-    assert [int(step) for step in re.findall(r"^step:(\d+)/24 spike:", log, re.M)] == [21, 22, 23, 24]
-    norms = re.findall(r"^step:(\d+)/24 grad_norm:(\S+)$", log, re.M)
-    assert [int(step) for step, _ in norms] == [4, 8, 12, 16, 20, 24] and all(0 < float(norm) < 99 for _, norm in norms)
-    assert verify.main([str(folder), "--no-code"]) == 0
-    assert "4 spikes, 6 norms of the gradient" in capsys.readouterr().out
-    for pattern in (r"^step:8/24 grad_norm:.*\n", r"^step:22/24 spike:.*\n"):
-        record = verify.Record(folder)
-        record.log = verify.Log(re.sub(pattern, "", log, flags=re.M))
-        record.log.finish()
-        with pytest.raises(verify.Failed, match="is missing"):
-            verify.notes(record)
-    monkeypatch.setattr(verify, "SPIKE_NATS", 0.5)
-    record = verify.Record(folder)
-    record.log.notes = [(number, match) for number, match in record.log.notes if match[1] != "24"]
-    record.log.steps = record.log.steps[:-2]
-    with pytest.raises(verify.Failed, match="spike where none is due"):
-        verify.notes(record)

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import inspect
 import math
 import re
 
@@ -33,7 +34,7 @@ def losses(records):
 
 def load(script, *flags):
     module = importlib.import_module(script)
-    args = module.Hyperparameters.parse(flags)
+    args = module.parse(flags)
     return module, args, module.set_up(args, 0)
 
 
@@ -76,10 +77,8 @@ def test_losses_are_the_means_over_all_tokens(script, data, tmp_path):
         seen = {}
         for optimizer in optimizers:
             optimizer.step = lambda: seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
-        loss, asked, *squares = module.train_step(model, optimizers, x, y, args).tolist()
+        loss, asked = module.train_step(model, optimizers, x, y, args).tolist()
         assert math.isclose(loss, expected.item(), rel_tol=1e-6) and asked == 0, device_bsz
-        norms = [math.sqrt(square) for square in squares]
-        assert norms == pytest.approx([g.norm().item() for g in by_hand.values()], rel=3e-5, abs=1e-8)
         assert all(p.grad is None for p in model.parameters()), "gradients are left over for the next step"
         for name, g in by_hand.items():
             if name == "blocks.0.att.mix":  # the GPT's first block mixes its values with themselves
@@ -216,12 +215,10 @@ def test_help(script):
     assert module.__doc__.strip().splitlines()[0] in done.stdout
     text = " ".join(done.stdout.split())
     for name, field in module.Hyperparameters.__dataclass_fields__.items():
-        about, defaults = " ".join(field.metadata["help"].split()), field.metadata["defaults"]
-        assert re.search(rf"--{name}\b", text) and about in text and " " in about, name
-        fineweb, shown = defaults["fineweb"], f"[{defaults['fineweb']}]"
-        if fineweb != defaults["tiny"]:
-            shown = f"[fineweb {fineweb}, tiny {defaults['tiny']}]"
-        assert fineweb == "" or f"{about} {shown}" in text, f"--{name} hides its default {shown}"
+        line = re.search(rf"^    {name}: .* = .*  # (.*)", inspect.getsource(module.Hyperparameters), re.M)
+        shown = field.default if field.default != "" else "none"
+        shown = f"[{shown}, tiny {module.TINY[name]}]" if name in module.TINY else f"[{shown}]"
+        assert re.search(rf"--{name}\b", text) and f"{line[1]} {shown}" in text, f"--{name} {shown}"
 
 
 @pytest.mark.parametrize("script, steps, warmdown", (
@@ -229,11 +226,11 @@ def test_help(script):
 def test_defaults_of_the_tracks(script, steps, warmdown):
     """The race as it is stated, and on track tiny the same tokens for all models, of about a million parameters."""
     module = importlib.import_module(script)
-    args = module.Hyperparameters.parse(["--track", "fineweb"])
+    args = module.parse(["--track", "fineweb"])
     assert (args.steps, args.warmdown_steps, module.TARGET["fineweb"]) == (steps, warmdown, 3.28)
     assert (args.bsz * args.seq_len, args.seq_len) == (524288, 1024)
     assert (args.layers, args.width, args.val_tokens, args.epochs) == (12, 768, 10485760, 1)
-    args, gpt2 = (importlib.import_module(name).Hyperparameters.parse(["--track=tiny", "--device=cpu"])
+    args, gpt2 = (importlib.import_module(name).parse(["--track=tiny", "--device=cpu"])
                   for name in (script, "train_gpt2"))
     assert args.vocab_size == 257 and args.seq_len == 256
     for name in ("bsz", "steps", "val_tokens", "data"):
@@ -252,4 +249,4 @@ def test_check_looks_at_everything_and_writes_nothing(script, data, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not (tmp_path / "records").exists()
     for wrong, named in (("--steps=0", "--steps 0"), ("--headsz=24", "headsz 24"), (f"--data={tmp_path}", "no train")):
         done = run_script(script, *flags, wrong, WORLD_SIZE="2")
-        assert done.returncode == 1 and named in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert done.returncode in (1, 2) and named in done.stderr and done.stderr.count("\n") == 1, done.stderr

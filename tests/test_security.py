@@ -17,7 +17,7 @@ def test_names_of_runs(script, name, tmp_path, monkeypatch):
     module = importlib.import_module(script)
     monkeypatch.setattr(module, "resolve", lambda *_: pytest.fail("went on"))
     with pytest.raises(ValueError, match="--name"):
-        module.set_up(module.Hyperparameters(track="tiny", name=name, records=str(tmp_path)), 0)
+        module.set_up(module.parse(["--track=tiny", f"--name={name}", f"--records={tmp_path}"]), 0)
 
 
 class Program:

@@ -89,7 +89,7 @@ def test_a_machine_of_several_says_what_it_lacks(box, there, says):
 
 
 def test_a_job(slurm):
-    process = slurm.start("./run_gpt2.sh", "--adam_lr", "0.001", "--data", "a folder", "--keep", "$HOME; `x`")
+    process = slurm.start("./run_gpt2.sh", "--adam_lr", "0.001", "--data", "a folder", "--name", "$HOME; `x`")
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, ""), (out, err)
     assert log(slurm) == ["scontrol show hostnames node-[a-b]", "srun --kill-on-bad-exit=1"]
@@ -98,8 +98,8 @@ def test_a_job(slurm):
         port = 20000 + 4711
         assert there[1:] == [
             "--nnodes=2", f"--node_rank={node}", "--master_addr=node-a", f"--master_port={port}", "--nproc_per_node=8",
-            "train_gpt2.py", "--save_every", "125", "--keep", "2", "--checkpoints", "checkpoints/slurm_4711",
-            "--resume", "auto", "--adam_lr", "0.001", "--data", "a folder", "--keep", "$HOME; `x`"]
+            "train_gpt2.py", "--save_every", "125", "--checkpoints", "checkpoints/slurm_4711",
+            "--resume", "auto", "--adam_lr", "0.001", "--data", "a folder", "--name", "$HOME; `x`"]
     flags = {f"--{field.name}" for field in dataclasses.fields(train_gpt2.Hyperparameters)}
     assert {word for word in there if word.startswith("--")} - {word for word in there[1:6]} <= flags
 

@@ -372,7 +372,7 @@ def test_the_limit_of_track_fineweb_without_a_gpu():
     import train_rwkv7
     records = []
     for flags in (["--fast_cuda"], ["--fast_cuda", "--width", "832"]):
-        config = dict(vars(train_rwkv7.Hyperparameters.parse(flags)), device="cuda", dtype="bf16", kernel="fast")
+        config = dict(vars(train_rwkv7.parse(flags)), device="cuda", dtype="bf16", kernel="fast")
         record = verify.Record.__new__(verify.Record)
         files = [ROOT / "train_rwkv7.py", *load_program("cuda/build.py").sources("wkv7", "fast")]
         record.log = types.SimpleNamespace(sources=[

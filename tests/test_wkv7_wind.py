@@ -134,7 +134,7 @@ def test_opcheck():
 @pytest.mark.parametrize("T", (32, 40))
 def test_model_in_one_graph(T):
     """The model with the fused operator, compiled as a whole, is the model with the unfused one."""
-    flags = dict(track="tiny", width=128, headsz=64, layers=2, dtype="mixed", device="cpu", zero_head=False)
+    flags = dict(train_rwkv7.TINY, width=128, headsz=64, layers=2, dtype="mixed", device="cpu", zero_head=False)
     args = train_rwkv7.Hyperparameters(**flags)
     results, tokens = [], torch.randint(256, (2, T + 1), generator=torch.Generator().manual_seed(0))
     for kernel in ("fast", "wind"):
