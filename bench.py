@@ -66,7 +66,7 @@ def validation(model, count):
             raise ValueError("the model does not tell its data")
         data = Path(model.config.data)
         data = data if data.exists() else ROOT / data
-        stream = model.script.TokenStream(data, "val", count, "The bench's text", repeat=0)
+        stream = model.script.TokenStream(data, "val", count)
         tokens = torch.from_numpy(stream.read(0, min(count, len(stream))))
         if len(tokens) < 1024 or tokens.max() >= model.vocab_size:
             raise ValueError(f"{model.config.data} is not the text of this model")

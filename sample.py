@@ -365,7 +365,7 @@ def read_tokens(model, path, limit, tokenizer=None):
         return encode(tokenizer, read_text(path), tokenizer.document_mark)[:limit]
     folder, split = (path.parent, path.name) if path.name in ("val", "train") and not path.exists() else (path, "val")
     if folder.is_dir():
-        stream = script.TokenStream(folder, split, limit, f"{limit} tokens", 0)
+        stream = script.TokenStream(folder, split, limit)
         tokens = stream.read(0, min(limit, len(stream)))
     elif folder.exists():
         tokens = np.array(script.open_shard(folder)[:limit], np.int64)

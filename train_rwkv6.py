@@ -26,7 +26,6 @@ import json
 import math
 import os
 import platform
-import queue
 import re
 import resource
 import shlex
@@ -34,7 +33,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +75,7 @@ class Hyperparameters:
     device_bsz: int = 32  # sequences a device takes at once
     seq_len: int = 1024  # tokens a sequence (T)
     epochs: int = 1  # how often the train shards may be read over
-    order: str = "sequential"  # of the train tokens; cubic: k-th sequence = chunk k^3 mod p (data/README.md)
+    order: str = "sequential"  # of the train tokens: sequential, or shuffled chunks of seq_len
     val_every: int = 125  # steps between validations
     val_tokens: int = 10485760  # validation tokens, the first there are; tiny: at most
     save_every: int = 0  # steps between checkpoints; 0: only after the last step
@@ -736,51 +734,40 @@ SHARD_MAGIC, SHARD_VERSION = 20240520, 1  # header of 256 int32: magic, version,
 
 def open_shard(path):
     """Memory-map the tokens of a shard, uint16. Raises ValueError with the way out when it is not a whole shard."""
-    size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256).tolist()
-    if size < 1024:
-        raise ValueError(f"{path} is truncated: {size} bytes, less than its header. Fetch or make it again.")
-    if header[0] != SHARD_MAGIC:
-        raise ValueError(f"{path} is not a token shard: magic {header[0]}, not {SHARD_MAGIC}. Format: data/README.md.")
-    if header[1] != SHARD_VERSION:
-        raise ValueError(f"{path} has shard version {header[1]}; this script reads version {SHARD_VERSION}.")
-    if header[2] < 1 or header[2] * 2 + 1024 != size:
+    size = path.stat().st_size
+    header = np.fromfile(path, "<i4", count=256).tolist()
+    if size < 1024 or header[:2] != [SHARD_MAGIC, SHARD_VERSION]:
+        raise ValueError(f"{path} is no token shard of version {SHARD_VERSION}. Format and tools: data/README.md.")
+    if header[2] < 1 or size != 1024 + 2 * header[2]:
         raise ValueError(f"{path} is damaged: its header counts {header[2]} tokens, the file holds "
                          f"{(size - 1024) / 2:.12g}. Fetch or make it again.")
     return np.memmap(path, dtype="<u2", mode="r", offset=1024)
 
 
 class TokenStream:
-    """The tokens of the sorted shards folder/*_<split>_*.bin as one stream; opens only the first with `need` tokens.
-    repeat: how often the stream may be read over (position p is token p mod tokens); 0: fewer tokens will do.
-    cubic: tokens a chunk of the cubic order; that takes every shard. Raises ValueError with the way out."""
+    """The tokens of the sorted shards folder/*_<split>_*.bin as one stream, to be read over and over: position p is
+    token p mod their number. Opens only the first, with `need` tokens. Raises ValueError with the way out."""
 
-    def __init__(self, folder, split, need, why, repeat=1, cubic=0):
+    def __init__(self, folder, split, need=math.inf):
         self.paths, self.shards, total = [], [], 0
-        found = sorted(Path(folder).glob(f"*_{split}_*.bin"))
-        if not found:
+        for path in sorted(Path(folder).glob(f"*_{split}_*.bin")):
+            if path.name.startswith("."):
+                tqdm.write(f"{path} is no shard and passed over")  # what other systems leave beside a copied file
+            elif total < need:
+                self.paths.append(path)
+                self.shards.append(open_shard(path))
+                total += len(self.shards[-1])
+        if not self.shards:
             raise ValueError(f"no {split} shards (*_{split}_*.bin) in {folder}. {where_from(folder, need)}")
-        for path in found:
-            self.paths.append(path)
-            self.shards.append(open_shard(path))
-            total += len(self.shards[-1])
-            if total >= need and not cubic:
-                break
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
-        self.prime = prime_below((total - 1) // cubic) if cubic else 0
-        if cubic and self.prime * repeat * cubic < need - 1:
-            raise ValueError(f"{why} need {(need - 1) // cubic} chunks of {cubic} tokens; {folder} has {self.prime} "
-                             f"for --order cubic at --epochs {repeat}. More text, fewer --steps or more --epochs.")
-        if repeat and total * repeat < need and not cubic:
-            raise ValueError(f"{why} need {millions(need)} {split} tokens; {folder} has {millions(total)} in "
-                             f"{len(found)} shards, at --epochs {repeat}. Fewer --steps, more --epochs or more text: "
-                             f"{where_from(folder, need)}")
 
     def __len__(self):
         return int(self.starts[-1])
 
     def read(self, position, count):
         """Tokens [position, position + count) of the stream as int64 (count,)."""
-        out, done = np.empty(count, dtype=np.int64), 0
+        out = np.empty(count, dtype=np.int64)
+        done = 0
         while done < count:
             at = (position + done) % len(self)
             i = int(np.searchsorted(self.starts, at, side="right")) - 1
@@ -816,58 +803,48 @@ class TokenStream:
             return list(pool.map(scan, self.paths, self.shards))
 
 
-def prime_below(n):
-    """The largest prime p < n with p mod 3 = 2 (0: there is none): k -> k^3 mod p visits each of 0 .. p - 1 once."""
-    prime = lambda p: all(p % d for d in range(2, math.isqrt(p) + 1))
-    return next((p for p in range(n - 1, 1, -1) if p % 3 == 2 and prime(p)), 0)
-
-
-def millions(count):
-    return f"{count / 1e6:,.0f}M" if count >= 1e8 else f"{count / 1e6:.3g}M"
-
-
 def where_from(folder, need):
     """How to get the missing shards of a folder."""
     name = Path(folder).name
     if name.startswith("fineweb"):
-        return f"python data/cached_{name}.py {-(-need // 100_000_000)}"
+        return f"python data/cached_{name}.py {math.ceil(min(need, 1e11) / 1e8)}"
     return "python data/pydocs.py" if name == "pydocs" else "Format and tools: data/README.md."
 
 
-class DataLoader:
-    """Batches of the training stream, read ahead by a thread into pinned memory.
-    Step s is tokens [s n, (s + 1) n] with n = bsz * seq_len, whatever the ranks and micro-batches; this rank gets
-    sequences [first, last) of its bsz. In the cubic order the run's k-th sequence is chunk k^3 mod p of the stream.
-    start: the first step to read; what came before is not touched.
-    next() -> inputs, targets, both int64 (last - first, seq_len), on the device."""
+@functools.lru_cache(maxsize=2)
+def shuffled(chunks, T, epoch):
+    """Where the chunks of T tokens begin that an epoch reads: in random order, after a random phase. RandomState's
+    numbers are the same in every numpy."""
+    random = np.random.RandomState(epoch)
+    return random.randint(T) + T * random.permutation(chunks)
 
-    def __init__(self, stream, args, first, last, start=0):
-        self.stream, self.args, self.first, self.last, self.start = stream, args, first, last, start
-        self.queue = queue.Queue(maxsize=4)  # batches
-        self.cuda = torch.cuda.current_device() if args.device == "cuda" else None
-        threading.Thread(target=self._read_ahead, daemon=True).start()
 
-    def _read_ahead(self):
-        try:
-            if self.cuda is not None:  # a new thread starts on GPU 0; pinning there would put a context on it
-                torch.cuda.set_device(self.cuda)
-            for step in range(self.start, self.args.steps):
-                start, count, T = step * self.args.bsz + self.first, self.last - self.first, self.args.seq_len
-                cubic = (pow(k, 3, p) for k in range(start, start + count)) if (p := self.stream.prime) else None
-                tokens = torch.from_numpy(
-                    np.array([self.stream.read(chunk * T, T + 1) for chunk in cubic], dtype=np.int64).reshape(-1)
-                    if cubic else self.stream.read(start * T, count * T + 1))
-                self.queue.put(tokens if self.cuda is None else tokens.pin_memory())
-        except Exception as error:  # a vanished disk must not look like an endless wait
-            self.queue.put(error)
+def chunks(tokens, args):
+    """How many sequences an epoch holds in the shuffled order, whatever its phase."""
+    return (tokens - args.seq_len) // args.seq_len
 
-    def next(self):
-        item = self.queue.get()
-        if isinstance(item, Exception):
-            raise item
-        tokens = item.to(self.args.device, non_blocking=True)
-        T, stride = self.args.seq_len, self.args.seq_len + bool(self.stream.prime)
-        return [tokens.as_strided((self.last - self.first, T), (stride, 1), i).contiguous() for i in (0, 1)]
+
+def share(count, rank):
+    """The sequences [first, last) of `count` that are this rank's: as evenly as it goes, none if there are too few."""
+    return count * rank // world_size(), count * (rank + 1) // world_size()
+
+
+def batch(stream, step, args, rank):
+    """This rank's inputs and targets of a step, both int64 (n, T), on the device. Whatever the ranks and micro-batches,
+    step s takes sequences [s bsz, (s + 1) bsz) of the run."""
+    T, starts = args.seq_len, []
+    for k in range(*share(args.bsz, rank)):
+        k += step * args.bsz
+        if args.order == "sequential":
+            starts.append(k * T)
+        else:
+            epoch, i = divmod(k, chunks(len(stream), args))
+            starts.append(shuffled(chunks(len(stream), args), T, epoch)[i])
+    tokens = np.array([stream.read(start, T + 1) for start in starts], np.int64).reshape(-1, T + 1)
+    tokens = torch.from_numpy(tokens)
+    if args.device == "cuda":
+        tokens = tokens.pin_memory().to(args.device, non_blocking=True)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1145,7 +1122,7 @@ def not_resumable(about, args, sources, data):
     for split in ("train", "val"):  # a run opens as many train shards as it needs
         before, now = ([(shard["sha256"], shard["tokens"]) for shard in all[split]] for all in (about["data"], data))
         same = [tokens for (digest, tokens), other in zip(before, now) if digest == other[0]]
-        needed = args.order == "cubic" or sum(same) < read
+        needed = args.order == "shuffled" or sum(same) < read
         if len(same) < (max if needed else min)(len(before), len(now)):
             return f"it was trained on other shards than those in {args.data}"
     return "" if "training.safetensors" in about["files"] else "its run is finished"
@@ -1247,7 +1224,7 @@ def schedule(optimizers, step, args):
 # Command line [shared]
 
 CHOICES = dict(
-    track=("fineweb", "tiny"), order=("sequential", "cubic"), muon_scale=("spectral", "rms"),
+    track=("fineweb", "tiny"), order=("sequential", "shuffled"), muon_scale=("spectral", "rms"),
     device=("auto", "cuda", "cpu"), dtype=("auto", "bf16", "mixed", "fp32"), kernel=("auto", "torch", "cpu", "cuda"))
 RANGES = {  # every other number: 0 to 2^31
     (1, 2**31): "steps bsz device_bsz seq_len epochs val_every val_tokens vocab_size layers width headsz",
@@ -1309,8 +1286,8 @@ def resolve(args):
         args.device = "cuda" if cuda else "cpu"
     if args.dtype == "auto":
         args.dtype = ("bf16" if args.device == "cuda" else "mixed") if has_bf16(args.device) else "fp32"
-    if args.order == "cubic" and args.track == "fineweb":
-        raise ValueError("--order cubic is for small corpora on --track tiny; track fineweb reads in sequence.")
+    if args.order == "shuffled" and args.track == "fineweb":
+        raise ValueError("--order shuffled is for --track tiny; track fineweb reads every token once, in sequence.")
     if args.stop_after > args.steps:
         raise ValueError(f"--stop_after {args.stop_after} is more than --steps {args.steps}.")
 
@@ -1344,11 +1321,6 @@ signals = Signals()
 
 def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def share(count, rank):
-    """The sequences [first, last) of `count` that are this rank's: as evenly as it goes, none if there are too few."""
-    return count * rank // world_size(), count * (rank + 1) // world_size()
 
 
 def all_sum(tensor):
@@ -1449,13 +1421,21 @@ def check_cover(model, optimizers):
 def open_data(args, rank):
     """(train stream, val stream, their facts for the record: {} but for local rank 0, which checks every token on its
     machine). Raises ValueError."""
-    steps, cubic = args.stop_after or args.steps, args.seq_len if args.order == "cubic" else 0
-    train = TokenStream(args.data, "train", steps * args.bsz * args.seq_len + 1, f"{steps} steps", args.epochs, cubic)
-    exactly = 1 if args.track == "fineweb" else 0
-    val = TokenStream(args.data, "val", args.val_tokens + 1, f"{args.val_tokens} validation tokens", exactly)
-    if min(args.val_tokens, len(val) - 1) < args.seq_len:
+    steps, T = args.stop_after or args.steps, args.seq_len
+    need = steps * args.bsz * T + 1
+    train = TokenStream(args.data, "train", need if args.order == "sequential" else math.inf)
+    val = TokenStream(args.data, "val", args.val_tokens + 1)
+    there = len(train) if args.order == "sequential" else chunks(len(train), args) * T + 1
+    if need > there * args.epochs:
+        raise ValueError(f"{steps} steps need {need:,} train tokens; {args.data} has {there:,} for --order "
+                         f"{args.order}, at --epochs {args.epochs}. Fewer --steps, more --epochs or more text: "
+                         f"{where_from(args.data, need)}")
+    if args.track == "fineweb" and len(val) <= args.val_tokens:
+        raise ValueError(f"{args.val_tokens:,} validation tokens need one more; {args.data} has {len(val):,}. "
+                         f"{where_from(args.data, need)}")
+    if min(args.val_tokens, len(val) - 1) < T:
         raise ValueError(f"--val_tokens {args.val_tokens} of the {len(val)} in the val shards of {args.data} make no "
-                         f"sequence of {args.seq_len}. Give more text, a larger --val_tokens or a smaller --seq_len.")
+                         f"sequence of {T}. Give more text, a larger --val_tokens or a smaller --seq_len.")
     manifest = Path(args.data) / "manifest.json"
     try:
         about = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
@@ -1554,7 +1534,6 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
         losses = restore(start[2], args, model, optimizers)
         start[2].clear()  # gigabytes
         say(f"resumed from {start[0]}: after step {done} of {args.steps}")
-    loader = DataLoader(train, args, first, end, done)
     gc.collect()
     clock.switch("rest")
     record.line(f"warm-up: 2 steps and a validation batch of random tokens in {clock.seconds['warm-up']:.1f} s; model, "
@@ -1597,7 +1576,7 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
         if clock.phase != "train":
             clock.switch("train")
         schedule(optimizers, step, args)
-        lines.add(step + 1, train_step(compiled, optimizers, *loader.next(), args), clock.train_ms())
+        lines.add(step + 1, train_step(compiled, optimizers, *batch(train, step, args, rank), args), clock.train_ms())
         stopping = lines.stopping
         bar.set_postfix_str(f"loss {lines.last:.3f}", refresh=False)
         bar.update()

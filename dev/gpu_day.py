@@ -372,12 +372,14 @@ def time_steps(job, device):
     args = script.parse([*run_flags(job, device, all_steps()), "--val_tokens=1024"])
     _, (stream, _, _), model, optimizers, counts = script.set_up(args, 0)
     compiled = torch.compile(model, fullgraph=True, dynamic=False) if cuda and args.compile else model
-    loader, numbers, losses = script.DataLoader(stream, args, 0, args.bsz), iter(range(args.steps)), []
+    numbers, losses = iter(range(args.steps)), []
     wait = torch.cuda.synchronize if cuda else lambda: None
 
     def step(update=True):
-        script.schedule(optimizers, next(numbers), args)
-        losses.append(script.train_step(compiled, optimizers if update else [], *loader.next(), args)[0])
+        number = next(numbers)
+        script.schedule(optimizers, number, args)
+        tokens = script.batch(stream, number, args, 0)
+        losses.append(script.train_step(compiled, optimizers if update else [], *tokens, args)[0])
     started = time.perf_counter()
     step()
     wait()

@@ -530,12 +530,6 @@ def data(record):
     return f"{len(both)} of {len(shards)} shards of {manifest.get('dataset')} as in {about['folder']} here{rest}"
 
 
-def prime_below(n):
-    """The largest prime p < n with p mod 3 = 2, or 0: the chunks of the cubic order."""
-    prime = lambda p: all(p % d for d in range(2, math.isqrt(p) + 1))
-    return next((p for p in range(n - 1, 1, -1) if p % 3 == 2 and prime(p)), 0)
-
-
 def tokens(record):
     """No training token is read twice unless --epochs says so, and no shard is train and val."""
     config, about = record.result["config"], record.result["data"]
@@ -544,8 +538,8 @@ def tokens(record):
     there, read = sum(shard["tokens"] for shard in about["train"]), config["steps"] * config["bsz"] * config["seq_len"]
     need(0 < there < 10**13, f"{there} training tokens")
     epochs, target = config["epochs"], 1  # the last target is no input
-    if config["order"] == "cubic":
-        there, target = prime_below((there - 1) // config["seq_len"]) * config["seq_len"], 0
+    if config["order"] == "shuffled":  # whole chunks after a phase
+        there, target = (there - config["seq_len"]) // config["seq_len"] * config["seq_len"], 0
     need(read + target <= there * epochs,
          f"{read:,} tokens were read of {there:,}: more often than declared (--epochs {epochs})")
     times = f"{read / there:.2f} times; --epochs {epochs} declares it" if read + target > there else "each at most once"

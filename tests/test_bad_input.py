@@ -90,8 +90,8 @@ VALUES = {
     "hidden name": (["--name", ".x"], ["--name", ".x"]),
     "name that no disk takes": (["--name", "x" * 300], ["File name too long"]),
     "small vocabulary": (["--vocab_size", 200], ["token id 25", "vocabulary of 200", "toy_train_000000.bin"]),
-    "another order": (["--order", "cubic", "--steps", 10**6], ["1000000 steps need", "--order cubic", "--epochs 20"]),
-    "another order in the race": (["--track", "fineweb", "--order", "cubic"], ["--order cubic", "small corpora"]),
+    "another order": (["--order", "shuffled", "--steps", 10**6], ["1000000 steps", "--order shuffled", "--epochs 20"]),
+    "another order in the race": (["--track", "fineweb", "--order", "shuffled"], ["--order shuffled", "in sequence"]),
     "too few tokens": (["--steps", 400], ["400 steps need", "--epochs 20"]),
     "CUDA where there is none": (["--device", "cuda"], ["--device cuda", "no CUDA device", "--device cpu"]),
 }
@@ -143,7 +143,7 @@ def test_small_validation_set(script, tmp_path, records, refused):
     write_shard(tmp_path / "d" / "toy_val_000000.bin", range(200))
     fineweb = ["--track", "fineweb", "--vocab_size", 300, "--steps", 1, "--val_tokens", 1000]
     refused(script, tiny(script, tmp_path / "d", records, *fineweb),
-            "1000 validation tokens need", tmp_path / "d", "in 1 shards")
+            "1,000 validation tokens need", tmp_path / "d", "has 200")
 
 
 def test_bad_shards(script, tmp_path, records, refused):
@@ -153,7 +153,7 @@ def test_bad_shards(script, tmp_path, records, refused):
     refused(script, tiny(script, tmp_path / "d", records), val, "250", "38", "again")
     write_shard(val, range(250))
     write_shard(good, range(250), magic=20240801)
-    refused(script, tiny(script, tmp_path / "d", records), good, "20240801", "data/README.md")
+    refused(script, tiny(script, tmp_path / "d", records), good, "no token shard", "data/README.md")
     write_shard(good, range(250))
     (tmp_path / "d" / "manifest.json").write_text("{ cut sho")
     refused(script, tiny(script, tmp_path / "d", records), tmp_path / "d" / "manifest.json")

@@ -427,7 +427,7 @@ def test_a_python_without_packages(run, package):
 def test_records_take_hashes_from_the_manifest(hub, run, shards, monkeypatch):
     assert run(2).returncode == 0
     shards_known = json.loads((run.out / "manifest.json").read_text())["shards"]
-    stream = train_rwkv7.TokenStream(run.out, "train", 2_400_000, "some steps")
+    stream = train_rwkv7.TokenStream(run.out, "train", 2_400_000)
     entries = [dict(name=name, tokens=1_250_000, sha256=hashlib.sha256(shards[name]).hexdigest())
                for name in (ONE, TWO)]
     assert stream.fingerprint(50257) == entries

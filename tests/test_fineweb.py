@@ -110,7 +110,7 @@ def test_shards_are_the_documents(run, world, tmp_path):
     assert manifest["tokenizer_sha256"] == hashlib.sha256((world[0] / "ranks").read_bytes()).hexdigest()
     assert (manifest["dataset"], manifest["documents"], manifest["shard_size"]) == ("fineweb10B", 600, SIZE)
     assert (world[1] == mark).sum() == 600 and world[1][0] == mark
-    stream = train_rwkv7.TokenStream(tmp_path / "out", "train", len(world[1]) - SIZE, "some steps")
+    stream = train_rwkv7.TokenStream(tmp_path / "out", "train", len(world[1]) - SIZE)
     assert np.array_equal(stream.read(0, len(stream)), world[1][SIZE:])
 
     written = lambda: {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.*")}

@@ -216,7 +216,7 @@ def test_checkpoints(finished):
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
     model.load_state_dict(weights)
     args = script.parse(finished.flags)
-    stream = script.TokenStream(finished.data, "val", 353, "352 validation tokens")
+    stream = script.TokenStream(finished.data, "val", 353)
     loss = script.validate(model, script.validation_set(stream, args, 0), args)
     assert math.isclose(loss, finished.result["final"]["val_loss"], rel_tol=1e-6), "not the model last validated"
 

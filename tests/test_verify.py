@@ -254,7 +254,7 @@ WITH_CODE = {  # the same, found with the record's own code
     "a learning rate": (forge(put(0.5, "config", "muon_lr")), "command"),
     "the number of parameters": (forge(put(lambda n: n - 1000, "model", "active")), "model"),
     "a kernel's file left out": (without_source, "sources"),
-    "a source with another default": (other_source('mixing / C", 3.5)', 'mixing / C", 4.5)'), "command"),
+    "a source with another default": (other_source('ffn_ratio: float = 3.5', 'ffn_ratio: float = 4.5'), "command"),
     "a source with another model": (other_source("self.head = Linear(C, V,", "self.head = Linear(C, 2 * V,"), "model"),
     "a source that does not run": (other_source("import argparse\n", "import argparze\n"), "command model"),
 }
@@ -391,10 +391,10 @@ def test_the_limit_of_track_fineweb_without_a_gpu():
 
 @pytest.mark.parametrize("steps, epochs, order, expected", (
     (9, 1, "sequential", "90 of 91 read, each at most once"), (18, 2, "sequential", "1.98 times; --epochs 2 declares"),
-    (10, 1, "sequential", None), (19, 2, "sequential", None), (5, 1, "cubic", "50 of 50 read, each at most once"),
-    (10, 2, "cubic", "100 of 50 read, 2.00 times; --epochs 2"), (11, 2, "cubic", None)))
+    (10, 1, "sequential", None), (19, 2, "sequential", None), (8, 1, "shuffled", "80 of 80 read, each at most once"),
+    (16, 2, "shuffled", "160 of 80 read, 2.00 times; --epochs 2"), (17, 2, "shuffled", None)))
 def test_how_often_tokens_are_read(steps, epochs, order, expected):
-    """91 tokens, ten a step; in the cubic order five chunks of ten: 5 is the largest prime below 9 that is 2 mod 3."""
+    """91 tokens, ten a step; shuffled eight chunks of ten, whatever the phase."""
     config = dict(steps=steps, epochs=epochs, order=order, bsz=1, seq_len=10)
     data = dict(train=[dict(tokens=40, sha256="1"), dict(tokens=51, sha256="2")], val=[dict(tokens=9, sha256="3")])
     record = types.SimpleNamespace(result=dict(config=config, data=data))
