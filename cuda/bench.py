@@ -92,6 +92,9 @@ class WallClock:
 
     interleaved, how = True, "wall clock, warm caches"
 
+    def forget(self):
+        """Let go of what was timed."""
+
     def time(self, work):
         """Milliseconds of work()."""
         start = time.perf_counter()
@@ -114,6 +117,9 @@ class Events:
         self.cuda, self.enqueue = cuda, {}
         cache = getattr(cuda.get_device_properties(device), "L2_cache_size", 0) or 2**27
         self.flush = torch.empty(2 * cache, dtype=torch.uint8, device=device)
+
+    def forget(self):
+        self.enqueue.clear()  # its keys hold tensors
 
     def time(self, work):
         start, end = self.cuda.Event(enable_timing=True), self.cuda.Event(enable_timing=True)
@@ -175,7 +181,9 @@ def copy_speed(timer, device):
     source = torch.ones(COPY_BYTES[device], dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     work = lambda: target.copy_(source)
-    return 2 * source.nbytes / 1e-3 / min([timer.time(work) for _ in range(23)][3:])
+    ms = min([timer.time(work) for _ in range(23)][3:])
+    timer.forget()
+    return 2 * source.nbytes / 1e-3 / ms
 
 
 def quartiles(times):
@@ -214,6 +222,7 @@ def measure(operator, shape, kernels, timer, device, repeats, speed, check=check
             continue
         finally:
             passes = None
+            timer.forget()
         for name in names:
             fill(rows[name], times[name], operator, inputs, dy, speed, peaks[name])
     first = next(iter(rows.values()), {})

@@ -78,7 +78,7 @@ def own_kernels(operator, script, call, device):
     found = {"torch": Kernel(call("torch"), head_sizes=ANY_SIZE)}
     for (of, name), form in KERNELS.items():
         if of == operator and form.device == device and not form.fused:
-            found[name] = Kernel(call(name), why_not(script, name), head_sizes=form.head_sizes,
+            found[name] = Kernel(call(name), why_not(script, name), head_sizes=tuple(build.head_sizes(form)),
                                  rounds="fp32" if "fp32" in form.dtypes else "bf16")
     return found
 

@@ -18,6 +18,7 @@ to cuda/build/, where that can be written. Exit status 1 if any row tells of a f
 
 import argparse
 import datetime
+import fcntl
 import functools
 import json
 import os
@@ -30,6 +31,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,7 +41,7 @@ PREDICTED = {("wkv7", "fast", 64): 1.40, ("wkv7", "fast", 128): 2.03, ("time_mix
              ("wkv7", "cuda", 64): 5.65, ("wkv6", "fast", 64): 0.88, ("wkv6", "fast", 128): 1.2}
 WARM_UP, STEPS, APART = 4, 30, 3  # steps before, of the timing, and of each of three looks after it
 TEXT_STEPS = {"cuda": 400, "cpu": 12}
-LEAST = {"cuda": 40, "cpu": 1}  # s that a training run takes at least: to start and to compile
+LEAST = {"cuda": 80, "cpu": 1}  # s that a training run takes at least: to start, to trace, to compile
 GB_A_SEQUENCE, GB_FIXED = 1.8, 3  # of RWKV-7, not compiled, with room to spare (dev/LOG.md)
 TOY = "--track=tiny --device=cpu --dtype=fp32 --width=32 --headsz=16 --layers=2 --seq_len=32".split()
 CLASSES = (  # of what the GPU runs, by its name; the first that fits
@@ -108,15 +110,15 @@ def work(day, stage, jobs, seconds, **env):
     while jobs:
         if end - time.monotonic() < 1:
             for job in jobs:
-                day.add(stage, **job, failed="no time left")
+                day.add(stage, **job, skipped="no time left")
             return
         done, said = 0, "no output"
         task = json.dumps(dict(stage=stage, device=day.device, jobs=jobs))
         for line in lines([sys.executable, Path(__file__).resolve(), "--worker", task], end - time.monotonic(), **env):
             if isinstance(line, int):
                 status = line
-            elif line.startswith('{"row": '):
-                day.add(stage, **json.loads(line)["row"])
+            elif '{"row": ' in line:
+                day.add(stage, **json.loads(line[line.index('{"row": '):])["row"])
             elif line.startswith("done"):
                 done += 1
             else:
@@ -125,7 +127,7 @@ def work(day, stage, jobs, seconds, **env):
         if done < len(jobs):
             why = "its time was up" if status == 124 else f"status {status}: {said[:200]}"
             day.add(stage, **jobs[done], failed=why)
-        jobs = jobs[done + 1:] if status != 124 else []
+        jobs = jobs[done + 1:]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -134,8 +136,7 @@ def work(day, stage, jobs, seconds, **env):
 
 def machine(day):
     commit = call(["git", "rev-parse", "--short", "HEAD"], 10)[1].strip() if shutil.which("git") else ""
-    smi = "nvidia-smi --query-gpu=name,clocks.max.sm,clocks.mem,power.limit,memory.total --format=csv,noheader".split()
-    gpu = call(smi, 20)[1].strip() if shutil.which("nvidia-smi") else ""
+    gpu = nvidia_smi("name,clocks.max.sm,clocks.mem,power.limit,memory.total")
     day.add("machine", device=day.device, date=datetime.datetime.now().isoformat("T", "minutes"), gpu=gpu,
             commit=commit if re.fullmatch(r"\w+", commit) else "unknown", python=sys.version.split()[0],
             device_bsz=micro_batch(day.device), page=call([sys.executable, "cuda/doctor.py"], day.left(0.1))[1])
@@ -156,20 +157,24 @@ def build(day):
 
 def accuracy(day):
     """A process a kernel, since a CUDA error spoils its process; on a CPU one for all."""
+    unbuilt = [(row.get("operator"), row.get("kernel")) for row in day.rows
+               if row["stage"] == "build" and "failed" in row]
     forms, sizes = [("wkv7", "torch"), ("wkv6", "torch"), *kernels("cuda")], (64, 128)
     if day.device == "cpu":
         forms, sizes = kernels("cpu"), (16,)
+    forms = [form for form in forms if form not in unbuilt]
     processes = [[dict(operator="time_mixing" if kernel == "wind" else operator, kernel=kernel, N=N) for N in sizes]
                  for operator, kernel in forms]
     processes = processes if day.device == "cuda" else [sum(processes, [])]
     seconds = day.left(0.25)
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(8 if micro_batch(day.device) > 16 else 3) as pool:  # 5 GB a process
         list(pool.map(lambda jobs: work(day, "accuracy", jobs, seconds, OMP_NUM_THREADS="2"), processes))
 
 
 def bench(day):
-    """What passed its test, dearest first."""
-    wrong = {(row["operator"], row["kernel"]) for row in day.rows if row["stage"] == "accuracy" and "failed" in row}
+    """What did not fail in its test, dearest first."""
+    wrong = {(row.get("operator"), row.get("kernel"), row.get("N")) for row in day.rows
+             if row["stage"] == "accuracy" and "failed" in row}
     wanted = [("wkv7", "fast", 64), ("time_mixing", "wind", 64), ("time_mixing", "mix fast", 64), ("wkv7", "cuda", 64),
               ("wkv6", "fast", 64), ("wkv7", "fast", 128), ("wkv6", "fast", 128), ("wkv6", "cuda", 64),
               ("wkv7", "cuda", 128), ("wkv6", "cuda", 128),
@@ -179,23 +184,27 @@ def bench(day):
         B, T, C = 1, 32, 32
         wanted = [("wkv7", "cpu", 32), ("wkv6", "torch", 32)]
     work(day, "bench", [dict(operator=operator, kernel=kernel, shape=(B, T, C // N, N))
-                        for operator, kernel, N in wanted if (operator, kernel) not in wrong], day.left(0.3))
+                        for operator, kernel, N in wanted if (operator, kernel, N) not in wrong], day.left(0.3))
 
 
 def train(day):
-    micro = micro_batch(day.device)
-    flags = dict(train_rwkv7=["--fast_cuda"], train_gpt2=[], train_rwkv6=["--fast_cuda"])
-    jobs = [(script, flags[script] if day.device == "cuda" else [], micro) for script in flags]
-    if day.device == "cuda":
-        jobs += [("train_rwkv7", ["--wind_cuda"], micro), ("train_rwkv7", ["--kernel=cuda"], micro)]
+    """Two runs at a time where both fit, since a run is mostly its compilation; they take turns at what is timed."""
+    micro, cuda = micro_batch(day.device), day.device == "cuda"
+    runs = [("train_rwkv7", "--fast_cuda"), ("train_gpt2", ""), ("train_rwkv6", "--fast_cuda")]
+    if cuda:
+        runs += [("train_rwkv7", "--wind_cuda"), ("train_rwkv7", "--kernel=cuda")]
+
+    def one(run):
+        job = dict(script=run[0], flags=run[1].split() if cuda else [], device_bsz=micro)
+        if day.left() < LEAST[day.device]:
+            day.add("train", **job, skipped="no time left")
+        else:
+            work(day, "train", [dict(job, data=folder)], day.left())
     with tempfile.TemporaryDirectory(prefix="tokens.") as folder:
         write_tokens(Path(folder), day.device, micro)
-        for script, flags, micro in jobs:
-            job = dict(script=script, flags=flags, device_bsz=micro)
-            if day.left() < LEAST[day.device]:
-                day.add("train", **job, failed="no time left")
-            else:
-                work(day, "train", [dict(job, data=folder)], day.left())
+        both = cuda and 2 * (GB_FIXED + micro * GB_A_SEQUENCE) < 0.9 * gigabytes()
+        with ThreadPoolExecutor(2 if both else 1) as pool:
+            list(pool.map(one, runs))
 
 
 def text(day):
@@ -206,7 +215,7 @@ def text(day):
     for script, flags in (("train_rwkv7", ["--fast_cuda"]), ("train_gpt2", [])):
         row = dict(script=script, flags=flags if cuda else [], device_bsz=micro, steps=steps)
         if day.left() < 2 * LEAST[day.device]:
-            day.add("text", **row, failed="no time left")
+            day.add("text", **row, skipped="no time left")
             continue
         with tempfile.TemporaryDirectory(prefix="run.") as folder:
             command = [sys.executable, f"{script}.py", *run_flags(dict(row, data=day.data), day.device, steps)]
@@ -233,14 +242,23 @@ def kernels(device):
     return [(row["operator"], row["kernel"]) for row in rows if (row["kernel"] == "cpu") == (device == "cpu")]
 
 
+def nvidia_smi(fields):
+    """Its answer, a line a GPU; "" without it."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    return call(command, 20)[1].strip() if shutil.which("nvidia-smi") else ""
+
+
 @functools.cache
 def micro_batch(device):
     """The largest of 8, 16, 32 sequences of 1024 tokens that this GPU has the memory for; 2 short ones on a CPU."""
     if device == "cpu":
         return 2
-    said = call(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"], 20)[1]
-    room = max([int(mib) for mib in re.findall(r"^\d+$", said, re.M)], default=40960) * 2**20 / 1e9
-    return max([n for n in (8, 16, 32) if GB_FIXED + n * GB_A_SEQUENCE < 0.9 * room], default=4)
+    return max([n for n in (8, 16, 32) if GB_FIXED + n * GB_A_SEQUENCE < 0.9 * gigabytes()], default=4)
+
+
+def gigabytes():
+    """Memory of the (largest) GPU in GB."""
+    return max(map(int, re.findall(r"^\d+$", nvidia_smi("memory.total"), re.M)), default=40960) * 2**20 / 1e9
 
 
 def write_tokens(folder, device, micro):
@@ -275,16 +293,32 @@ def worker(task):
     """{stage, device, jobs}: prints rows and, after each job, that it is done."""
     sys.path[:0] = [str(ROOT / "cuda"), str(ROOT)]
     do = dict(accuracy=test_kernel, bench=time_kernel, train=time_steps)[task["stage"]]
-    for job in task["jobs"]:
-        for row in do(job, task["device"]):
-            print(json.dumps(dict(row=row)), flush=True)
-        print("done", flush=True)
+    try:
+        only_load({job.get("kernel") for job in task["jobs"]})
+        for job in task["jobs"]:
+            for row in do(job, task["device"]):
+                print(f"\n{json.dumps(dict(row=row))}", flush=True)
+            print("done", flush=True)
+    except Exception as error:
+        traceback.print_exc()
+        sys.exit(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def only_load(wanted):
+    """Kernels that no job asks for are not looked for: one that cannot be built takes its time at every try."""
+    import cases
+    why_not = cases.why_not
+    wanted |= {name.removeprefix("mix ") for name in wanted if name}
+    cases.why_not = functools.cache(
+        lambda script, kernel: why_not(script, kernel) if kernel in wanted else "no job of this process asks for it")
 
 
 @functools.cache
-def kernels_of(operator, device):
+def kernels_of(operator, device, states=False):
+    """An operator of cuda/cases.py and its kernels, {name: Kernel}."""
     import cases
     found = getattr(cases, operator)()
+    found = cases.with_states(found, operator) if states else found
     return found, found.kernels(device, True)
 
 
@@ -299,8 +333,7 @@ def test_kernel(job, device):
     tries = [(family, operator, known, (*bench.CHECK_SHAPE[device], N)) for family in operator.families]
     form = cases.KERNELS.get((job["operator"], job["kernel"]))
     if job["operator"] != "time_mixing" and (form is None or form.states):
-        stateful = cases.with_states(operator, job["operator"])
-        tries += [(family, stateful, stateful.kernels(device, False), (*bench.CHECK_SHAPE[device], N))
+        tries += [(family, *kernels_of(job["operator"], device, True), (*bench.CHECK_SHAPE[device], N))
                   for family in ("random", "correlated")]
     if device == "cuda":
         tries.append(("random", operator, known, (1, 1024, 2, N)))
@@ -315,10 +348,13 @@ def test_kernel(job, device):
                    of_gate=max(error / gates[name] for name, error in errors.items()))
         yield dict(row, failed="; ".join(wrong)) if wrong else row
     if device == "cuda":
+        torch.cuda.empty_cache()
         inputs, dy = operator.make("random", 32, 1024, 768 // N, N)
         leaves = [x.to(device).requires_grad_() for x in bench.cast(inputs, dtype)]
         one, other = ((y, *torch.autograd.grad(y, leaves, dy.to(y))) for y in (kernel.call(*leaves) for _ in range(2)))
         same = all(map(torch.equal, one, other)) and all(x.isfinite().all() for x in one)
+        del leaves, one, other
+        torch.cuda.empty_cache()  # other processes use this GPU too
         yield dict(job, family="full grid", shape=(32, 1024, 768 // N, N),
                    **({} if same else dict(failed="two runs differ, or NaN")))
 
@@ -345,14 +381,13 @@ def time_kernel(job, device):
     operator.make = tiled
     kernel, (timer, speed, machine) = known.get(job["kernel"]), timing(device)
     if kernel is None or kernel.missing or shape[3] not in (kernel.head_sizes or operator.head_sizes):
-        yield dict(job, skipped=kernel.missing if kernel else "none such here")
+        yield dict(job, skipped=kernel and kernel.missing or "none such here")
         return
     fresh = bench.check if kernel.peer or job["kernel"].startswith("mix") else lambda *_: ({}, "")
     repeats = 30 if job["kernel"] != "torch" else 10
     row, = bench.measure(operator, shape, {job["kernel"]: kernel}, timer, device, repeats, speed, fresh)
-    smi = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
-    clock = call(smi, 10)[1].split()[0] if device == "cuda" else None
-    row |= dict(operator=job["operator"], machine=machine, clock_mhz=clock)
+    clock = nvidia_smi("clocks.sm").split() if device == "cuda" else []
+    row |= dict(operator=job["operator"], machine=machine, clock_mhz=clock[0] if clock else None)
     refused = row.pop("refused")
     if "CUDA error" in refused:  # which spoils what comes after: the rest in another process
         raise RuntimeError(refused)
@@ -386,6 +421,8 @@ def time_steps(job, device):
     ready = time.perf_counter() - started
     for _ in range(WARM_UP - 1):
         step()
+    turn = open(Path(job["data"]) / "turn", "w")  # closed, and so passed on, when this process ends
+    fcntl.flock(turn, fcntl.LOCK_EX)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     ms = step_times(step, STEPS, cuda)
@@ -401,7 +438,10 @@ def time_steps(job, device):
                peak_memory=memory)
     row.pop("data")
     for name, update in (("profile", True), ("profile_micro_batch", False)):
-        row[name] = profile(lambda: step(update), APART, wait, cuda)
+        try:
+            row[name] = profile(lambda: step(update), APART, wait, cuda)
+        except Exception as error:  # the profiler's own troubles: what was measured counts
+            row[name] = dict(classes={}, top=[[f"no profile: {error}", 0.0]])
     yield row if row["loss"][1] < row["loss"][0] else dict(row, failed=f"the loss does not fall: {row['loss']}")
 
 
@@ -439,7 +479,7 @@ def profile(step, count, wait, cuda):
             spent[event.name] = spent.get(event.name, 0.0) + us / 1e3 / count
     for name, ms in spent.items():
         classes[next(title for title, pattern in CLASSES if re.search(pattern, name, re.I))] += ms
-    return dict(classes=classes, top={name[:80]: ms for name, ms in sorted(spent.items(), key=lambda x: -x[1])[:10]})
+    return dict(classes=classes, top=[(name[:160], ms) for name, ms in sorted(spent.items(), key=lambda x: -x[1])[:10]])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -457,11 +497,15 @@ COLUMNS = {  # stage: titles, and a row's cells as far as it has them
     "train": ("script flags device_bsz ms/step micro-batch tokens/s MFU peak_GiB WKV first_step loss", lambda r: (
         r["script"], " ".join(r["flags"]) or "-", r["device_bsz"], f"{r['ms']:.1f}", f"{r['micro_batch_ms']:.1f}",
         f"{r['tokens_per_second']:,.0f}", number(r["mfu"], ".1%"), number(r["peak_memory"], ".1f", 2**30),
-        f"{r['profile']['classes']['WKV'] / max(1e-9, sum(r['profile']['classes'].values())):.0%}",
+        number(share_of(r["profile"]["classes"], "WKV"), ".0%"),
         f"{r['first_step_s']:.0f} s", f"{r['loss'][0]:.2f} to {r['loss'][1]:.2f}")),
     "text": ("script flags device_bsz steps tokens val_loss seconds", lambda r: (
         r["script"], " ".join(r["flags"]) or "-", r["device_bsz"], r["steps"], f"{r['tokens']:,}",
         f"{r['val_loss']:.4f}", f"{r['train_seconds']:.1f}"))}
+
+
+def share_of(classes, name):
+    return classes[name] / sum(classes.values()) if any(classes.values()) else None
 
 
 def number(x, form, unit=1):
@@ -495,7 +539,7 @@ def page(rows):
         for name in ("profile", "profile_micro_batch"):
             if name in row:
                 classes = ", ".join(f"{title} {ms:.2f}" for title, ms in row[name]["classes"].items())
-                top = "\n".join(f"    {ms:8.3f} ms  {kernel}" for kernel, ms in row[name]["top"].items())
+                top = "\n".join(f"    {ms:8.3f} ms  {kernel}" for kernel, ms in row[name]["top"])
                 parts.append(f"{name} of {row['script']} {' '.join(row['flags'])}, ms a step: {classes}\n\n{top}")
     return "\n\n".join(parts) + "\n"
 
@@ -503,7 +547,8 @@ def page(rows):
 def tables(folder, root=ROOT):
     """The GPU's rows of a result into the tables of cuda/README.md and README.md. Raises ValueError, OSError."""
     sys.path[:0] = [str(ROOT / "cuda"), str(ROOT)]
-    import bench
+    import cases
+    bench = cases.load("bench.py")
     rows = [json.loads(line) for line in (folder / "result.jsonl").read_text(encoding="utf-8").splitlines()]
     if not rows or rows[0]["device"] != "cuda":
         raise ValueError(f"{folder / 'result.jsonl'} is not of a GPU.")

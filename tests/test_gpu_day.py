@@ -60,7 +60,7 @@ def test_gpu_tests_on_a_cpu():
 def test_jobs_that_fail_or_have_no_time(tmp_path, monkeypatch):
     """A job that kills its process costs a row, not the jobs after it; without time every job says so."""
     said = iter([['{"row": {"kernel": "a", "skipped": "x"}}\n', "done\n", "CUDA error: an illegal address\n", 1],
-                 ['{"row": {"kernel": "c", "skipped": "x"}}\n', "done\n", 0], ["no end\n", 124]])
+                 ['{"row": {"kernel": "c", "skipped": "x"}}\n', "done\n", 0], *2 * [["no end\n", 124]]])
     monkeypatch.setattr(day, "lines", lambda command, limit, **env: iter(next(said)))
     today = day.Day(tmp_path, "cuda", 1, None)
     jobs = [dict(kernel=name) for name in "abc"]
@@ -69,7 +69,8 @@ def test_jobs_that_fail_or_have_no_time(tmp_path, monkeypatch):
     day.work(today, "train", jobs[:1], 0)
     assert [(row["kernel"], row.get("failed")) for row in rows_of(tmp_path)] == [
         ("a", None), ("b", "status 1: CUDA error: an illegal address"), ("c", None), ("a", "its time was up"),
-        ("a", "no time left")]
+        ("b", "its time was up"), ("a", None)]
+    assert rows_of(tmp_path)[-1]["skipped"] == "no time left"
     monkeypatch.setattr(day, "machine", lambda today: 1 / 0)
     assert day.main([f"--out={tmp_path / 'new'}", "--stages", "text"]) == 1
     assert rows_of(tmp_path / "new")[0]["failed"].startswith("ZeroDivisionError")
@@ -92,7 +93,7 @@ def test_a_command_that_hangs_is_ended_with_its_children(tmp_path):
 
 @pytest.mark.parametrize("mib, micro", ((143771, 32), (81559, 32), (46068, 16), (40960, 16), (24576, 8), (9000, 4)))
 def test_the_micro_batch_fits_the_card(mib, micro, monkeypatch):
-    monkeypatch.setattr(day, "call", lambda command, limit: (0, f"{mib}\n{mib}\n"))
+    monkeypatch.setattr(day, "nvidia_smi", lambda fields: f"{mib}\n{mib}")
     day.micro_batch.cache_clear()
     assert day.micro_batch("cuda") == micro
     day.micro_batch.cache_clear()
@@ -103,6 +104,7 @@ def test_command_lines_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(day, "micro_batch", lambda device: 2)
+    monkeypatch.setattr(day, "gigabytes", lambda: 5)  # one run at a time
     jobs, today = [], day.Day(tmp_path, "cuda", 8, None)
     monkeypatch.setattr(day, "work", lambda today, stage, some, seconds: jobs.extend(some))
     monkeypatch.setattr(day.tempfile, "TemporaryDirectory", lambda **_: __import__("contextlib").nullcontext(tmp_path))
