@@ -48,7 +48,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.adam import adam
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def build_model(args):
 
 
 def build_optimizers(model, args):
-    """[Adam, Muon] over every parameter exactly once; each group also holds their names. Raises ValueError."""
+    """[Adam, Muon] over every parameter exactly once. Raises ValueError."""
     def group_of(name):
         if name in ("wte.weight", "head.weight"):
             return name.split(".")[0]
@@ -259,20 +259,23 @@ def build_optimizers(model, args):
         raise ValueError(f"parameter {name} belongs to no optimiser group: name it in build_optimizers")
 
     rates = dict(wte=args.emb_lr, head=args.head_lr, scalars=args.adam_lr, muon=args.muon_lr)
-    groups = {group: dict(params=[], names=[], lr=lr) for group, lr in rates.items()}
+    groups = {group: dict(params=[], lr=lr) for group, lr in rates.items()}
     for name, p in model.named_parameters():
         groups[group_of(name)]["params"].append(p)
-        groups[group_of(name)]["names"].append(name)
     # Until the blocks' outputs, which start at 0, have grown, the gradient of these numbers is rounding alone. An eps
     # above it keeps Adam from making steps of that, which differ with the number of ranks.
     groups["scalars"]["eps"] = 1e-5
     muon = groups.pop("muon")
-    adam = Adam(list(groups.values()), betas=(0.9, args.adam_beta2))
+    adam = torch.optim.Adam(list(groups.values()), betas=(0.9, args.adam_beta2), fused=True)
     return [adam, Muon([muon], lr=args.muon_lr, scale=args.muon_scale, bf16=args.dtype != "fp32")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Muon optimizer [shared]
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def newton_schulz(G, steps=5):
@@ -288,225 +291,55 @@ def newton_schulz(G, steps=5):
     return X
 
 
-BUCKET = 2**25  # elements: large messages use the links well, and several overlap with the backward
-SENT = collections.Counter()  # bytes a rank sends in a step, as in rings: of a buffer (n - 1) / n for a reduce-scatter
-# or an all-gather over n ranks, twice that for an all-reduce
+def over_ranks(function, batch):
+    """function(batch) (n, ...), of which each rank computes a slice; all of them get the whole."""
+    world, rank = world_size(), int(os.environ.get("RANK", 0))
+    if world == 1:
+        return function(batch)
+    each = -(-len(batch) // world)
+    padding = batch[-1:].expand(each * world - len(batch), *batch.shape[1:])
+    mine = function(torch.cat([batch, padding])[rank * each:(rank + 1) * each])
+    whole = mine.new_empty(each * world, *batch.shape[1:])
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 or 2.11
+    gather(whole, mine.contiguous())
+    return whole[:len(batch)]
 
 
-def ranks():
-    """This rank and the number of all."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-class Bucket:
-    """Parameters of one dtype in a flat buffer with a chunk for each rank: a rank trains what lies in its chunk.
-
-    owner: {parameter: rank}; each lies whole in its rank's chunk. Without it they lie end to end, across the borders.
-    pieces: {parameter: slice of it, flat} that are this rank's; places: {parameter: slice of the chunk} where they lie.
-    """
-
-    def __init__(self, params, owner=None):
-        self.rank, self.world = ranks()
-        self.params, self.starts, self.pieces, self.places, filled = params, [], {}, {}, [0] * self.world
-        for p in params:
-            r = owner[p] if owner else 0
-            self.starts.append(filled[r])
-            filled[r] += p.numel()
-        self.chunk = max(filled) if owner else -(-filled[0] // (128 * self.world)) * 128  # 128: aligned pieces
-        if owner:
-            self.starts = [owner[p] * self.chunk + start for p, start in zip(params, self.starts)]
-        for p, start in zip(params, self.starts):
-            first, last = (min(max(0, r * self.chunk - start), p.numel()) for r in (self.rank, self.rank + 1))
-            if first < last:
-                at = start + first - self.rank * self.chunk
-                self.pieces[p], self.places[p] = slice(first, last), slice(at, at + last - first)
-
-    def views(self, flat):
-        """{parameter: its place in a buffer, in its shape}."""
-        return {p: flat[start:start + p.numel()].view(p.shape) for p, start in zip(self.params, self.starts)}
-
-    def send(self):
-        """Begin to sum the gradients over the ranks; each gets its chunk. A rank without a sequence adds zeros."""
-        self.flat = self.params[0].new_zeros(self.world * self.chunk)
-        there = {view: p.grad for p, view in self.views(self.flat).items() if p.grad is not None}
-        if there:
-            torch._foreach_copy_(list(there), list(there.values()))
-        for p in self.params:
-            p.grad = None
-        self.mine = self.flat.new_empty(self.chunk)
-        SENT["reduce-scatter"] += self.mine.nbytes * (self.world - 1)
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # torch 2.13 or 2.11
-        self.work = scatter(self.mine, self.flat, async_op=True)
-
-    def gradients(self):
-        """{parameter: this rank's piece of its summed gradient, flat}."""
-        if self.world == 1:
-            return {p: p.grad.flatten() for p in self.params}
-        self.work.wait()
-        self.flat = None
-        return {p: self.mine[place] for p, place in self.places.items()}
-
-    def gather(self, pieces, dtype):
-        """The whole of what each rank has pieces of: {parameter: tensor}."""
-        if self.world == 1:
-            return pieces
-        mine = self.params[0].new_zeros(self.chunk, dtype=dtype)
-        for p, place in self.places.items():
-            mine[place].view(pieces[p].shape).copy_(pieces[p])
-        flat = mine.new_empty(self.world * self.chunk)
-        SENT["all-gather"] += mine.nbytes * (self.world - 1)
-        (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(flat, mine)  # torch 2.13 or 2.11
-        return self.views(flat)
-
-
-@contextlib.contextmanager
-def averaging(model, optimizers):
-    """Sum the (already weighted) gradients over the ranks while the step's last backward, in here, still runs.
-
-    A bucket is sent when its gradients are complete and those before it are sent: one order on all ranks. What is left
-    goes at the end; on a rank without a sequence that is all.
-    """
-    buckets = [bucket for optimizer in optimizers for bucket in optimizer.buckets if bucket.world > 1]
-    position = {p: i for i, p in enumerate(model.parameters())} if buckets else {}
-    buckets.sort(key=lambda bucket: min(position[p] for p in bucket.params))  # the model's first are complete last
-    complete = set()
-
-    def ready(p):
-        complete.add(p)
-        while buckets and complete.issuperset(buckets[-1].params):
-            buckets.pop().send()
-
-    hooks = [p.register_post_accumulate_grad_hook(ready) for bucket in buckets for p in bucket.params]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-    while buckets:
-        buckets.pop().send()
-
-
-class Sharded(torch.optim.Optimizer):
-    """An optimiser in which each rank trains its pieces of the buckets and keeps the state, KEYS, of these only."""
-
-    def gradients(self):
-        return {p: g for bucket in self.buckets for p, g in bucket.gradients().items()}
-
-    def own(self, p, key):
-        """The state of this rank's piece, flat; zeros at first."""
-        if key not in self.state[p]:
-            piece = next(bucket.pieces[p] for bucket in self.buckets if p in bucket.pieces)
-            self.state[p][key] = torch.zeros_like(p.view(-1)[piece])
-        return self.state[p][key]
-
-    def named_buckets(self):
-        """(bucket, key, {parameter: its name in a full state}) for each bucket and key."""
-        names = {p: name for group in self.param_groups for p, name in zip(group["params"], group["names"])}
-        return [(bucket, key, {p: f"{names[p]}.{key}" for p in bucket.params})
-                for bucket in self.buckets for key in self.KEYS]
-
-    @torch.no_grad()
-    def full_state(self):
-        """{"<parameter name>.<key>": whole tensor on the CPU} on rank 0, {} elsewhere. Every rank calls it."""
-        full = {}
-        for bucket, key, names in self.named_buckets():
-            whole = bucket.gather({p: self.own(p, key) for p in bucket.pieces}, bucket.params[0].dtype)
-            if bucket.rank == 0:
-                full.update((names[p], t.view(p.shape).to("cpu", copy=True)) for p, t in whole.items())
-        return full
-
-    @torch.no_grad()
-    def load_full_state(self, tensors):
-        """Take this rank's pieces of rank 0's full state, written by any number of ranks. Every rank calls it."""
-        for bucket, key, names in self.named_buckets():
-            flat = bucket.params[0].new_zeros(bucket.world * bucket.chunk)
-            if bucket.rank == 0:
-                for p, view in bucket.views(flat).items():
-                    view.copy_(tensors[names[p]])
-            if bucket.world > 1:
-                dist.broadcast(flat, 0)
-            for p, place in bucket.places.items():
-                self.state[p][key] = flat[bucket.rank * bucket.chunk:][place].clone()
-
-
-class Adam(Sharded):
-    """Adam (Kingma and Ba, 2015), fused. Elementwise: its buckets are cut between the ranks wherever the border falls.
-
-    The number of steps done, step, comes from the schedule as the rates do.
-    """
-
-    KEYS = "exp_avg", "exp_avg_sq"
-
-    def __init__(self, params, betas, eps=1e-8):
-        super().__init__(params, dict(betas=betas, eps=eps, step=0))
-        buckets = {}
-        for p in (p for group in self.param_groups for p in group["params"]):
-            buckets.setdefault(p if p.numel() >= BUCKET else p.dtype, []).append(p)
-        self.buckets = [Bucket(params) for params in buckets.values()]
-
-    @torch.no_grad()
-    def step(self):
-        grads = self.gradients()
-        pieces = {p: p.view(-1)[piece] for bucket in self.buckets for p, piece in bucket.pieces.items()}
-        for group in self.param_groups:
-            own, (beta1, beta2) = [p for p in group["params"] if p in pieces], group["betas"]
-            steps = torch.full((len(own),), float(group["step"]), device=group["params"][0].device)
-            moments = [[self.own(p, key) for p in own] for key in self.KEYS]
-            adam([pieces[p] for p in own], [grads[p] for p in own], *moments, [], list(steps), fused=True,
-                 lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], amsgrad=False, weight_decay=0.0,
-                 maximize=False)
-        for bucket in (bucket for bucket in self.buckets if bucket.world > 1):
-            whole = bucket.gather(pieces, bucket.params[0].dtype)
-            torch._foreach_copy_(list(whole), list(whole.values()))
-
-
-class Muon(Sharded):
+class Muon(torch.optim.Optimizer):
     """Momentum with Nesterov's look-ahead, orthogonalised by Newton-Schulz: W <- W - lr s NS(G + mu M), M <- mu M + G.
 
     params: matrices (rows, cols). scale: "spectral" s = sqrt(max(1, rows/cols)) or "rms" s = sqrt(max(rows, cols)).
-    Every rank owns matrices of about the same cost and their momentum. Its matrices of equal shape (up to
-    transposition) go through Newton-Schulz as one batch; then all ranks gather the updates.
+    Matrices of equal shape (up to transposition) go through Newton-Schulz as one batch, a slice a rank. The momenta M
+    are whole on every rank.
     """
-
-    KEYS = "M",
-    SCALES = dict(spectral=lambda rows, cols: max(1, rows / cols) ** 0.5, rms=lambda rows, cols: max(rows, cols) ** 0.5)
 
     def __init__(self, params, lr, momentum=0.95, scale="spectral", bf16=True):
         super().__init__(params, dict(lr=lr, momentum=momentum, scale=scale))
         bf16 = bf16 and has_bf16(self.param_groups[0]["params"][0].device)
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        flops = lambda p: min(p.shape) ** 2 * (2 * max(p.shape) + min(p.shape))  # of Newton-Schulz, up to a factor
-        buckets, elements, load = {}, 0, [0] * ranks()[1]
-        for p in (p for group in self.param_groups for p in group["params"]):
-            buckets.setdefault(elements // BUCKET, []).append(p)
-            elements += p.numel()
-        self.buckets = []
-        for params in buckets.values():
-            owner = {}
-            for p in sorted(params, key=flops, reverse=True):  # the dearest first, to whom has least to do
-                owner[p] = load.index(min(load))
-                load[owner[p]] += flops(p)
-            self.buckets.append(Bucket(params, owner))
 
     @torch.no_grad()
     def step(self):
-        wide = lambda m: m if m.shape[0] <= m.shape[1] else m.mT
-        grads, updates = self.gradients(), {}
         for group in self.param_groups:
-            batches = {}
-            for p in (p for p in group["params"] if p in grads):
-                batches.setdefault((min(p.shape), max(p.shape)), []).append(p)
-            for matrices in batches.values():
-                G, M = [grads[p].view_as(p) for p in matrices], [self.own(p, "M").view_as(p) for p in matrices]
-                torch._foreach_mul_(M, group["momentum"])
-                torch._foreach_add_(M, G)
-                G = torch._foreach_add(G, M, alpha=group["momentum"])
-                out = newton_schulz(torch.stack([wide(g) for g in G]).to(self.dtype))
-                updates.update((p, O if O.shape == p.shape else O.mT) for p, O in zip(matrices, out))
-        updates = {p: whole for bucket in self.buckets for p, whole in bucket.gather(updates, self.dtype).items()}
-        for group in self.param_groups:
+            by_shape = {}
             for p in group["params"]:
-                p.add_(updates[p].to(p.dtype), alpha=-group["lr"] * self.SCALES[group["scale"]](*p.shape))
+                by_shape.setdefault((min(p.shape), max(p.shape)), []).append(p)
+            for matrices in by_shape.values():
+                self.update(matrices, **group)
+
+    def update(self, matrices, lr, momentum, scale, **_):
+        G = [p.grad for p in matrices]
+        M = [self.state[p].setdefault("M", torch.zeros_like(p)) for p in matrices]
+        torch._foreach_mul_(M, momentum)
+        torch._foreach_add_(M, G)
+        G = torch._foreach_add(G, M, alpha=momentum)
+        wide = [g if g.shape[0] <= g.shape[1] else g.mT for g in G]
+        updates = over_ranks(newton_schulz, torch.stack(wide).to(self.dtype))
+        for p, O in zip(matrices, updates):
+            rows, cols = p.shape
+            s = max(1, rows / cols) ** 0.5 if scale == "spectral" else max(rows, cols) ** 0.5
+            O = O if O.shape == p.shape else O.mT
+            p.add_(O.to(p.dtype), alpha=-lr * s)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -835,9 +668,7 @@ def save(args, record, model, optimizers, about, losses):
     """Write a checkpoint; of the older ones the newest stays while the run is unfinished. Every rank calls it, rank 0
     writes. Returns None or, on all ranks, why not: an OSError. about: its facts; losses: of the steps so far, None when
     all is over."""
-    training, failure = {}, None
-    for optimizer in optimizers if losses is not None else ():
-        training.update(optimizer.full_state())
+    failure = None
     if record.path:
         folder, files = Path(args.checkpoints) / record.path.name, {}
         final, part = folder / f"step{about['step']:06d}", folder / f"step{about['step']:06d}.part"
@@ -845,8 +676,11 @@ def save(args, record, model, optimizers, about, losses):
             pack = lambda all: safetensors.torch.save({name: t.cpu().contiguous() for name, t in all.items()})
             files["model.safetensors"] = pack(model.state_dict())
             if losses is not None:
-                training.update({"losses": torch.tensor(losses), "random.cpu": torch.get_rng_state()})
+                training = {"losses": torch.tensor(losses), "random.cpu": torch.get_rng_state()}
                 training.update({"random.cuda": torch.cuda.get_rng_state()} if args.device == "cuda" else {})
+                names = {p: name for name, p in model.named_parameters()}
+                for p, state in (pair for optimizer in optimizers for pair in optimizer.state.items()):
+                    training.update({f"{names[p]}:{key}": t for key, t in state.items()})
                 files.update({"training.safetensors": pack(training), "log.txt": record.log.read_bytes()})
             about["files"] = {name: dict(bytes=len(data), sha256=sha256(data)) for name, data in files.items()}
             about["sha256"] = sha256(json.dumps(about).encode())
@@ -947,34 +781,28 @@ def find_checkpoint(args, sources, data):
 
 
 def resume_point(args, rank, model, data):
-    """find_checkpoint's answer, as rank 0 sees it, on every rank; only rank 0 has the files."""
+    """find_checkpoint's answer, as rank 0 sees it, on every rank, which reads the files itself."""
     found = None
     if args.resume and rank == 0:
         found = find_checkpoint(args, [about for about, _ in read_sources([Path(__file__), *model.sources])], data)
     answer = [found and found[:2]]
     if args.resume and world_size() > 1:
         dist.broadcast_object_list(answer, device=torch.device(args.device))
-    return found or answer[0] and (*answer[0], {})
+    return found or answer[0] and (*answer[0], read_files(*answer[0]))
 
 
 def restore(files, args, model, optimizers):
-    """Bring model, optimisers and random state to those of a checkpoint's files (rank 0's). Returns its losses."""
-    load = lambda name: safetensors.torch.load(files[f"{name}.safetensors"]) if files else {}
-    weights, training = load("model"), load("training")
-    random = {"random.cpu": torch.get_rng_state()}
-    random.update({"random.cuda": torch.cuda.get_rng_state()} if args.device == "cuda" else {})
-    for name, tensor in [*model.state_dict().items(), *random.items()]:
-        here = weights.get(name, training.get(name, tensor)).to(args.device)
-        if world_size() > 1:
-            dist.broadcast(here, 0)
-        tensor.copy_(here)
-    torch.set_rng_state(random["random.cpu"])
+    """Bring model, optimisers and random state to those of a checkpoint's files. Returns its losses."""
+    training = safetensors.torch.load(files["training.safetensors"])
+    model.load_state_dict(safetensors.torch.load(files["model.safetensors"]))
+    torch.set_rng_state(training["random.cpu"])
     if args.device == "cuda":
-        torch.cuda.set_rng_state(random["random.cuda"])
-    for optimizer in optimizers:
-        names = {name for group in optimizer.param_groups for name in group["names"]}
-        optimizer.load_full_state({key: t for key, t in training.items() if key.rpartition(".")[0] in names})
-    return training["losses"].tolist() if files else []
+        torch.cuda.set_rng_state(training["random.cuda"])
+    owners = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    parameters = dict(model.named_parameters())
+    for name, key, tensor in ((*name.split(":"), tensor) for name, tensor in training.items() if ":" in name):
+        owners[parameters[name]].state[parameters[name]][key] = tensor.to(args.device)
+    return training["losses"].tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -999,8 +827,6 @@ def schedule(optimizers, step, args):
             group["lr"] = group["initial_lr"] * rate(step, args)
             if isinstance(optimizer, Muon):
                 group["momentum"] = momentum(step, args)
-            else:
-                group["step"] = step  # Adam's bias correction
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1102,36 +928,24 @@ class Signals:
 signals = Signals()
 
 
-def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def all_sum(tensor):
     """Sum over the ranks, in place."""
     if world_size() > 1:
-        SENT["all-reduce"] += 2 * tensor.nbytes * (world_size() - 1) // world_size()
         dist.all_reduce(tensor)
     return tensor
 
 
 def train_step(model, optimizers, inputs, targets, args):
-    """One optimiser step on this rank's share (n, T), n >= 0. Returns, on the device, the mean loss of the global
+    """One optimiser step on this rank's share (n, T), n >= 1. Returns, on the device, the mean loss of the global
     batch and the number of ranks asked to stop (2,)."""
-    SENT.clear()
     total = torch.zeros((), device=inputs.device)
-    parts = max(1, -(-len(inputs) // args.device_bsz))  # micro-batches, as equal as it goes: few shapes to compile
-    batches = list(zip(inputs.tensor_split(parts), targets.tensor_split(parts))) if len(inputs) else []
-
-    def backward(x, y):
+    parts = -(-len(inputs) // args.device_bsz)  # micro-batches, as equal as it goes: few shapes to compile
+    for i, (x, y) in enumerate(zip(inputs.tensor_split(parts), targets.tensor_split(parts))):
+        if world_size() > 1:  # the ranks' gradients meet once, with the last micro-batch
+            model.require_backward_grad_sync = i == parts - 1
         loss = model(x, y) * (len(x) / args.bsz)
-        loss.backward()
-        total.add_(loss.detach())
-
-    for x, y in batches[:-1]:
-        backward(x, y)
-    with averaging(model, optimizers):
-        for x, y in batches[-1:]:
-            backward(x, y)
+        (loss * world_size()).backward()  # DistributedDataParallel takes the mean over the ranks
+        total += loss.detach()
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)
@@ -1267,6 +1081,9 @@ def set_up(args, rank):
     device = torch.device(args.device, local_rank) if args.device == "cuda" else torch.device(args.device)
     if args.device == "cuda":
         torch.cuda.set_device(device)
+    if args.bsz < world_size():
+        raise ValueError(f"--bsz {args.bsz} leaves some of {world_size()} processes without a sequence: start fewer, "
+                         "NPROC=1 for one, or give a larger --bsz.")
     if not alone:
         on_gpu = dict(backend="nccl", device_id=device) if args.device == "cuda" else dict(backend="gloo")
         dist.init_process_group(**on_gpu)
@@ -1311,6 +1128,8 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
     clock.switch("warm-up")
     val_batches = validation_set(val, args, rank)
     compiled = torch.compile(model, fullgraph=True, dynamic=False) if args.compile and args.device == "cuda" else model
+    if world_size() > 1:
+        compiled = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
     digest = warm_up(model, compiled, optimizers, val_batches, end - first, args)
     if start:
         done, curve, record.checkpoint = start[1]["step"], start[1]["curve"], start[0]
@@ -1321,8 +1140,6 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
     clock.switch("rest")
     record.line(f"warm-up: 2 steps and a validation batch of random tokens in {clock.seconds['warm-up']:.1f} s; model, "
                 f"optimisers and random state restored; sha256 of the parameters before and after: {digest}")
-    if world_size() > 1:
-        record.line(f"communication: {json.dumps(dict(ranks=world_size(), bytes_sent_a_step=SENT))}")  # in warm-up
     say(f"ready after {clock.seconds['rest'] + clock.seconds['warm-up']:.1f} s, none of them counted as training")
 
     for phase, seconds in start[1]["clock"].items() if start else ():

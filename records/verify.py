@@ -177,8 +177,6 @@ class Log:
     def begin_part(self):
         self.parts.append(dict(self.facts, command=self.command))
         self.warm_ups.append(self.take("warm-up: "))
-        if self.peek().startswith("communication: "):  # of runs on several ranks
-            self.fact("communication")
 
     def resume(self):
         """The line that begins a later part of the run: it follows from the one before."""
@@ -325,9 +323,6 @@ def agreement(record):
         logged["resumed"] = [{key: line.get(key) for key in ("run", "step", "began", "saved")}
                              for line in record.log.resumed]
     found = differences(logged, result)
-    told, count = facts.get("communication"), facts["hardware"]["count"]
-    if told and told.get("ranks") != count:
-        found.append(f"ranks: {told.get('ranks')} that communicate and {count} devices")
     if shlex.join(result["command"]) != record.log.command:
         found.append(f"command: {record.log.command[:60]!r} and {shlex.join(result['command'])[:60]!r}")
     need(not found, f"log.txt and result.json differ in {len(found)} places: " + "; ".join(found[:3]))

@@ -7,7 +7,6 @@ At the default rates, in fp32.
 
 import importlib
 import itertools
-import json
 import os
 import socket
 import subprocess
@@ -21,12 +20,9 @@ if __name__ == "__main__":
 import pytest
 import torch
 
-from safetensors.torch import load_file
-
-from helpers import SCRIPTS, environment, make_corpus, tiny
+from helpers import SCRIPTS, environment, make_corpus, run_script, tiny
 
 SPLITS = list(itertools.product((1, 2, 3), (7, 3)))  # ranks, device_bsz: of 7 sequences
-FEW = [(1, 2), (3, 2), (4, 1)]  # the same of 2 sequences
 
 
 def runs():
@@ -34,15 +30,12 @@ def runs():
     for script, (ranks, device_bsz) in itertools.product(SCRIPTS, SPLITS):
         yield (f"{script}-{ranks}-{device_bsz}", script, ranks,
                ["--bsz", 7, "--device_bsz", device_bsz, "--steps", 20, "--val_every", 10, "--epochs", 9])
-    for ranks, device_bsz in FEW:
-        for order in ("shuffled", "sequential"):
-            yield (f"{order}-{ranks}-{device_bsz}", "train_gpt2", ranks,
-                   ["--bsz", 2, "--device_bsz", device_bsz, "--order", order, "--val_tokens", 64])
+    for script, ranks in itertools.product(SCRIPTS, (1, 3)):
+        yield (f"{script}-shuffled-{ranks}", script, ranks, ["--bsz", 3, "--steps", 9, "--order", "shuffled"])
 
 
 def train(script, flags, rank, ranks, port):
     module = importlib.import_module(script)
-    module.BUCKET = 3000  # several buckets
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     module.main([str(flag) for flag in flags])
@@ -77,19 +70,18 @@ def work(folder):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """{run: (train losses, validation losses, the communication line's JSON or None, the record's folder)}."""
+    """{run: (train losses, validation losses)}."""
     from helpers import only_record
     from test_verify import verify
     folder, found = tmp_path_factory.mktemp("ranks"), {}
     done = subprocess.run([sys.executable, __file__, str(folder)], env=environment(), capture_output=True, text=True,
                           timeout=500)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stderr == "", done.stderr  # no warning of torch's either
     for name, *_ in runs():
         path, log, result = only_record(folder / name)
         record = verify.Record(path)
         assert record.trouble is None, record.trouble
-        found[name] = record.log.losses(), [p["val_loss"] for p in result["curve"]], record.log.facts.get(
-            "communication"), path
+        found[name] = record.log.losses(), [p["val_loss"] for p in result["curve"]]
     return found
 
 
@@ -107,29 +99,18 @@ def test_ranks_and_micro_batches_do_not_matter(results, script):
     assert max(far.values()) < 1e-5, far
 
 
-def test_the_bytes_sent_are_in_the_log(results):
-    """Gradients out, parameters back: each (n - 1) / n of their bytes and of what pads the chunks to equal length."""
-    for script, (ranks, device_bsz) in itertools.product(SCRIPTS, SPLITS):
-        *_, told, path = results[f"{script}-{ranks}-{device_bsz}"]
-        if ranks == 1:
-            assert told is None
-            continue
-        size = 4 * json.loads((path / "result.json").read_text())["model"]["parameters"]
-        sent = told["bytes_sent_a_step"]
-        assert told["ranks"] == ranks and sent.keys() == {"reduce-scatter", "all-gather", "all-reduce"}
-        for collective in ("reduce-scatter", "all-gather"):
-            assert size * (ranks - 1) / ranks <= sent[collective] < 1.7 * size * (ranks - 1) / ranks, (told, size)
-        model = load_file(path.parent.parent / "checkpoints" / path.name / "step000020" / "model.safetensors")
-        report = 4 * (2 + len(model))
-        assert sent["all-reduce"] == 2 * report * (ranks - 1) // ranks  # the loss and the squares of the gradients
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shuffled(results, script):
+    assert apart(results[f"{script}-shuffled-3"], results[f"{script}-shuffled-1"]) < 1e-5
 
 
-@pytest.mark.parametrize("order", ["shuffled", "sequential"])
-def test_more_ranks_than_sequences(results, order):
-    whole = results[f"{order}-1-2"]
-    assert len(set(whole[0])) == 6
-    for ranks, device_bsz in FEW:
-        assert apart(results[f"{order}-{ranks}-{device_bsz}"], whole) < 1e-5, ranks
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_more_ranks_than_sequences(script, tmp_path):
+    flags = tiny(script, make_corpus(tmp_path / "data"), tmp_path / "records", "--bsz", 2, "--check")
+    done = run_script(script, *flags, WORLD_SIZE="3")
+    assert done.returncode == 1 and done.stderr == (
+        f"{script}.py: --bsz 2 leaves some of 3 processes without a sequence: start fewer, NPROC=1 for one, or give a "
+        "larger --bsz.\n")
 
 
 if __name__ == "__main__":
