@@ -250,3 +250,16 @@ def test_check_looks_at_everything_and_writes_nothing(script, data, tmp_path):
     for wrong, named in (("--steps=0", "--steps 0"), ("--headsz=24", "headsz 24"), (f"--data={tmp_path}", "no train")):
         done = run_script(script, *flags, wrong, WORLD_SIZE="2")
         assert done.returncode in (1, 2) and named in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("command", (
+    "train_rwkv7 --adam_lr 0.0026 --muon_lr 0.02 --ln_lr 0.0090 --headsz 64 --bsz 512 --device_bsz 32 --fast_cuda",
+    "train_rwkv7 --adam_lr 0.0026 --fast_cuda", "train_rwkv7 --wind_cuda", "train_rwkv7 --x070",
+    "train_rwkv6 --adam_lr 0.0020 --emb_scale 1.5 --muon_lr 0.00036 --headsz 64 --bsz 512 --device_bsz 64"))
+def test_documented_flags(command):
+    """Letter by letter, those of the ancestors' users too."""
+    script, *flags = command.split()
+    args = vars(importlib.import_module(script).parse(flags))
+    for name, value in zip(flags, [*flags[1:], "--"]):
+        if name.startswith("--"):
+            assert args[name[2:]] == (True if value.startswith("--") else type(args[name[2:]])(value)), name
