@@ -3,7 +3,7 @@
     python export.py CHECKPOINT --to rwkv --out model.pth                    for the rwkv package and its relatives
     python export.py CHECKPOINT --to safetensors --out model.safetensors     weights and what is known of them, in one
 
-CHECKPOINT: a step's folder, a run's, a record's, the word latest, or a file (recurrent.py). The official layout has a
+CHECKPOINT: a file, a run's name, its record's folder or the word latest (recurrent.py). The official layout has a
 place for plain RWKV-7 alone: train with --x070. What has none is listed, and nothing is written. The rwkv package
 (pip install rwkv) reads it so; heads may have any size on a CPU, its CUDA kernel takes 64 channels:
 
@@ -11,9 +11,10 @@ place for plain RWKV-7 alone: train with --x070. What has none is listed, and no
     model = rwkv.model.RWKV("model", "cpu fp32")         # the name without .pth
     logits, state = model.forward([ids], None)           # of the last token; full_output=True: of all
 
-Both kinds are read again by recurrent.load, sample.py and this program. A safetensors file's header holds, as JSON
-under the name checkpoint: script, its sha256, config, tokenizer and its sha256, run, step, sha256 of the weights and
-sha256 of all these.
+Both kinds are read again by recurrent.load, sample.py and this program. A safetensors file is what the training scripts
+leave after the last step: the weights and, as JSON under the name checkpoint in its header, script, config, run, step,
+tokenizer and its sha256. So such a checkpoint needs no export but to change its dtype, or to drop an unfinished run's
+optimisers.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import torch
 import recurrent
 
 SUFFIX = dict(rwkv=".pth", safetensors=".safetensors")  # the rwkv package appends its own
-KEPT = ("script", "source_sha256", "run", "step", "config", "tokenizer", "tokenizer_sha256")
+KEPT = ("script", "run", "step", "config", "tokenizer", "tokenizer_sha256")
 NO_PLACE = {  # what the format cannot hold of the scripts that train no RWKV-7
     "train_gpt2.py": ["attention with rotary positions and normed queries and keys", "value residual (att.mix)",
                       "x0 lambdas (lambdas)", "RMSNorm without parameters", "MLP without token shift",
@@ -64,8 +65,6 @@ def export(checkpoint, to, out, dtype="fp32", force=False):
     out = Path(out)
     if out.suffix != SUFFIX[to]:
         raise ValueError(f"--out {out}: --to {to} writes a {SUFFIX[to]} file.")
-    if (out.parent / "checkpoint.json").exists():
-        raise ValueError(f"--out {out}: that folder is a checkpoint and stays as it is. Name another place.")
     model = recurrent.load(checkpoint)
     config, lacking = model.config, without_place(model) if to == "rwkv" else []
     if lacking:
@@ -76,9 +75,7 @@ def export(checkpoint, to, out, dtype="fp32", force=False):
         write(out, force, lambda path: torch.save(weights, path))
     else:
         about = {key: model.about.get(key) for key in KEPT}
-        about.update(format=1, model_sha256=recurrent.weights_hash(weights))
-        about["sha256"] = recurrent.facts_hash(about)
-        header = dict(format="pt", checkpoint=json.dumps(about))
+        header = dict(format="pt", checkpoint=json.dumps(dict(about, format=2, finished=True)))
         write(out, force, lambda path: safetensors.torch.save_file(weights, path, metadata=header))
     rows = next(t for name, t in weights.items() if name in ("emb.weight", "wte.weight")).size(0)
     padding = f" of which ids from {config.vocab_size} on are padding" if rows > config.vocab_size else ""
@@ -91,7 +88,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="export.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"export.py: {message} (all flags: --help)\n")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a step, run or record, latest, or a file")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file, a run, a record's folder or latest")
     parser.add_argument("--to", required=True, choices=tuple(SUFFIX), help="rwkv: official x070 layout, .pth")
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--dtype", default="fp32", choices=tuple(recurrent.DTYPES), help="of its tensors [fp32]")

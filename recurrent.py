@@ -1,6 +1,6 @@
 """The trained models run one token after the other: RWKV-7 and RWKV-6 as RNNs, the GPT with a cache of keys and values.
 
-    model = load("latest")                        # or a checkpoint's folder, a run's, a record's, an x070 .pth
+    model = load("latest")                        # or a checkpoint's file, a run's name, a record, an x070 .pth
     state = model.new_state()                     # a plain value: clone(), branch(n), save(file)
     logits = model(tokens, state)                 # (B, T) int64 -> (B, T, V) fp32; the state moves on by T tokens
 
@@ -11,6 +11,7 @@ weights, and `python sample.py CHECKPOINT --check` holds the three forms against
 """
 
 import functools
+import glob
 import hashlib
 import importlib
 import json
@@ -479,64 +480,33 @@ class Int8:
 
 
 def find(path):
-    """The folder of a checkpoint from "latest", the folder itself, that of its run, or that of the run's record; or a
-    file, of export.py or an official one, as it is."""
-    steps = lambda folder: sorted((p.parent for p in folder.glob("step*/checkpoint.json")
-                                   if p.parent.name[4:].isdecimal()), key=lambda p: int(p.name[4:]))
+    """The file of a checkpoint from "latest", the file itself (also an exported or official one), the name of its run
+    or the folder of the run's record. Raises ValueError."""
+    path = Path(path)
+    if path.is_file():
+        return path
     if str(path) == "latest":
-        found = [p for run in CHECKPOINTS.glob("*") for p in steps(run)]
+        found = sorted(CHECKPOINTS.glob("*_step*.safetensors"), key=lambda file: file.stat().st_mtime)
         if not found:
             raise ValueError(f"no checkpoint in {CHECKPOINTS.absolute()}. Train one: ./run_rwkv7.sh --track tiny")
-        return max(found, key=lambda p: (p / "checkpoint.json").stat().st_mtime)
-    path = Path(path)
-    if path.name == "model.safetensors" and (path.parent / "checkpoint.json").is_file():
-        return path.parent
-    if path.is_file() or (path / "checkpoint.json").is_file():
-        return path
-    for run in (path, CHECKPOINTS / path.absolute().name):
-        if found := steps(run):
-            return found[-1]
-    there = "no checkpoint is in it" if path.is_dir() else "no such folder or file"
-    raise ValueError(f"{path}: {there}, nor is there one of that name in {CHECKPOINTS}/. "
-                     "Give a step's folder, a run's, its record's, an exported or official file, or the word latest.")
+    else:
+        run = glob.escape(path.absolute().name)
+        found = sorted(CHECKPOINTS.glob(f"{run}_step*.safetensors"), key=lambda file: (len(file.name), file.name))
+        if not found:
+            raise ValueError(f"{path}: no such file, nor a checkpoint of that name in {CHECKPOINTS}/. Give a file, a "
+                             "run's name, its record's folder or the word latest.")
+    return found[-1]
 
 
-def facts_hash(about):
-    """sha256 of what a checkpoint tells of itself, as the training scripts compute it."""
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
-
-
-def read_facts(text, where):
-    """What a checkpoint tells of itself, held against its own digest. Raises what strange JSON leads to."""
-    about = json.loads(text)
-    if about.pop("sha256") != facts_hash(about):
-        raise ValueError(f"{where} is not as it was written")
-    if about["format"] != 1 or about["script"] not in (f"{name}.py" for name in FAMILIES):
-        raise ValueError(f"format {about['format']}, script {about['script']}")
-    return about
-
-
-def read(folder):
-    """(about, weights) of a checkpoint's folder, held against the digests in checkpoint.json. ValueError."""
-    try:
-        about = read_facts((folder / "checkpoint.json").read_bytes(), "checkpoint.json")
-        data = (folder / "model.safetensors").read_bytes()
-        if hashlib.sha256(data).hexdigest() != about["files"]["model.safetensors"]["sha256"]:
-            raise ValueError(f"model.safetensors has {len(data)} bytes and another sha256 than when it was written")
-        return about, safetensors.torch.load(data)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, safetensors.SafetensorError) as error:
-        said = f"no {error} in checkpoint.json" if isinstance(error, KeyError) else error
-        raise ValueError(f"{folder} is damaged: {said}. Take another step of the run, or train again.") from None
-
-
-def read_file(path):
-    """(about, weights) of one file: an official x070 .pth or .safetensors, or what export.py wrote. ValueError."""
+def read(path):
+    """(facts, weights) of a file: a training script's checkpoint, an official x070 .pth or .safetensors. ValueError."""
     facts = {}
     try:
         if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, "pt") as opened:
-                facts = opened.metadata() or {}
-            weights = safetensors.torch.load_file(path)
+            with safetensors.safe_open(path, "pt") as file:
+                facts = file.metadata() or {}
+                names = [name for name in file.keys() if "checkpoint" not in facts or is_weight(name)]
+                weights = {name: file.get_tensor(name) for name in names}
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what follows as an error
@@ -553,13 +523,20 @@ def read_file(path):
         config, weights = official(path, weights)
         return dict(script="train_rwkv7.py", config=asdict(config), step=None), weights
     try:
-        about = read_facts(facts["checkpoint"], "its header")
-        if weights_hash(weights) != about["model_sha256"]:
-            raise ValueError("its weights have another sha256 than when it was written")
+        about = json.loads(facts["checkpoint"])
+        if about["format"] != 2 or about["script"] not in (f"{name}.py" for name in FAMILIES):
+            raise ValueError(f"format {about['format']}, script {about['script']}")
+        if not isinstance(about["config"], dict) or not isinstance(about["step"], (int, type(None))):
+            raise ValueError("its config or step is none")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         said = f"no {error} in its header" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is damaged: {said}. Export it again.") from None
+        raise ValueError(f"{path} is damaged: {said}. Take another step of the run, or export it again.") from None
     return about, weights
+
+
+def is_weight(name):
+    """Whether a tensor of a checkpoint is the model's: not an optimiser's, <name>:<key>, nor the run's."""
+    return ":" not in name and name not in ("losses", "log", "random", "random.cuda")
 
 
 def official(path, found):
@@ -617,8 +594,7 @@ def load(path, dtype="fp32", device="cpu"):
 
     With int8 only what runs stays in memory: there is no parallel() of it.
     """
-    found = find(path)
-    about, weights = read_file(found) if found.is_file() else read(found)
+    about, weights = read(find(path))
     script = importlib.import_module(about["script"][:-len(".py")])
     known = {f.name for f in fields(script.Hyperparameters)}
     config = script.Hyperparameters(**{key: value for key, value in about["config"].items() if key in known})

@@ -7,7 +7,7 @@
     python sample.py CHECKPOINT --eval data/pydocs  loss and bits per byte; the run's own val loss unless told otherwise
     python sample.py CHECKPOINT --bench             time a token at every context (bench.py has its flags)
 
-CHECKPOINT is a step's folder, a run's, its record's, the word latest, or a file: export.py's or an official x070 one.
+CHECKPOINT is a file (a run's, export.py's, an official x070 one), a run's name, its record's folder or the word latest.
 Text goes to stdout as it comes, all else to stderr. It begins with the document mark, as documents do in training, and
 ends where the model draws one.
 The logits pass, in this order, each step working on what the one before left (in brackets: what turns it off):
@@ -473,7 +473,7 @@ def parse(argv):
     whole = lambda low, off=None: number(int, lambda n: n >= low, f"whole number of at least {low}", off)
     at_least_0 = lambda off: number(float, lambda x: x >= 0, "number of at least 0", off)
     above_0, any_number = number(float, lambda x: x > 0, "number above 0", 1), number(float, lambda x: 1, "number", 0)
-    add("checkpoint", metavar="CHECKPOINT", help="folder of a step, run or record, latest, or a file")
+    add("checkpoint", metavar="CHECKPOINT", help="a file, a run, a record's folder or latest")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="hold the model's forms against each other")
     what.add_argument("--eval", metavar="DATA", help="loss on a folder's val shards (FOLDER/train: train), a shard "

@@ -16,7 +16,6 @@ import base64
 import collections
 import contextlib
 import copy
-import errno
 import functools
 import gc
 import hashlib
@@ -29,7 +28,6 @@ import platform
 import re
 import resource
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -79,7 +77,7 @@ class Hyperparameters:
     val_every: int = 125  # steps between validations
     val_tokens: int = 10485760  # validation tokens, the first there are; tiny: at most
     save_every: int = 0  # steps between checkpoints; 0: only after the last step
-    resume: str = ""  # checkpoint to go on from: auto (this run's newest, if any) or a folder
+    resume: str = ""  # checkpoint to go on from: a file, or auto: the furthest unfinished run with these flags, if any
     # model
     vocab_size: int = 50257  # token ids in use; tables are padded to a multiple of 128
     layers: int = 12  # blocks (L)
@@ -806,7 +804,7 @@ def read_sources(paths):
 class Record:
     """The run's folder: log.txt, line by line as things happen, and result.json, written last. Only rank 0 writes.
     A folder without result.json belongs to a run that did not finish. log: what a resumed run's log begins with, bytes.
-    checkpoint: the folder of the last one. Raises OSError.
+    checkpoint: the file of the last one. Raises OSError.
     chain: sha256 over the lines so far. result.json, the log's last line but one and each point of the curve hold its
     value there, so that records/verify.py finds an edited, lost, added or moved line and about where. It proves no
     honesty: who edits can hash anew. It holds a record to the digests that others saw, in a commit for instance."""
@@ -928,86 +926,54 @@ def timing(train_ms, step):
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoint [shared]
 
-# checkpoints/<run>/step000100/ holds the model (plain names, dtypes as trained), what a resumed run needs besides it
-# (nothing after the last step) and checkpoint.json with the size and hash of each file. Under this name it is whole.
-STEP_FOLDER = re.compile(r"step\d{6,}")
+# checkpoints/<run>_step000100.safetensors: the model's tensors by name, as trained; while the run is unfinished also
+# the optimisers' as <name>:<key>, the losses, torch's random state and the log. The facts are JSON in its header.
 FREE = ("device_bsz", "data", "records", "checkpoints", "name", "save_every", "resume", "stop_after",
-        "check")  # flags that a resumed run may change; of the data the shards count
+        "check")  # flags that a resumed run may change
 
 
 def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def sync(path):
-    """Have a file's bytes or a folder's names on the disk, not only in memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def checkpoints_of(run):
-    """The folders of a run's checkpoints, by step."""
-    found = [path for path in Path(run).glob("step*") if STEP_FOLDER.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name[4:]))
-
-
 def save(args, record, model, optimizers, about, losses):
-    """Write a checkpoint; of the older ones the newest stays while the run is unfinished. Every rank calls it, rank 0
-    writes. Returns None or, on all ranks, why not: an OSError. about: its facts; losses: of the steps so far, None when
-    all is over."""
-    failure = None
-    if record.path:
-        folder, files = Path(args.checkpoints) / record.path.name, {}
-        final, part = folder / f"step{about['step']:06d}", folder / f"step{about['step']:06d}.part"
-        try:
-            pack = lambda all: safetensors.torch.save({name: t.cpu().contiguous() for name, t in all.items()})
-            files["model.safetensors"] = pack(model.state_dict())
-            if losses is not None:
-                training = {"losses": torch.tensor(losses), "random.cpu": torch.get_rng_state()}
-                training.update({"random.cuda": torch.cuda.get_rng_state()} if args.device == "cuda" else {})
-                names = {p: name for name, p in model.named_parameters()}
-                for p, state in (pair for optimizer in optimizers for pair in optimizer.state.items()):
-                    training.update({f"{names[p]}:{key}": t for key, t in state.items()})
-                files.update({"training.safetensors": pack(training), "log.txt": record.log.read_bytes()})
-            about["files"] = {name: dict(bytes=len(data), sha256=sha256(data)) for name, data in files.items()}
-            about["sha256"] = sha256(json.dumps(about).encode())
-            part.mkdir(parents=True)
-            for name, data in (*files.items(), ("checkpoint.json", json.dumps(about, indent=1).encode())):
-                (part / name).write_bytes(data)
-                sync(part / name)
-            sync(part)
-            os.replace(part, final)
-            sync(folder)
-            record.checkpoint = final
-            for old in checkpoints_of(folder)[:-1 if losses is None else -2]:
-                os.replace(old, part)  # half removed it would be half a checkpoint
-                shutil.rmtree(part, ignore_errors=True)
-        except OSError as error:
-            failure = OSError(error.errno, f"{error.strerror} (saving a checkpoint)", str(final))
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    failed = all_sum(torch.tensor(float(failure is not None), device=args.device))
-    return failure or (OSError(errno.EIO, "rank 0 could not save a checkpoint") if failed else None)
-
-
-def read_about(folder):
-    """checkpoint.json of a checkpoint. ValueError when it is not as it was written."""
+    """Write a checkpoint beside its place and rename it; of the run's older ones the newest stays until the run has
+    finished. losses: of all steps so far, None when all is over. Rank 0 calls it. Raises OSError."""
+    tensors = dict(model.state_dict())
+    if losses is not None:
+        log = torch.frombuffer(bytearray(record.log.read_bytes()), dtype=torch.uint8)
+        tensors.update(losses=torch.tensor(losses), log=log, random=torch.get_rng_state())
+        if args.device == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state()
+        names = {p: name for name, p in model.named_parameters()}
+        for optimizer in optimizers:
+            for p, state in optimizer.state.items():
+                tensors.update({f"{names[p]}:{key}": t for key, t in state.items()})
+    data = safetensors.torch.save({name: t.cpu().contiguous() for name, t in tensors.items()},
+                                  metadata=dict(checkpoint=json.dumps(about)))
+    folder = Path(args.checkpoints)
+    path = folder / f"{record.path.name}_step{about['step']:06d}.safetensors"
+    part = path.with_suffix(".part")
     try:
-        about = json.loads((folder / "checkpoint.json").read_bytes())
-        if about.pop("sha256") == sha256(json.dumps(about).encode()):
-            return about
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        pass
-    raise ValueError("its checkpoint.json is damaged or missing")
+        folder.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror} (saving a checkpoint)", str(path)) from error
+    finally:
+        part.unlink(missing_ok=True)
+    record.checkpoint = path
+    for old in sorted(folder.glob(f"{record.path.name}_step*.safetensors"))[:-1 if losses is None else -2]:
+        old.unlink()
 
 
-def read_files(folder, about):
-    """{name: bytes} of a checkpoint's files. ValueError when one is not as it was written."""
-    files = {name: (folder / name).read_bytes() if (folder / name).is_file() else b"" for name in about["files"]}
-    if wrong := [name for name, data in files.items() if about["files"][name]["sha256"] != sha256(data)]:
-        raise ValueError(f"its {wrong[0]} is damaged or missing")
-    return files
+def facts_of(path):
+    """The facts in a checkpoint's header. Raises ValueError."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["checkpoint"])
+    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} is no whole checkpoint ({error})") from error
 
 
 def another_run(about, args):
@@ -1018,79 +984,53 @@ def another_run(about, args):
                      if key not in FREE and value != getattr(args, key, None))
 
 
-def not_resumable(about, args, sources, data):
-    """In words why a checkpoint's run cannot go on with these sources and data; "" when it can."""
-    if changed := [source["name"] for source in about["sources"] + sources
-                   if (source in about["sources"]) != (source in sources)]:
-        return f"{changed[0]} has changed since"
-    read = about["step"] * args.bsz * args.seq_len + 1
-    for split in ("train", "val"):  # a run opens as many train shards as it needs
-        before, now = ([(shard["sha256"], shard["tokens"]) for shard in all[split]] for all in (about["data"], data))
-        same = [tokens for (digest, tokens), other in zip(before, now) if digest == other[0]]
-        needed = args.order == "shuffled" or sum(same) < read
-        if len(same) < (max if needed else min)(len(before), len(now)):
-            return f"it was trained on other shards than those in {args.data}"
-    return "" if "training.safetensors" in about["files"] else "its run is finished"
-
-
-def find_checkpoint(args, sources, data):
-    """(folder, checkpoint.json, files) that --resume means, None: from the beginning. ValueError when it is refused."""
-    auto, given, found, finished, other = args.resume == "auto", Path(args.resume), [], set(), ""
-    step = STEP_FOLDER.fullmatch(given.name) and int(given.name[4:])  # that one, or a whole one before it
-    run = given if checkpoints_of(given) or step else Path(args.checkpoints) / given.resolve().name
-    run = given.parent if step and given.is_dir() else run
-    pass_over = lambda folder, why: tqdm.write(f"--resume: {folder} is passed over: {why}")
-    for one in Path(args.checkpoints).glob("*") if auto else [run]:
-        for folder in (folder for folder in checkpoints_of(one) if not step or int(folder.name[4:]) <= step):
-            try:
-                found.append((folder, read_about(folder)))
-            except ValueError as why:
-                pass_over(folder, why)
-    for _, about in found:
-        if "training.safetensors" not in about["files"]:
-            finished.update([about["run"], *(part["run"] for part in about["resumed"])])
-    for folder, about in sorted(found, key=lambda pair: pair[1]["saved"], reverse=True):
-        another, why = another_run(about, args), not_resumable(about, args, sources, data)
-        if (another or why) and not auto:
-            raise ValueError(f"--resume {args.resume}: {folder} cannot go on: {another or why}.")
-        if auto and (another or about["run"] in finished):
-            other = other or another and f" ({folder}: {another})"
-            continue
+def find_checkpoint(args):
+    """(path, facts) that --resume means: a file, or of the unfinished runs with these flags the one that got furthest.
+    None where there is none. Raises ValueError."""
+    if args.resume != "auto":
+        about = facts_of(args.resume)
+        if why := another_run(about, args) or about["finished"] and "its run is finished":
+            raise ValueError(f"--resume {args.resume} cannot go on: {why}.")
+        return Path(args.resume), about
+    found, over = [], set()
+    for path in sorted(Path(args.checkpoints).glob("*_step*.safetensors")):
         try:
-            if not why:
-                return folder, about, read_files(folder, about)
-        except ValueError as damage:
-            why = damage
-        pass_over(folder, why)
-    if not auto:
-        raise ValueError(f"--resume {args.resume}: no whole checkpoint in {run}. Give a step's or a run's folder below "
-                         "--checkpoints, a record's folder, or auto.")
-    tqdm.write(f"--resume auto: nothing in {args.checkpoints} to go on with{other}: from the beginning")
+            about = facts_of(path)
+        except ValueError as error:
+            tqdm.write(f"--resume auto: {error}: passed over")
+            continue
+        if about["finished"]:
+            over.update([about["run"], *(part["run"] for part in about["resumed"])])
+        elif not another_run(about, args):
+            found.append((path, about))
+    found = [(path, about) for path, about in found if about["run"] not in over]
+    if not found:
+        tqdm.write(f"--resume auto: no unfinished run with these flags in {args.checkpoints}: from the beginning")
+    return max(found, key=lambda pair: pair[1]["step"], default=None)
 
 
-def resume_point(args, rank, model, data):
-    """find_checkpoint's answer, as rank 0 sees it, on every rank, which reads the files itself."""
-    found = None
-    if args.resume and rank == 0:
-        found = find_checkpoint(args, [about for about, _ in read_sources([Path(__file__), *model.sources])], data)
-    answer = [found and found[:2]]
+def resume_point(args, rank):
+    """find_checkpoint's answer, as rank 0 sees it, on every rank."""
+    answer = [find_checkpoint(args) if args.resume and rank == 0 else None]
     if args.resume and world_size() > 1:
         dist.broadcast_object_list(answer, device=torch.device(args.device))
-    return found or answer[0] and (*answer[0], read_files(*answer[0]))
+    return answer[0]
 
 
-def restore(files, args, model, optimizers):
-    """Bring model, optimisers and random state to those of a checkpoint's files. Returns its losses."""
-    training = safetensors.torch.load(files["training.safetensors"])
-    model.load_state_dict(safetensors.torch.load(files["model.safetensors"]))
-    torch.set_rng_state(training["random.cpu"])
+def restore(path, args, model, optimizers):
+    """Bring model, optimisers and random state to those of a checkpoint. Returns its losses."""
+    tensors = safetensors.torch.load_file(path)
+    model.load_state_dict({name: tensors[name] for name in model.state_dict()})
+    torch.set_rng_state(tensors["random"])
     if args.device == "cuda":
-        torch.cuda.set_rng_state(training["random.cuda"])
+        torch.cuda.set_rng_state(tensors["random.cuda"])
     owners = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     parameters = dict(model.named_parameters())
-    for name, key, tensor in ((*name.split(":"), tensor) for name, tensor in training.items() if ":" in name):
-        owners[parameters[name]].state[parameters[name]][key] = tensor.to(args.device)
-    return training["losses"].tolist()
+    for name in tensors:
+        if ":" in name:
+            p = parameters[name.split(":")[0]]
+            owners[p].state[p][name.split(":")[1]] = tensors[name].to(args.device)
+    return tensors["losses"].tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1421,8 +1361,7 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
     digest = warm_up(model, compiled, optimizers, val_batches, end - first, args)
     if start:
         done, curve, record.checkpoint = start[1]["step"], start[1]["curve"], start[0]
-        losses = restore(start[2], args, model, optimizers)
-        start[2].clear()  # gigabytes
+        losses = restore(start[0], args, model, optimizers)
         say(f"resumed from {start[0]}: after step {done} of {args.steps}")
     gc.collect()
     clock.switch("rest")
@@ -1455,10 +1394,14 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
             lines.flush()
             if bad := [name for name, t in model.state_dict().items() if not t.isfinite().all()]:
                 lines.fail(step, f"{bad[0]} is not finite")
-            about = checkpoint_facts(facts, step, clock, curve, record) if rank == 0 else None
-            failure = save(args, record, model, optimizers, about, None if finished else lines.losses)
-            if failure and not finished:
-                raise failure
+            try:
+                if rank == 0:
+                    about = checkpoint_facts(facts, step, finished, clock, curve, record)
+                    save(args, record, model, optimizers, about, None if finished else lines.losses)
+            except OSError as error:
+                if not finished:
+                    raise
+                failure = error
         if last:
             break
         if clock.phase != "train":
@@ -1492,16 +1435,16 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
         if summary.exists():  # what came out, in words
             subprocess.run([sys.executable, summary, "--summary", record.path])
         if failure:
+            leave_together()
             stop(f"the record is whole, but there is no checkpoint of the last step: {failure}")
 
 
-def checkpoint_facts(facts, step, clock, curve, record):
-    """What checkpoint.json says besides its files."""
-    about = {key: facts[key] for key in ("script", "run", "config", "sources", "data")}
+def checkpoint_facts(facts, step, finished, clock, curve, record):
+    """What a checkpoint's header says."""
     tokenizer = {key: (facts["data"]["manifest"] or {}).get(key) for key in ("tokenizer", "tokenizer_sha256")}
-    return dict(about, format=1, step=step, source_sha256=facts["sources"][0]["sha256"], **tokenizer, began=clock.began,
-                saved=time.time(), clock=clock.seconds, curve=curve, log_sha256=record.chain.hexdigest(),
-                resumed=facts.get("resumed", []))
+    return dict({key: facts[key] for key in ("script", "run", "config")}, format=2, step=step, finished=finished,
+                **tokenizer, began=clock.began, saved=time.time(), clock=clock.seconds, curve=curve,
+                log_sha256=record.chain.hexdigest(), resumed=facts.get("resumed", []))
 
 
 def report(facts, clock, curve, val, train_tokens, args):
@@ -1539,8 +1482,11 @@ def main(argv=None):
         clock.device, data, model, optimizers, counts = set_up(args, rank)
         if args.check:
             return
-        start = resume_point(args, rank, model, data[2])
-        record = Record(args, rank, start[2]["log.txt"] if start and rank == 0 else b"")
+        start, log = resume_point(args, rank), b""
+        if start and rank == 0:
+            with safetensors.safe_open(start[0], "pt") as file:
+                log = file.get_tensor("log").numpy().tobytes()
+        record = Record(args, rank, log)
         run(args, rank, record, clock, data, model, optimizers, counts, start)
         leave_together()
     except KeyboardInterrupt as interrupt:

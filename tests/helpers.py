@@ -134,11 +134,6 @@ def only_record(records):
     return folder, log, json.loads(result.read_text()) if result.exists() else None
 
 
-def signed(about):
-    """What a checkpoint tells of itself, with its digest, as the training scripts write it."""
-    return dict(about, sha256=hashlib.sha256(json.dumps(about).encode()).hexdigest())
-
-
 def tree(folder):
     """Every file under a folder with its bytes: equal before and after means untouched."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,7 +1,6 @@
 """export.py and the official x070 layout: the rwkv package computes what our models compute, there and back."""
 
 import importlib
-import json
 import os
 import pickle
 import re
@@ -65,8 +64,8 @@ def scattered(case):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
-    about = dict(source_sha256="0" * 64, run="a_run", step=7)
-    made = {case: write_checkpoint(root / case.replace(" ", "_") / "step000007", *scattered(case), **about)
+    about = dict(run="a_run", step=7)
+    made = {case: write_checkpoint(root / f"{case.replace(' ', '_')}_step000007.safetensors", *scattered(case), **about)
             for case in CASES}
     data = make_corpus(root / "data", train=(9000,), text=(ROOT / "LICENSE").read_bytes())
     run_here("train_rwkv7", *tiny("train_rwkv7", data, root / "records", "--checkpoints", root / "runs", "--x070",
@@ -182,7 +181,6 @@ def test_pth_and_back(checkpoints, files, tmp_path):
     assert sizes(again) == sizes(first) and again.config.vocab_size == 384 and again.step is None
     assert export.main([str(files["plain"]), "--to", "rwkv", "--out", str(tmp_path / "again.pth")]) == 0
     assert recurrent.load(tmp_path / "again.pth").hash == first.hash
-    assert recurrent.load(checkpoints["plain"] / "model.safetensors").step == 7, "the folder around it tells more"
 
 
 @pytest.mark.parametrize("case", ["speedrun", "train_rwkv6", "train_gpt2"])
@@ -191,23 +189,11 @@ def test_safetensors_and_back(case, checkpoints, tmp_path, capsys):
     assert export.main([str(checkpoints[case]), "--to", "safetensors", "--out", str(out)]) == 0
     assert "257 on are padding" in capsys.readouterr().out
     again = recurrent.load(out)
-    assert same_logits(first, again) and first.hash == again.hash == again.about["model_sha256"]
+    assert same_logits(first, again) and first.hash == again.hash
     assert asdict(again.config) == asdict(first.config)
     assert {key: again.about[key] for key in export.KEPT} == {key: first.about[key] for key in export.KEPT}
     assert list(tree(tmp_path)) == ["model.safetensors"]
-    with safetensors.safe_open(out, "pt") as opened:  # a byte of a weight changes and the file is refused
-        assert opened.metadata()["format"] == "pt"
-        header, weights = json.loads(opened.metadata()["checkpoint"]), {n: opened.get_tensor(n) for n in opened.keys()}
-    header["config"]["layers"] -= 1  # and so does one of its facts
-    for about, said in ((header, "its header is not as it was written"), ({}, "no 'sha256' in its header"), ([], "")):
-        safetensors.torch.save_file(weights, tmp_path / "x.safetensors", metadata=dict(checkpoint=json.dumps(about)))
-        with pytest.raises(ValueError, match=f"is damaged: .*{said}.*Export it again"):
-            recurrent.load(tmp_path / "x.safetensors")
-    damaged = bytearray(out.read_bytes())
-    damaged[-3] ^= 1
-    out.write_bytes(damaged)
-    with pytest.raises(ValueError, match="is damaged: .*sha256"):
-        recurrent.load(out)
+    assert out.read_bytes() != checkpoints[case].read_bytes() and again.about["finished"]
 
 
 def test_foreign_files(files, tmp_path):
@@ -271,8 +257,7 @@ def test_output(checkpoints, tmp_path, capsys, monkeypatch):
     refused(capsys, *flags, tmp_path / "folder.pth", "--force", parts=["is there already. Name another"])
     refused(capsys, *flags, tmp_path / "gone" / "model.pth", parts=["gone is no folder"])
     refused(capsys, *flags, tmp_path / "model.bin", parts=["writes a .pth file"])
-    refused(capsys, *flags, checkpoints["plain"] / "model.pth", parts=["is a checkpoint"])
-    refused(capsys, tmp_path / "nothing.pth", *flags[1:], tmp_path / "x.pth", parts=["no such folder or file"])
+    refused(capsys, tmp_path / "nothing.pth", *flags[1:], tmp_path / "x.pth", parts=["no such file"])
 
     def full(weights, path):
         path.write_bytes(b"half of it")

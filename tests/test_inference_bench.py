@@ -137,7 +137,7 @@ def test_loss_of_both():
 def test_a_shape_and_what_int8_costs_a_trained_model(main, relative, tmp_path, monkeypatch, capsys):
     """Times are of the shape's models, the loss of the checkpoint's; its data may lie in the repository's folder."""
     script, config, weights = scattered("train_rwkv6")
-    data, path = make_corpus(tmp_path / "data", val=(5000,)), tmp_path / "step000001"
+    data, path = make_corpus(tmp_path / "data", val=(5000,)), tmp_path / "x_step000001.safetensors"
     config.data = "data" if relative else str(data)
     write_checkpoint(path, script, config, weights)
     (tmp_path / "elsewhere").mkdir()
@@ -157,7 +157,7 @@ def test_a_shape_and_what_int8_costs_a_trained_model(main, relative, tmp_path, m
 
 @pytest.mark.parametrize("flags, word", [
     ([], "give a CHECKPOINT"), (["x", "--rounds", "0"], "at least 1"), (["x", "--positions", "9,3"], "rising"),
-    (["x", "--rouns", "3"], "--rouns"), (["--shape", "7b"], "124m"), (["nothing"], "nothing: no such folder")])
+    (["x", "--rouns", "3"], "--rouns"), (["--shape", "7b"], "124m"), (["nothing"], "nothing: no such file")])
 def test_bad_flags(flags, word, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:

@@ -119,7 +119,7 @@ def test_data(finished):
 def test_model(finished):
     model = finished.facts["model"]
     assert model == finished.result["model"]
-    weights = load_file(finished.folder / "checkpoints" / finished.path.name / "step000006" / "model.safetensors")
+    weights = load_file(finished.folder / "checkpoints" / f"{finished.path.name}_step000006.safetensors")
     sizes = {name: tensor.numel() for name, tensor in weights.items()}
     assert model["parameters"] == sum(sizes.values())
     looked_up = 0 if finished.script == "train_rwkv6" else 384 * 32  # whose embedding is the head too
@@ -198,19 +198,13 @@ def test_clock_counts_every_second_once(finished):
 
 
 def test_checkpoints(finished):
-    folder = finished.folder / "checkpoints" / finished.path.name
-    path, = folder.iterdir()
-    assert path.name == "step000006", "of a finished run the last one stays"
-    about = json.loads((path / "checkpoint.json").read_text())
-    assert {p.name for p in path.iterdir()} == {"checkpoint.json", "model.safetensors"}
-    content = (path / "model.safetensors").read_bytes()
-    assert about["files"] == {"model.safetensors": dict(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())}
+    path, = (finished.folder / "checkpoints").iterdir()
+    assert path.name == f"{finished.path.name}_step000006.safetensors", "of a finished run the last one stays"
+    script = importlib.import_module(finished.script)
+    about, weights = script.facts_of(path), load_file(path)
     assert all(about[key] == finished.facts["data"]["manifest"][key] for key in ("tokenizer", "tokenizer_sha256"))
     assert about["config"] == finished.result["config"] and about["run"] == finished.path.name
-    assert (about["format"], about["script"], about["step"]) == (1, f"{finished.script}.py", 6)
-    assert about["source_sha256"] == finished.result["sources"][0]["sha256"]
-    weights = load_file(path / "model.safetensors")
-    script = importlib.import_module(finished.script)
+    assert (about["format"], about["finished"], about["script"], about["step"]) == (2, True, f"{finished.script}.py", 6)
     model = script.build_model(script.Hyperparameters(**about["config"]))
     assert sorted(weights) == sorted(name for name, _ in model.named_parameters())
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
@@ -266,8 +260,8 @@ def test_a_run_that_is_ended_leaves_its_log(tmp_path, number):
     if number == signal.SIGKILL:
         assert status == -number and "end: " not in "\n".join(rest)
         return
-    checkpoint, = (tmp_path / "checkpoints" / path.name).iterdir()
-    assert status == 128 + number and int(checkpoint.name[4:]) == steps[-1]
+    checkpoint, = (tmp_path / "checkpoints").iterdir()
+    assert status == 128 + number and checkpoint.name == f"{path.name}_step{steps[-1]:06d}.safetensors"
     reason = f"after step {steps[-1]} of 20000, checkpoint {checkpoint}"
     assert stderr.strip() == f"train_gpt2.py: interrupted {reason}; the log: {path}/log.txt"
     assert log.endswith(f"\nend: interrupted by {number.name} {reason}\n")

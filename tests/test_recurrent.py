@@ -1,6 +1,5 @@
 """recurrent.py: the models token by token, in pieces and at once give the same logits; states are plain values."""
 
-import hashlib
 import importlib
 import json
 import random
@@ -11,7 +10,7 @@ import safetensors.torch
 import torch
 
 import recurrent
-from helpers import signed, tree
+from helpers import tree
 
 CASES = {"train_rwkv7": {}, "train_rwkv7 x070": dict(x070=True), "train_rwkv6": {}, "train_gpt2": {}}
 
@@ -123,37 +122,29 @@ def test_a_state_that_cannot_be_written(model, tmp_path, monkeypatch):
 def test_no_checkpoint(where, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no checkpoint|no such folder"):
+    with pytest.raises(ValueError, match="no checkpoint|no such file"):
         recurrent.load(where)
 
 
 def test_damaged_checkpoint(tmp_path):
-    folder = tmp_path / "step000001"
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(b"weights")
-    for about, said in ((dict(format=1, script="train_gpt2.py", files={}), "no 'sha256'"), ([], ""), (3, ""),
-                        (signed(dict(format=9, script="train_gpt2.py")), "format 9"),
-                        (signed(dict(format=1, script="os.py")), "script os.py"),
-                        (signed(dict(format=1, script="train_gpt2.py", files={})), "model.safetensors"),
-                        (dict(signed(dict(format=1, script="train_gpt2.py")), config={}), "is not as it was written")):
-        (folder / "checkpoint.json").write_text(json.dumps(about))
+    path = tmp_path / "x.safetensors"
+    for about, said in (([], ""), (3, ""), (dict(format=9, script="train_gpt2.py"), "format 9"),
+                        (dict(format=2, script="os.py"), "script os.py"),
+                        (dict(format=2, script="train_gpt2.py"), "no 'config' in its header"),
+                        (dict(format=2, script="train_gpt2.py", config={}, step="7"), "its config or step is none")):
+        safetensors.torch.save_file({"a": torch.ones(2)}, path, metadata=dict(checkpoint=json.dumps(about)))
         with pytest.raises(ValueError, match=f"is damaged: .*{said}.*Take another step"):
-            recurrent.load(folder)
+            recurrent.load(path)
 
 
-def test_an_edited_config(tmp_path):
-    """A folder whose weights are whole, and one value of its config is not."""
+def test_an_unfinished_runs_weights_alone(tmp_path):
+    """What else its checkpoint holds is passed over unread."""
     script, config, weights = scattered("train_gpt2")
-    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
-    digest = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
-    about = signed(dict(format=1, script="train_gpt2.py", config=asdict(config),
-                        files={"model.safetensors": dict(sha256=digest)}))
-    (tmp_path / "checkpoint.json").write_text(json.dumps(about, indent=1))
-    assert recurrent.load(tmp_path).config.softcap == 30
-    about["config"]["softcap"] = 80.0
-    (tmp_path / "checkpoint.json").write_text(json.dumps(about, indent=1))
-    with pytest.raises(ValueError, match="checkpoint.json is not as it was written"):
-        recurrent.load(tmp_path)
+    about = dict(format=2, script="train_gpt2.py", config=asdict(config), step=3)
+    more = {"lm_head:exp_avg": torch.ones(3), "losses": torch.ones(3), "log": torch.ones(2), "random": torch.ones(2)}
+    safetensors.torch.save_file({**weights, **more}, tmp_path / "x.safetensors",
+                                metadata=dict(checkpoint=json.dumps(about)))
+    assert recurrent.load(tmp_path / "x.safetensors").trained.keys() == weights.keys()
 
 
 def test_damaged_pth(tmp_path):
@@ -172,11 +163,14 @@ def test_damaged_pth(tmp_path):
             assert "\n" not in str(caught.value)
 
 
-def test_the_last_step_is_the_largest_number(tmp_path):
-    for name in ("step999999", "step1000000", "step000002", "step1000001.part", "steps"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "checkpoint.json").write_text("{}")
-    assert recurrent.find(tmp_path).name == "step1000000"
+def test_the_last_step_is_the_largest_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(recurrent, "CHECKPOINTS", tmp_path)
+    for name in ("step999999.safetensors", "step1000000.safetensors", "step000002.safetensors", "step1000001.part"):
+        (tmp_path / f"run_{name}").touch()
+    (tmp_path / "other_step2000000.safetensors").touch()
+    for path in ("run", tmp_path / "records" / "run"):
+        assert recurrent.find(path).name == "run_step1000000.safetensors"
+    assert recurrent.find("latest").parent == tmp_path
 
 
 def test_lambdas_stay_as_in_training():

@@ -13,6 +13,8 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 
 from helpers import ROOT, SCRIPTS, environment, load_program, make_corpus, one_thread, only_record, run_here, tiny
 from test_record import UNENDING, end_in_the_middle
@@ -58,19 +60,18 @@ def curve(result):
     return [(point["step"], point["val_loss"]) for point in result["curve"]]
 
 
-def weights(folder, tmp_path, step=10):
-    return (tmp_path / "checkpoints" / folder.name / f"step{step:06d}" / "model.safetensors").read_bytes()
+def checkpoint(tmp_path, folder, step):
+    return tmp_path / "checkpoints" / f"{folder.name}_step{step:06d}.safetensors"
 
 
-def whole(run):
-    """{step: checkpoint.json} of a run's checkpoints, all of whose files must be as they were written."""
-    module = importlib.import_module(GPT2)
-    found = {}
-    for folder in module.checkpoints_of(run):
-        about = module.read_about(folder)
-        module.read_files(folder, about)
-        assert folder.name == f"step{about['step']:06d}"
-        assert {path.name for path in folder.iterdir()} == {"checkpoint.json", *about["files"]}
+def whole(tmp_path, run="*"):
+    """{step: facts} of a run's checkpoints, all of whose tensors must be readable."""
+    module, found = importlib.import_module(GPT2), {}
+    for path in sorted((tmp_path / "checkpoints").glob(f"{run}_step*.safetensors")):
+        about, tensors = module.facts_of(path), safetensors.torch.load_file(path)
+        assert path.name == f"{about['run']}_step{about['step']:06d}.safetensors"
+        kept = [name for name in tensors if ":" in name or name in ("losses", "log", "random")]
+        assert not kept if about["finished"] else len(kept) > 6
         found[about["step"]] = about
     return found
 
@@ -79,20 +80,20 @@ def whole(run):
 def test_a_run_in_three_parts_is_the_unbroken_run(script, go, tmp_path, capfd):
     """Bitwise: losses, validations, the model. The record says so, counts all the time, is verified and replays."""
     order = "--order", "shuffled" if script == "train_rwkv6" else "sequential"
-    _, log, unbroken = go(*order, script=script)
+    whole_run, log, unbroken = go(*order, script=script)
     first, stopped, _ = go(*order, "--stop_after", 3, script=script)
     second, _, none = go(*order, "--stop_after", 8, "--resume", "auto", script=script)
     last, again, result = go(*order, "--resume", "auto", script=script)
     assert losses(again) == losses(log) and curve(result) == curve(unbroken) and none is None
-    folders = list((tmp_path / "checkpoints").iterdir())
-    whole_run, = [path for path in folders if path.name not in (first.name, second.name, last.name)]
-    assert weights(last, tmp_path) == weights(whole_run, tmp_path)
+    models = [safetensors.torch.load_file(checkpoint(tmp_path, run, 10)) for run in (whole_run, last)]
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.equal(t, models[1][name]) for name, t in models[0].items())
     assert [(part["run"], part["step"]) for part in result["resumed"]] == [(first.name, 3), (second.name, 8)]
     assert stopped.endswith("\nend: stopped after step 3 of 10\n")
     assert again.startswith(stopped[:stopped.index("losses: ")]), "it begins with the log up to the checkpoint"
     assert len(re.findall(r"^resumed: \{", again, re.M)) == 2 and "resumed" not in unbroken
     assert result["config"]["resume"] == "auto" and result["run"] == last.name
-    part = json.loads((tmp_path / "checkpoints" / second.name / "step000008" / "checkpoint.json").read_text())
+    part = importlib.import_module(script).facts_of(checkpoint(tmp_path, second, 8))
     assert result["clock"]["train"] > part["clock"]["train"] > 0, "the training time of all parts"
     assert result["final"]["train_seconds"] == result["clock"]["train"]
     status = verify.main([str(last), *(("--replay", "6") if script == GPT2 else ("--no-code",))])
@@ -136,18 +137,16 @@ def test_what_a_resumed_record_says_is_checked(go, tmp_path, capsys):
         assert failed >= names and "chain" not in failed and bool(failed) == bool(names), out
 
 
-def test_paths_and_flags_that_may_change(go, tmp_path):
-    """A step's folder, a run's, a record's; another micro-batch, other folders, a copy of the data elsewhere."""
+def test_flags_that_may_change(go, tmp_path):
+    """Another micro-batch, other folders, a copy of the data elsewhere, another name."""
     first, _, _ = go("--save_every", 3, "--stop_after", 7)
-    run = tmp_path / "checkpoints" / first.name
-    assert list(whole(run)) == [6, 7]
+    assert list(whole(tmp_path)) == [6, 7]
     moved = shutil.copytree(go.data, tmp_path / "elsewhere")
-    for path, step, *flags in ((run / "step000006", 6), (run, 7, "--device_bsz", 2, "--data", moved), (first, 7),
-                               (run / "step000006", 6, "--name", "other", "--save_every", 1)):
-        folder, log, result = go("--resume", path, *flags)
+    for step, *flags in ((6,), (7, "--device_bsz", 2, "--data", moved), (6, "--name", "other", "--save_every", 1)):
+        folder, log, result = go("--resume", checkpoint(tmp_path, first, step), *flags)
         assert [part["step"] for part in result["resumed"]] == [step]
-        assert sorted(whole(tmp_path / "checkpoints" / folder.name)) == [10]
-    assert list(whole(run)) == [6, 7], "another run's are not removed"
+        assert list(whole(tmp_path, folder.name)) == [10]
+    assert list(whole(tmp_path, first.name)) == [6, 7], "another run's are not removed"
 
 
 def test_auto_never_goes_on_with_a_finished_run(go, capsys):
@@ -161,76 +160,41 @@ def test_auto_never_goes_on_with_a_finished_run(go, capsys):
     assert "resumed" not in result and "from the beginning" in capsys.readouterr().out, "its parts are finished too"
 
 
-def test_refusals(go, tmp_path, monkeypatch, capsys):
-    """By name it is refused, in one line; --resume auto says why it passes over it (but for other flags) and begins."""
+def test_refusals(go, tmp_path, capsys):
+    """In one line: what is no checkpoint, or one of a run with other flags, of another script, of a finished run."""
     def refused(path, *flags, says):
         capsys.readouterr()
         assert go("--resume", path, *flags, ends=1) is None, "a record was written"
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and says in message and path.name in message, message
 
-    module = importlib.import_module(GPT2)
     first, _, _ = go("--stop_after", 2)
-    run = tmp_path / "checkpoints" / first.name
-    refused(run, "--steps", 11, says="--steps was 10, is 11")
-    refused(run, "--dtype", "mixed", says="--dtype was fp32, is mixed")
-    refused(tmp_path / "nowhere", says="no whole checkpoint")
-    refused(run / "step000009", says="no whole checkpoint")
-    data = shutil.copytree(go.data, tmp_path / "other")
-    shard = data / "toy_train_000000.bin"
-    tokens = bytearray(shard.read_bytes())
-    tokens[-2] ^= 1
-    shard.write_bytes(tokens)
-    plain = module.read_sources
-    other = lambda paths: [(dict(about, sha256="0"), text) for about, text in plain(paths)]
-    for name, sources, flags, why in (("data", plain, ("--data", data), "other shards"),
-                                      ("source", other, (), "train_gpt2.py has changed")):
-        monkeypatch.setattr(module, "read_sources", sources)
-        refused(run, *flags, says=why)
-        go("--resume", "auto", "--stop_after", 1, "--name", name, *flags)
-        assert re.search(rf"{run}/step000002 is passed over: .*{why}.*\n", out := capsys.readouterr().out), out
-        assert "from the beginning" in out
-    monkeypatch.setattr(module, "read_sources", plain)
+    path = checkpoint(tmp_path, first, 2)
+    refused(path, "--steps", 11, says="--steps was 10, is 11")
+    refused(path, "--dtype", "mixed", says="--dtype was fp32, is mixed")
+    for nothing in (tmp_path / "nowhere", path.parent, go.data / "toy_train_000000.bin"):
+        refused(nothing, says="is no whole checkpoint")
     done, _, _ = go()
-    refused(done, says="its run is finished")
+    refused(checkpoint(tmp_path, done, 10), says="its run is finished")
     with one_thread(), pytest.raises(SystemExit):
-        importlib.import_module("train_rwkv7").main(tiny("train_rwkv7", go.data, tmp_path / "r", "--resume", run))
+        importlib.import_module("train_rwkv7").main(tiny("train_rwkv7", go.data, tmp_path / "r", "--resume", path))
     assert "it is of train_gpt2.py" in capsys.readouterr().err and not (tmp_path / "r").exists()
 
 
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("name", ("checkpoint.json", "model.safetensors", "training.safetensors", "log.txt"))
-def test_a_damaged_checkpoint_is_passed_over(name, go, tmp_path, capsys):
-    """A bit, the end or the whole file lost: the one before it is taken, with a line; without one it is refused."""
+def test_auto_takes_the_furthest(go, tmp_path, capsys):
+    """Whatever a file's time; what is cut short is passed over, with a line."""
     module = importlib.import_module(GPT2)
     first, _, _ = go("--save_every", 2, "--stop_after", 4)
-    run, backup = tmp_path / "checkpoints" / first.name, tmp_path / "backup"
-    shutil.copytree(run, backup)
-    args = module.parse(tiny(GPT2, go.data, tmp_path / "r", "--steps", 10))
-    about = module.read_about(run / "step000004")
-    sources, data = about["sources"], about["data"]
-
-    for damage in (flip, lambda path: os.truncate(path, path.stat().st_size - 1), os.remove):
-        for args.resume in ("auto", str(run), str(run / "step000004")):
-            assert module.find_checkpoint(args, sources, data)[0] == run / "step000004"
-            damage(run / "step000004" / name)
-            capsys.readouterr()
-            assert module.find_checkpoint(args, sources, data)[0] == run / "step000002"
-            line, = capsys.readouterr().out.strip().split("\n")
-            assert f"{run}/step000004 is passed over: its {name} is damaged or missing" in line
-            damage(run / "step000002" / name)
-            if args.resume == "auto":
-                assert module.find_checkpoint(args, sources, data) is None
-            else:
-                with pytest.raises(ValueError, match="no whole checkpoint"):
-                    module.find_checkpoint(args, sources, data)
-            shutil.rmtree(run)
-            shutil.copytree(backup, run)
+    go("--stop_after", 3)
+    args = module.parse(tiny(GPT2, go.data, tmp_path / "r", "--steps", 10, "--resume", "auto"))
+    assert module.find_checkpoint(args)[0] == checkpoint(tmp_path, first, 4)
+    os.truncate(checkpoint(tmp_path, first, 4), 9000)
+    capsys.readouterr()
+    assert module.find_checkpoint(args)[1]["step"] == 3
+    line, = capsys.readouterr().out.strip().split("\n")
+    assert "step000004.safetensors is no whole checkpoint" in line and "passed over" in line
+    args.random_seed = 5
+    assert module.find_checkpoint(args) is None and "from the beginning" in capsys.readouterr().out
 
 
 def at(name, call, action, monkeypatch):
@@ -256,12 +220,12 @@ def test_a_signal_ends_after_the_step(moment, number, go, tmp_path, monkeypatch,
                         "the last step": ("train_step", 12, 10)}[moment]  # the warm-up's are 2 steps and 1 validation
     at(name, call, lambda: signal.raise_signal(number), monkeypatch)
     folder, log, none = go(ends=128 + number)
-    path = tmp_path / "checkpoints" / folder.name / f"step{step:06d}"
+    path = checkpoint(tmp_path, folder, step)
     reason = f"after step {step} of 10, checkpoint {path}"
     assert log.endswith(f"\nend: interrupted by {number.name} {reason}\n") and none is None
     assert f"interrupted {reason}; the log: {folder}/log.txt\n" in capsys.readouterr().err
     assert f"step:{step}/10 train_loss" in log and f"step:{step}/10 val_loss" not in log
-    assert list(whole(path.parent)) == [step]
+    assert list(whole(tmp_path, folder.name)) == [step]
     _, log, again = go("--resume", "auto")
     assert losses(log) == losses(unbroken) and curve(again) == curve(result)
 
@@ -280,13 +244,13 @@ def test_second_signals(go, tmp_path, monkeypatch):
             at("train_step", call, twice, patch)
             folder, log, result = go(ends=143)
         assert result is None and "\nend: interrupted by SIGTERM" in log
-        assert (f"after step {step}" in log) == bool(step) == (tmp_path / "checkpoints" / folder.name).exists()
+        assert (f"after step {step}" in log) == bool(step) == bool(whole(tmp_path, folder.name))
 
 
 def test_ranks_agree_on_the_step(tmp_path):
     """SIGTERM to torchrun, which passes it on: one checkpoint, resumed by another number of ranks; losses to 1e-5."""
     _, _, log, folder = end_in_the_middle(GPT2, tmp_path, signal.SIGTERM, ranks=2)
-    step, = whole(tmp_path / "checkpoints" / folder.name)
+    step, = whole(tmp_path)
     assert step >= 3 and f"\nend: interrupted by SIGTERM after step {step} of 20000, checkpoint" in log, log[-500:]
     ends = tiny(GPT2, tmp_path / "data", tmp_path / "records", *UNENDING, "--stop_after", step + 2)
     run_here(GPT2, *ends, "--records", tmp_path / "resumed", "--resume", "auto")
@@ -349,20 +313,19 @@ def test_kill_9_at_random_moments(tmp_path):
         nursery.stdin.flush()
         return int(nursery.stdout.readline())
 
-    def newest():
-        return max((step for run in (tmp_path / "checkpoints").glob("*") for step in whole(run)), default=0)
-
     saving, reached, parts = ("--save_every", 1, "--resume", "auto"), 0, 0
     try:
         for kill in range(20):
             ended = child(moments.uniform(0, 1.0), "", *saving) if kill % 4 == 0 else child(
-                moments.uniform(0, 0.25), str(tmp_path / "checkpoints" / "*" / "*[0-9]"), *saving)
+                moments.uniform(0, 0.25), str(tmp_path / "checkpoints" / "*.safetensors"), *saving)
             assert ended == signal.SIGKILL, f"seed {seed}: before kill {kill} it ended with {ended}"
-            now = newest()
+            now = max(whole(tmp_path), default=0)
             assert now >= reached, f"seed {seed}: the checkpoint of step {reached} is lost, after kill {kill}"
-            for run in (tmp_path / "checkpoints").glob("*"):
-                strangers = [p.name for p in run.iterdir() if not re.fullmatch(r"step\d{6}(\.part)?", p.name)]
-                assert not strangers and len(whole(run)) <= 3, f"seed {seed}: {strangers}"
+            names = [path.name for path in (tmp_path / "checkpoints").glob("*")]
+            strangers = [name for name in names if not re.fullmatch(r".*_step\d{6}\.(safetensors|part)", name)]
+            assert not strangers, f"seed {seed}: {strangers}"
+            runs = [name[:-len("_step000000.safetensors")] for name in names if name.endswith(".safetensors")]
+            assert max(map(runs.count, runs), default=0) <= 3, f"seed {seed}: {names}"
             parts, reached = parts + (now > reached), now
         assert child(60, "", "--resume", "auto", "--stop_after", reached + 2) == 0, f"seed {seed}: not resumable"
         resumed = max((tmp_path / "records").iterdir(), key=lambda run: (run / "log.txt").stat().st_mtime)
@@ -378,24 +341,25 @@ def test_kill_9_at_random_moments(tmp_path):
 def test_full_disk_at_a_checkpoint(step, go, tmp_path, monkeypatch, capsys):
     """One line, status 1, nothing half. In between the run ends and can go on; at the last one its record is whole."""
     module = importlib.import_module(GPT2)
-    plain = module.sync
+    plain = module.os.replace
 
-    def full(path):
-        if f"step{step:06d}" in str(path) and path.suffix == ".safetensors":
+    def full(source, target):
+        if f"step{step:06d}" in str(target):
             raise OSError(28, "No space left on device")
-        plain(path)
+        plain(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "sync", full)
+        patch.setattr(module.os, "replace", full)
         folder, log, result = go("--save_every", 4, ends=1)
-    message, run = capsys.readouterr().err, tmp_path / "checkpoints" / folder.name
+    message = capsys.readouterr().err
     assert message.count("\n") == 1 and f"step{step:06d}" in message and "No space left" in message, message
-    assert list(whole(run)) == ([4] if step == 8 else [4, 8]) and len(list(run.iterdir())) == len(whole(run))
+    assert list(whole(tmp_path)) == ([4] if step == 8 else [4, 8])
+    assert not list((tmp_path / "checkpoints").glob("*.part"))
     if step == 10:
-        assert result["end"] == "finished" and re.search(r"^checkpoint: \[Errno 28\] No space.*step000010'$", log, re.M)
+        assert result["end"] == "finished" and re.search(r"^checkpoint: \[Errno 28\] No space.*tensors'$", log, re.M)
         assert "the record is whole" in message and verify.main([str(folder), "--no-code"]) == 0
     else:
-        assert result is None and re.search(r"\nend: failed: .*step000008'\. Make room.*\n\Z", log)
+        assert result is None and re.search(r"\nend: failed: .*step000008.safetensors'\. Make room.*\n\Z", log)
         assert "resumed" in go("--resume", "auto")[2]
 
 
@@ -421,9 +385,9 @@ def test_no_numbers_stop_the_run(poison, go, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "train_step", poisoned)
     folder, log, result = go("--save_every", 2, ends=1)
     message = capsys.readouterr().err
-    last = tmp_path / "checkpoints" / folder.name / "step000004"
+    last = checkpoint(tmp_path, folder, 4)
     what = {"the loss": "the loss is nan", "a weight": f"{names[3]} is not finite"}[poison]
     assert message.count("\n") == 1 and "step 6 of 10: " in message and what in message, message
     assert f"Last good checkpoint: {last}" in message
     assert result is None and "\nend: failed: step 6 of 10: " in log and "step:7/" not in log
-    assert list(whole(last.parent)) == [2, 4]
+    assert list(whole(tmp_path)) == [2, 4]

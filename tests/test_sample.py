@@ -1,10 +1,10 @@
 """sample.py: samplers against their formulas, text, states, --check with bugs to find, --eval against training's own
 figure, and what users get wrong. Models: random ones on disk (every term counts), and one trained run a script."""
 
-import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -20,22 +20,21 @@ import torch.nn.functional as F
 
 import recurrent
 import sample
-from helpers import ROOT, SCRIPTS, make_corpus, one_thread, only_record, run_here, signed, tiny, write_shard
+from helpers import ROOT, SCRIPTS, make_corpus, one_thread, only_record, run_here, tiny, write_shard
 from test_recurrent import CASES, scattered
 
 TEXT = (ROOT / "README.md").read_bytes()[:6000]
 
 
-def write_checkpoint(folder, script, config, weights, **about):
-    """A checkpoint's folder as the training scripts write it."""
-    folder.mkdir(parents=True)
-    safetensors.torch.save_file({name: t.contiguous() for name, t in weights.items()}, folder / "model.safetensors")
-    data = (folder / "model.safetensors").read_bytes()
-    about = dict(dict(format=1, script=f"{script.__name__}.py", run="random", step=1, config=asdict(config),
-                      tokenizer="bytes", tokenizer_sha256=sample.tokenizers.Bytes.sha256,
-                      files={"model.safetensors": dict(sha256=hashlib.sha256(data).hexdigest())}), **about)
-    (folder / "checkpoint.json").write_text(json.dumps(signed(about)))
-    return folder
+def write_checkpoint(path, script, config, weights, **about):
+    """A checkpoint as the training scripts write it after the last step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = dict(dict(format=2, finished=True, script=f"{script.__name__}.py", run="random", step=1,
+                      config=asdict(config), tokenizer="bytes", tokenizer_sha256=sample.tokenizers.Bytes.sha256),
+                 **about)
+    weights = {name: t.contiguous() for name, t in weights.items()}
+    safetensors.torch.save_file(weights, path, metadata=dict(checkpoint=json.dumps(about)))
+    return path
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,7 +46,7 @@ def quick():
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     """{case: checkpoint} of models with noise on every parameter."""
-    return {case: write_checkpoint(tmp_path_factory.mktemp("random") / "step000001", *scattered(case))
+    return {case: write_checkpoint(tmp_path_factory.mktemp("random") / "run_step000001.safetensors", *scattered(case))
             for case in CASES}
 
 
@@ -367,8 +366,7 @@ def test_distance():
 def test_all_forms_agree(path, say, tmp_path, monkeypatch):
     """All of one checkpoint: another step may be saved between fp32 and bf16."""
     (tmp_path / "text").write_bytes(TEXT)
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "run").symlink_to(path.parent)
+    (tmp_path / "checkpoints").symlink_to(path.parent)
     monkeypatch.setattr(recurrent, "CHECKPOINTS", tmp_path / "checkpoints")
     loaded, load = [], recurrent.load
     monkeypatch.setattr(recurrent, "load", lambda where, *a: loaded.append(where.resolve()) or load(where, *a))
@@ -392,7 +390,8 @@ def test_without_data_or_vocabulary(name, digest, words, say, refused, tmp_path,
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     script, config, weights = scattered("train_gpt2")
     config.data = str(tmp_path / "gone")
-    path = write_checkpoint(tmp_path / "step000001", script, config, weights, tokenizer=name, tokenizer_sha256=digest)
+    path = write_checkpoint(tmp_path / "x_step000001.safetensors", script, config, weights, tokenizer=name,
+                            tokenizer_sha256=digest)
     shard = write_shard(tmp_path / "one.bin", [256, *TEXT[:600]])
     for flags, source in (([], "sample.py's own head"), (["--text", shard], shard)):
         assert f"20 tokens of {source}" in say(path, "--check", "--tokens", 20, *flags)[0]
@@ -497,7 +496,7 @@ def run(request, tmp_path_factory):
     run_here(request.param, *tiny(request.param, folder / "data", folder / "records", "--steps", 60, "--val_tokens",
                                   2500, "--val_every", 60, "--checkpoints", folder / "checkpoints"))
     record, _, result = only_record(folder / "records")
-    return folder / "checkpoints" / record.name, folder / "data", result
+    return next((folder / "checkpoints").glob(f"{record.name}_*")), folder / "data", result
 
 
 def evaluated(say, *argv):
@@ -610,11 +609,10 @@ def test_bad_input(gpt, refused, tmp_path, monkeypatch):
     data, other, torn = (make_corpus(tmp_path / name) for name in ("data", "other", "torn"))
     (other / "manifest.json").write_text('{"tokenizer": "gpt2", "tokenizer_sha256": "0f"}')
     (torn / "manifest.json").write_text("{")
-    shutil.copytree(gpt, "step000001")
-    with open("step000001/model.safetensors", "rb+") as file:
-        file.truncate(1000)
+    shutil.copy(gpt, "cut.safetensors")
+    os.truncate("cut.safetensors", 1000)
     refused("latest", words=["no checkpoint", "./run_rwkv7.sh --track tiny"])
-    refused("step000001", words=["damaged", "bytes", "Take another step"])
+    refused("cut.safetensors", words=["damaged"])
     for flags, words in (
             (["--start", "FILE:gone.txt"], ["gone.txt", "No such file"]), (["--start", "FILE:data"], ["cannot read"]),
             (["--start", "FILE:latin"], ["latin", "UTF-8", "iconv"]), (["--start", "\udcff"], ["Unicode", "FILE:"]),
