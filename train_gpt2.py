@@ -1067,7 +1067,9 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
 
     clock.switch("warm-up")
     val_batches = validation_set(val, args, rank)
-    compiled = torch.compile(model, fullgraph=True, dynamic=False) if args.compile and args.device == "cuda" else model
+    compiled = model
+    if args.compile and args.device == "cuda" and getattr(args, "kernel", "") != "torch":  # its unrolled loop: minutes
+        compiled = torch.compile(model, fullgraph=True, dynamic=False)
     if world_size() > 1:
         compiled = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
     digest = warm_up(model, compiled, optimizers, val_batches, end - first, args)

@@ -36,7 +36,6 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Optional
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends the program quietly
@@ -46,7 +45,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -119,14 +118,11 @@ HALVES = (1, 2, 4, 8)  # two tokens of a chunk lie in the two halves of exactly 
 LARGEST_W = 30.0  # exp(-exp(30)) is 0 even in fp64, and 0 times exp(30) is 0
 
 
-def to_chunks(x, value=0.0):  # (B, T, H, N) -> (chunks, B, H, CHUNK, N), fp32 or fp64
-    x = F.pad(x.to(torch.promote_types(x.dtype, torch.float32)), (0, 0, 0, 0, 0, -x.size(1) % CHUNK), value=value)
+def to_chunks(x, value=0.0):
+    """(B, T, H, N) -> (chunks, B, H, CHUNK, N), fp32 or fp64; the last chunk is padded."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = F.pad(x, (0, 0, 0, 0, 0, -x.size(1) % CHUNK), value=value)
     return x.unflatten(1, (-1, CHUNK)).permute(1, 0, 3, 2, 4).contiguous()
-
-
-def from_chunks(x, like):  # and back, without the padding; always a copy, since an operator's results must not overlap
-    x = x.permute(1, 0, 3, 2, 4).to(like.dtype, memory_format=torch.contiguous_format, copy=True)
-    return x.flatten(1, 2)[:, : like.size(1)].contiguous()
 
 
 def halves(x, level):
@@ -140,84 +136,56 @@ def corners(A, level):
     return A.unflatten(-1, split).unflatten(-4, split)[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
-def chunk_terms(r, k, v, w, u):
-    """What does not depend on the chunk's state S. Between the r of one token and the k of an earlier one lie the
-    decays of the tokens between them. At the level where the two are in different halves of a block their product
-    splits in two, at the edge of the halves: one factor for r and one for k, each at most 1. So nothing is divided and
-    nothing overflows; and as every factor is exp of a sum over its own tokens, no digits go in differences of sums.
+def factors(device):
+    """Which tokens' decays lie in a token's factor, 0/1, (6, CHUNK, CHUNK): at each level those between it and the edge
+    of its block's halves, since the chunk's start, to the chunk's end. And at each level who is right of the edge."""
+    s = torch.arange(CHUNK, device=device)
+    t = s[:, None]
+    between, right = [], []
+    for half in HALVES:
+        edge = (t // half | 1) * half
+        between.append((edge <= s) & (s < t) | (t < s) & (s < edge))
+        right.append(edge <= t)
+    return torch.stack([*between, s < t, s > t]), torch.stack(right)
 
-    between: 0/1, (6 CHUNK, CHUNK), the tokens that a token's factor takes in: at each level, since the chunk's start,
-    to the chunk's end. RK: r of the right and k of the left halves times these, (..., levels, CHUNK, N); R, K: r since
-    the start and k to the end. A: all pairs, (..., CHUNK, CHUNK), u on the diagonal. P_end: product over the chunk."""
-    r, k, v, u = to_chunks(r), to_chunks(k), to_chunks(v), u[:, None]
-    log_d = -torch.exp(to_chunks(w, -torch.inf).clamp(max=LARGEST_W))  # padding: d = 1, k = v = 0 keep the state as is
-    t = torch.arange(CHUNK, device=r.device)
-    to, s = t[:, None], t[None, :]
-    edges = [(to // half | 1) * half for half in HALVES]
-    between = [(edge <= s) & (s < to) | (to < s) & (s < edge) for edge in edges] + [s < to, s > to]
-    between = torch.cat(between).to(log_d.dtype)
-    is_right = torch.stack([edge <= to for edge in edges])  # (levels, CHUNK, 1)
-    decay = (between @ log_d).exp().unflatten(-2, (-1, CHUNK))
-    RK = torch.where(is_right, r.unsqueeze(-3), k.unsqueeze(-3)) * decay[..., :-2, :, :]
-    A = torch.diag_embed((r * u * k).sum(-1))
+
+def wkv6_chunked(r, k, v, w, u, S=None):
+    """y like r and the state after the last token, in fp32 or fp64, from the state S (B, H, N, N) or zero; any T.
+
+    Between the r of one token and the k of an earlier one lie the decays of the tokens between them. At the level where
+    the two are in different halves of a block their product splits in two, at the edge of the halves: one factor for r
+    and one for k, each at most 1. So nothing is divided and nothing overflows; and as every factor is exp of a sum over
+    its own tokens, no digits go in differences of sums. In the letters of cuda/wkv6/chunk.cuh, A being all pairs with u
+    on the diagonal, R = r times the decays since the chunk's start, K = k times those to its end:
+        Y = R S^T + A V   S <- S P_end + V^T K
+    """
+    r_, k_, V = map(to_chunks, (r, k, v))
+    log_d = -torch.exp(to_chunks(w, -torch.inf).clamp(max=LARGEST_W))  # padding: d = 1, k = v = 0 keep S as it is
+    between, right = factors(r.device)
+    decay = (between.flatten(0, 1).to(log_d.dtype) @ log_d).exp().unflatten(-2, (-1, CHUNK))
+    RK = torch.where(right, r_.unsqueeze(-3), k_.unsqueeze(-3)) * decay[..., :-2, :, :]
+    A = torch.diag_embed((r_ * u.to(V.dtype)[:, None] * k_).sum(-1))
     for level in range(len(HALVES)):
-        left, right = halves(RK[..., level, :, :], level)
-        corners(A, level).copy_(right @ left.mT)
-    R, K, P_end = r * decay[..., -2, :, :], k * decay[..., -1, :, :], log_d.sum(-2, keepdim=True).exp()
-    return r, k, v, u, log_d, between, is_right, decay, RK, R, K, A, P_end
-
-
-@torch.library.custom_op("wkv6::torch_forward", mutates_args=())
-def torch_forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, s0: Optional[Tensor]
-                  ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the states at the chunk starts, (chunks, B, H, N, N), and the final one."""
-    _, _, V, _, _, _, _, _, _, R, K, A, P_end = chunk_terms(r, k, v, w, u)
+        of_k, of_r = halves(RK[..., level, :, :], level)
+        corners(A, level).copy_(of_r @ of_k.mT)
+    R = r_ * decay[..., -2, :, :]
+    K = k_ * decay[..., -1, :, :]
+    P_end = log_d.sum(-2, keepdim=True).exp()
     add = V.mT @ K
-    S = torch.zeros_like(add)
-    if s0 is not None:
-        S[0] = s0
-    for c in range(len(S) - 1):
-        torch.addcmul(add[c], S[c], P_end[c], out=S[c + 1])
-    return from_chunks(R @ S.mT + A @ V, r), S, add[-1] + S[-1] * P_end[-1]
-
-
-@torch.library.custom_op("wkv6::torch_backward", mutates_args=())
-def torch_backward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, s0: Optional[Tensor], S: Tensor, dy: Tensor,
-                   dsT: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    r_, k_, V, u_, log_d, between, is_right, decay, RK, R, K, A, P_end = chunk_terms(r, k, v, w, u)
-    dY = to_chunks(dy)
-    add = dY.mT @ R
-    G = torch.zeros_like(S)  # gradient of the state at the chunk's end
-    if dsT is not None:
-        G[-1] = dsT
-    for c in range(len(S) - 1, 0, -1):
-        torch.addcmul(add[c], G[c], P_end[c], out=G[c - 1])
-    ds0 = S.new_empty(0) if s0 is None else add[0] + G[0] * P_end[0]
-    dA = dY @ V.mT
-    dV = A.mT @ dY + K @ G.mT
-    products = torch.empty_like(decay)  # gradients of RK, R and K
-    products[..., -2, :, :], products[..., -1, :, :] = dY @ S, V @ G
-    for level in range(len(HALVES)):
-        left, right = halves(RK[..., level, :, :], level)
-        d_left, d_right = halves(products[..., level, :, :], level)
-        pairs = corners(dA, level)
-        d_left.copy_(pairs.mT @ right), d_right.copy_(pairs @ left)
-    # A token's decay is in the factors of `between` and in what the chunk hands on: sums in which nothing cancels.
-    through = torch.cat((RK, torch.stack((R, K), -3)), -3) * products
-    d_log = between.mT @ through.flatten(-3, -2) + P_end * (S * G).sum(-2, keepdim=True)
-    products *= decay
-    q = dA.diagonal(dim1=-2, dim2=-1)[..., None]  # dy v
-    dr = torch.where(is_right, products[..., :-2, :, :], 0).sum(-3) + products[..., -2, :, :] + u_ * k_ * q
-    dk = torch.where(is_right, 0, products[..., :-2, :, :]).sum(-3) + products[..., -1, :, :] + u_ * r_ * q
-    du = (r_ * k_ * q).sum(-2).sum((0, 1))
-    return *(from_chunks(x, r) for x in (dr, dk, dV, d_log * log_d)), du, ds0
+    S = torch.zeros_like(add[0]) if S is None else S.to(add.dtype)
+    first = []  # states at the chunks' beginnings
+    for decay_c, add_c in zip(P_end, add):
+        first.append(S)
+        S = S * decay_c + add_c
+    Y = R @ torch.stack(first).mT + A @ V
+    return Y.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :r.size(1)].to(r.dtype), S
 
 
 def empty(what, r):
     """An empty tensor like a state, or like what the forward of a kernel keeps for its backward, at inputs like r."""
     (B, T, H, N), wide = r.shape, torch.promote_types(r.dtype, torch.float32)
-    shape, dtype = dict(state=((B, H, N, N), wide), none=((0,), wide), torch=((-(-T // CHUNK), B, H, N, N), wide),
-                        cpu=((0,), wide), cuda=((B, H, -(-T // 32), N, N), torch.float32),
+    shape, dtype = dict(state=((B, H, N, N), wide), none=((0,), wide), cpu=((0,), wide),
+                        cuda=((B, H, -(-T // 32), N, N), torch.float32),
                         fast=((B, H, -(-T // 64), N, N), torch.bfloat16))[what]
     return r.new_empty(shape, dtype=dtype)
 
@@ -249,9 +217,6 @@ def register(kernel):
     torch.library.register_fake(forward, fake_forward)
     torch.library.register_fake(backward, fake_backward)
     torch.library.register_autograd(forward, backward_of, setup_context=setup_context)
-
-
-register("torch")
 
 
 @functools.cache
@@ -289,6 +254,9 @@ def wkv6(r, k, v, w, u, kernel="torch", state=None, final=False):
     """y (B, T, H, N) in the dtype of r, by "torch" or a kernel that is loaded, from the state given, (B, H, N, N), or
     zero; with `final` also the state after the last token, fp32. u: (H, N), fp32. Any T and strides. The cpu kernel
     computes in fp32 and has no states; fast rounds to bf16; cuda takes bf16 and fp32 as is. Differentiable."""
+    if kernel == "torch":
+        y, state = wkv6_chunked(r, k, v, w, u, state)
+        return (y, state) if final else y
     T, dtype = r.size(1), dict(cpu=torch.float32, fast=torch.bfloat16).get(kernel, r.dtype)
     wide, forward = torch.promote_types(dtype, torch.float32), getattr(torch.ops.wkv6, f"{kernel}_forward")
     inputs, u = [x.to(dtype).contiguous() for x in (r, k, v, w)], u.to(wide).contiguous()
@@ -296,7 +264,7 @@ def wkv6(r, k, v, w, u, kernel="torch", state=None, final=False):
         if final or state is not None:
             raise ValueError("wkv6: --kernel cpu starts from the zero state and gives no final one; use torch")
         return forward(*inputs, u)[0].to(r.dtype)
-    if kernel != "torch" and T % 16:  # padding: d = 1 and the rest 0 leave the state as it is
+    if T % 16:  # padding: d = 1 and the rest 0 leave the state as it is
         inputs = [F.pad(x, (0, 0, 0, 0, 0, -T % 16), value=-torch.inf if i == 3 else 0) for i, x in enumerate(inputs)]
     y, _, sT = forward(*inputs, u, state if state is None else state.to(wide).contiguous())
     y = y[:, :T].to(r.dtype)
@@ -1284,7 +1252,9 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
 
     clock.switch("warm-up")
     val_batches = validation_set(val, args, rank)
-    compiled = torch.compile(model, fullgraph=True, dynamic=False) if args.compile and args.device == "cuda" else model
+    compiled = model
+    if args.compile and args.device == "cuda" and getattr(args, "kernel", "") != "torch":  # its unrolled loop: minutes
+        compiled = torch.compile(model, fullgraph=True, dynamic=False)
     if world_size() > 1:
         compiled = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
     digest = warm_up(model, compiled, optimizers, val_batches, end - first, args)

@@ -36,7 +36,6 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Optional
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends the program quietly
@@ -46,7 +45,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -132,88 +131,51 @@ BUILD = Path(__file__).absolute().parent / "cuda" / "build.py"
 CHUNK = 16  # tokens; where keys repeat, small chunks are the accurate ones
 
 
-def to_chunks(x, value=0.0):  # (B, T, H, N) -> (chunks, B, H, CHUNK, N), fp32 or fp64
-    x = F.pad(x.to(torch.promote_types(x.dtype, torch.float32)), (0, 0, 0, 0, 0, -x.size(1) % CHUNK), value=value)
+def to_chunks(x, value=0.0):
+    """(B, T, H, N) -> (chunks, B, H, CHUNK, N), fp32 or fp64; the last chunk is padded."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = F.pad(x, (0, 0, 0, 0, 0, -x.size(1) % CHUNK), value=value)
     return x.unflatten(1, (-1, CHUNK)).permute(1, 0, 3, 2, 4).contiguous()
 
 
-def from_chunks(x, like):  # and back, without the padding; always a copy, since an operator's results must not overlap
-    x = x.permute(1, 0, 3, 2, 4).to(like.dtype, memory_format=torch.contiguous_format, copy=True)
-    return x.flatten(1, 2)[:, : like.size(1)].contiguous()
+def wkv7_chunked(r, w, k, v, a, b, S=None):
+    """y like r and the state after the last token, in fp32 or fp64, from the state S (B, H, N, N) or zero; any T.
 
-
-def chunk_terms(r, w, k, v, a, b):
-    """What does not depend on the chunk's state S. P_t: product of the decays up to token t. Stacked along the tokens,
-    AR = [a P_{t-1}; r P_t] and BK = [b; k] / P_t; pairs = AR BK^T where the second token acts on the first, else 0;
-    M = (1 - pairs_ab)^{-1}; u = W S^T + U0; S at the chunk's end = S step + what the chunk brings."""
-    r, k, v, a, b = map(to_chunks, (r, k, v, a, b))
-    gate = torch.sigmoid(to_chunks(w, -torch.inf))  # padding: d = 1 and the rest 0 leave the state as it is
-    log_d = -DECAY_BOUND * gate
+    In the letters of cuda/wkv7/chunk.cuh, P_t being the product of a chunk's decays up to its token t:
+        A = a P_{t-1}   R = r P_t   B = b / P_t   K = k / P_t   M = (1 - AB)^{-1}, AB = A B^T below the diagonal
+        U = M (A S^T + AK V)   Y = R S^T + RB U + RK V   S <- S P_end + U^T B P_end + V^T K P_end
+    The part of U that depends on the chunk's first state S is W S^T, so that S <- S step + add.
+    """
+    R, K, V, A, B = map(to_chunks, (r, k, v, a, b))
+    # Padding: d = 1 and the rest 0 keep S. The sigmoid by its logarithm: its gradient is not 0 where 1 - sigmoid is.
+    log_d = -DECAY_BOUND * F.logsigmoid(to_chunks(w, -torch.inf)).exp()
     log_P = log_d.cumsum(-2)
     P_end = log_P[..., -1:, :].exp()
-    scale_AR, scale_BK = torch.cat((log_P - log_d, log_P), -2).exp(), (-log_P).exp().repeat(1, 1, 1, 2, 1)
-    AR, BK = torch.cat((a, r), -2) * scale_AR, torch.cat((b, k), -2) * scale_BK
-    ones = v.new_ones(CHUNK, CHUNK)
-    mask, eye = torch.cat((ones.tril(-1), ones.tril())).repeat(1, 2), ones.tril().triu()
-    pairs = (AR @ BK.mT).mul_(mask)
-    M = torch.linalg.solve_triangular(eye - pairs[..., :CHUNK, :CHUNK], eye, upper=False, unitriangular=True)
-    W, U0 = M @ AR[..., :CHUNK, :], M @ (pairs[..., :CHUNK, CHUNK:] @ v)
-    BK_end = BK * P_end
-    step = torch.diag_embed(P_end.squeeze(-2)) + W.mT @ BK_end[..., :CHUNK, :]
-    return v, gate, AR, scale_AR, BK, scale_BK, BK_end, P_end, mask, pairs, M, W, U0, step
-
-
-@torch.library.custom_op("wkv7::torch_forward", mutates_args=())
-def torch_forward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s0: Optional[Tensor]
-                  ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the states at the chunk starts, (chunks, B, H, N, N), and the final one."""
-    V, _, AR, _, _, _, BK_end, _, _, pairs, _, W, U0, step = chunk_terms(r, w, k, v, a, b)
-    add = torch.cat((U0, V), -2).mT @ BK_end
-    S = torch.zeros_like(add)
-    if s0 is not None:
-        S[0] = s0
-    for c in range(len(S) - 1):
-        torch.baddbmm(add[c].flatten(0, 1), S[c].flatten(0, 1), step[c].flatten(0, 1), out=S[c + 1].flatten(0, 1))
-    sT = add[-1] + S[-1] @ step[-1]
-    UV = torch.cat((W @ S.mT + U0, V), -2)
-    return from_chunks(AR[..., CHUNK:, :] @ S.mT + pairs[..., CHUNK:, :] @ UV, r), S, sT
-
-
-@torch.library.custom_op("wkv7::torch_backward", mutates_args=())
-def torch_backward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s0: Optional[Tensor], S: Tensor,
-                   dy: Tensor, dsT: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    V, gate, AR, scale_AR, BK, scale_BK, BK_end, P_end, mask, pairs, M, W, U0, step = chunk_terms(r, w, k, v, a, b)
-    dY = to_chunks(dy)
-    dU = pairs[..., CHUNK:, :CHUNK].mT @ dY  # what of dU does not pass through later chunks
-    add = torch.cat((M.mT @ dU, dY), -2).mT @ AR
-    G = torch.zeros_like(S)  # gradient of the state at the chunk's end
-    if dsT is not None:
-        G[-1] = dsT
-    for c in range(len(S) - 1, 0, -1):
-        torch.baddbmm(add[c].flatten(0, 1), G[c].flatten(0, 1), step[c].mT.flatten(0, 1), out=G[c - 1].flatten(0, 1))
-    ds0 = S.new_empty(0) if s0 is None else add[0] + G[0] @ step[0].mT
-    dUV = BK_end @ G.mT
-    dZY = torch.cat((M.mT @ (dU + dUV[..., :CHUNK, :]), dY), -2)
-    UV = torch.cat((W @ S.mT + U0, V), -2)
-    dV = dUV[..., CHUNK:, :] + pairs[..., CHUNK:].mT @ dZY
-    d_pairs = (dZY @ UV.mT).mul_(mask)
-    dAR = dZY @ S + d_pairs @ BK
-    dBK = (UV @ G) * P_end + d_pairs.mT @ AR
-    # The decay of a token acts on every pair of an earlier b or k with a later a or r, and on the state handed on.
-    (from_a, from_r), (from_b, from_k) = (AR * dAR).split(CHUNK, -2), (BK * dBK).split(CHUNK, -2)
-    d_log = mask[CHUNK:, :CHUNK].mT @ (from_r - from_k - from_b) + mask[:CHUNK, :CHUNK].mT @ from_a
-    d_log[:-1] += (S[1:] * G[:-1]).sum(-2, keepdim=True)
-    if dsT is not None:
-        d_log[-1] += ((S[-1] * P_end[-1] + UV[-1].mT @ BK_end[-1]) * dsT).sum(-2, keepdim=True)
-    dw = d_log * gate * torch.sigmoid(-to_chunks(w)) * -DECAY_BOUND  # 1 - gate would be 0 long before it is in truth
-    (da, dr), (db, dk) = (dAR * scale_AR).split(CHUNK, -2), (dBK * scale_BK).split(CHUNK, -2)
-    return *(from_chunks(x, r) for x in (dr, dw, dk, dV, da, db)), ds0
+    A = A * (log_P - log_d).exp()
+    R = R * log_P.exp()
+    B = B * (-log_P).exp()
+    K = K * (-log_P).exp()
+    eye = torch.eye(CHUNK, dtype=V.dtype, device=V.device)
+    M = torch.linalg.solve_triangular(eye - (A @ B.mT).tril(-1), eye, upper=False, unitriangular=True)
+    W = M @ A
+    U = M @ ((A @ K.mT).tril(-1) @ V)
+    step = torch.diag_embed(P_end.squeeze(-2)) + W.mT @ (B * P_end)
+    add = U.mT @ (B * P_end) + V.mT @ (K * P_end)
+    S = torch.zeros_like(add[0]) if S is None else S.to(add.dtype)
+    first = []  # states at the chunks' beginnings
+    for step_c, add_c in zip(step, add):
+        first.append(S)
+        S = S @ step_c + add_c
+    first = torch.stack(first).mT
+    U = U + W @ first
+    Y = R @ first + (R @ B.mT).tril() @ U + (R @ K.mT).tril() @ V
+    return Y.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :r.size(1)].to(r.dtype), S
 
 
 def empty(what, r):
     """An empty tensor like a state, or like what the forward of a kernel keeps for its backward, at inputs like r."""
     (B, T, H, N), wide = r.shape, torch.promote_types(r.dtype, torch.float32)
-    shape, dtype = dict(state=((B, H, N, N), wide), none=((0,), wide), torch=((-(-T // CHUNK), B, H, N, N), wide),
+    shape, dtype = dict(state=((B, H, N, N), wide), none=((0,), wide),
                         cpu=(r.shape, r.dtype), cuda=((B, H, -(-T // 16), N + 16, N), torch.float32),
                         fast=((B, H, -(-T // 64), N, N), torch.bfloat16),
                         wind=((B, H, -(-T // 64), N, N), torch.bfloat16))[what]
@@ -255,9 +217,6 @@ def register(kernel):
     torch.library.register_autograd(forward, backward_of, setup_context=setup_context)
 
 
-register("torch")
-
-
 @functools.cache
 def load_kernel(kernel, *needs):
     """Load the kernel, built by cuda/build.py if need be. needs: flags of build.py that say what it must fit. Returns
@@ -293,6 +252,9 @@ def wkv7(r, w, k, v, a, b, kernel="torch", state=None, final=False):
     """y (B, T, H, N) in the dtype of r, by "torch" or a kernel that is loaded, from the state given, (B, H, N, N), or
     zero; with `final` also the state after the last token, fp32. Differentiable in all inputs. Any T, any strides. The
     cpu kernel computes in fp32 and has no states; fast rounds to bf16; cuda takes bf16 and fp32 as they are."""
+    if kernel == "torch":
+        y, state = wkv7_chunked(r, w, k, v, a, b, state)
+        return (y, state) if final else y
     T, dtype = r.size(1), dict(cpu=torch.float32, fast=torch.bfloat16).get(kernel, r.dtype)
     inputs = [x.to(dtype).contiguous() for x in (r, w, k, v, a, b)]
     forward = getattr(torch.ops.wkv7, f"{kernel}_forward")
@@ -300,7 +262,7 @@ def wkv7(r, w, k, v, a, b, kernel="torch", state=None, final=False):
         if final or state is not None:
             raise ValueError("wkv7: --kernel cpu starts from the zero state and gives no final one; use torch")
         return forward(*inputs)[0].to(r.dtype)
-    if kernel != "torch" and T % 16:  # padding: d = 1 and the rest 0 leave the state as it is
+    if T % 16:  # padding: d = 1 and the rest 0 leave the state as it is
         inputs = [F.pad(x, (0, 0, 0, 0, 0, -T % 16), value=-torch.inf if i == 1 else 0) for i, x in enumerate(inputs)]
     if state is not None:
         state = state.to(torch.promote_types(dtype, torch.float32)).contiguous()
@@ -1355,7 +1317,9 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
 
     clock.switch("warm-up")
     val_batches = validation_set(val, args, rank)
-    compiled = torch.compile(model, fullgraph=True, dynamic=False) if args.compile and args.device == "cuda" else model
+    compiled = model
+    if args.compile and args.device == "cuda" and getattr(args, "kernel", "") != "torch":  # its unrolled loop: minutes
+        compiled = torch.compile(model, fullgraph=True, dynamic=False)
     if world_size() > 1:
         compiled = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
     digest = warm_up(model, compiled, optimizers, val_batches, end - first, args)

@@ -237,7 +237,8 @@ def time_mix_kernels(device, peers):
     """In steps as a model takes them, compiled on a GPU, and fused."""
     def steps(name):
         call = functools.partial(time_mix, kernel=name)
-        call = torch.compile(call, fullgraph=True, dynamic=False) if device == "cuda" else call
+        if device == "cuda" and name != "torch":  # as the scripts do: the torch form's loop would be unrolled
+            call = torch.compile(call, fullgraph=True, dynamic=False)
         return Kernel(call, why_not(train_rwkv7, name), rounds="steps")
     if device == "cpu":
         return {"mix torch": steps("torch"), "mix cpu": steps("cpu")}
