@@ -1167,6 +1167,7 @@ def open_data(args, rank):
     if vocab not in (None, args.vocab_size):
         raise ValueError(f"{args.data} holds tokens of {about.get('tokenizer')}, {vocab} ids; the model has "
                          f"--vocab_size {args.vocab_size}. Use --vocab_size {vocab}, or data of another tokenizer.")
+    text_bytes(args, np.zeros(0, int))  # a file that does not fit is found now
     if int(os.environ.get("LOCAL_RANK", rank)) != 0 or args.check:
         return train, val, {}
     shards = [stream.fingerprint(args.vocab_size, about.get("shards", ())) for stream in (train, val)]
@@ -1174,6 +1175,17 @@ def open_data(args, rank):
         raise ValueError(f"{Path(args.data) / shard['name']} is not what manifest.json lists: damaged, or of another "
                          "tokenizer? Make the data again, or delete manifest.json if you vouch for every shard.")
     return train, val, dict(folder=str(args.data), train=shards[0], val=shards[1], manifest=about or None)
+
+
+def text_bytes(args, tokens):
+    """Bytes of text that tokens stand for, by token_bytes.bin in the data folder (a uint8 a token id), or None."""
+    path = Path(args.data) / "token_bytes.bin"
+    if not path.exists():
+        return None
+    lengths = np.fromfile(path, np.uint8)
+    if len(lengths) != args.vocab_size:
+        raise ValueError(f"{path} is of {len(lengths)} token ids, --vocab_size of {args.vocab_size}: wrong data?")
+    return int(lengths[tokens].sum(dtype=np.int64))
 
 
 def same_shards(described, args):
@@ -1359,10 +1371,10 @@ def report(facts, clock, curve, val, train_tokens, args):
         unit = 1 if sys.platform == "darwin" else 1024
         memory = dict(resident=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
     targets = val.read(1, min(args.val_tokens, len(val) - 1) // args.seq_len * args.seq_len)
-    text_bytes = int((targets < 256).sum()) if args.vocab_size == 257 else 0  # the document mark stands for no byte
+    text = text_bytes(args, targets)
     final = dict(
-        val_loss=loss, bits_per_byte=loss * len(targets) / text_bytes / math.log(2) if text_bytes else None,
-        val_tokens=len(targets), text_bytes=text_bytes or None, steps=args.steps, tokens=tokens,
+        val_loss=loss, bits_per_byte=loss * len(targets) / text / math.log(2) if text else None,
+        val_tokens=len(targets), text_bytes=text or None, steps=args.steps, tokens=tokens,
         epochs=tokens / train_tokens, train_seconds=seconds,
         step_avg_ms=1e3 * seconds / args.steps, tokens_per_second=tokens / seconds, flops_per_second=flops,
         mfu=flops / (world_size() * max(peak)) if peak else None, peak_memory=memory,

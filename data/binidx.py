@@ -26,7 +26,7 @@ import numpy as np
 
 from text import (HEADER_INTS, MAGIC, MANIFEST, SHARD_SIZE, VERSION, OneLineParser, Shards, check_place, deal,
                   put_in_place, stage)
-from tokenizer import GPT2_SHA256, LARGEST_ID, Bytes, Failure
+from tokenizer import GPT2_SHA256, LARGEST_ID, Bytes, Failure, write_lengths
 
 IDX_MAGIC, IDX_VERSION = b"MMIDIDX\0\0", 1
 TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats, no tokens
@@ -187,6 +187,8 @@ def read_pairs(inputs, staging, about, val_share):
     if not train.total or not val.total:
         raise Failure(f"{', '.join(inputs)}: {sum(pair.documents for pair in pairs)} documents, too few for train and "
                       "val. Give a train and a val pair, or a larger --val")
+    if about["tokenizer"] == "bytes":  # of others there is no vocabulary here
+        write_lengths(staging, Bytes())
     manifest = dict(dataset="text", **about, documents=sum(pair.documents for pair in pairs), shards=shards)
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest

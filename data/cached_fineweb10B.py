@@ -545,11 +545,10 @@ def fetch(args, dataset, repo, train_shards, manifest, say):
             if 0 < len(missing) < len(names) else f"fetched in {time.perf_counter() - start:.0f} s" if missing else
             "intact, nothing to fetch")
     print(f"{dataset}: {len(names) - 1} train shards and the val shard, {tokens:,} tokens in {args.out}: {what}")
-    return 0
 
 
 def main(dataset, repo, train_shards, doc, argv=None):
-    script = f"cached_{dataset}.py"
+    script, here = f"cached_{dataset}.py", os.path.dirname(os.path.abspath(__file__))
     args = parse(script, dataset, train_shards, doc, argv)
     try:
         try:
@@ -562,7 +561,11 @@ def main(dataset, repo, train_shards, doc, argv=None):
                 return check(args, dataset, Manifest(args.out, about), say)
             os.makedirs(args.out, exist_ok=True)
             with alone(args.out):
-                return fetch(args, dataset, repo, train_shards, Manifest(args.out, about), say)
+                fetch(args, dataset, repo, train_shards, Manifest(args.out, about), say)
+                there = os.path.join(args.out, "token_bytes.bin")  # of text, by token id (tokenizer.py)
+                if not os.path.exists(there):
+                    shutil.copyfile(os.path.join(here, "gpt2_token_bytes.u8"), there)
+                return 0
         except ImportError as error:
             raise Failure(f"{error.name or error} is missing in {sys.executable}. Call .venv/bin/python instead "
                           "(./test.sh makes it), or: pip install -r requirements.txt") from None

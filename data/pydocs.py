@@ -32,6 +32,7 @@ MIN_VAL = 64 * 1024         # tokens
 VAL_FRACTION = 0.1
 SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
 TRAIN, VAL, MANIFEST = "pydocs_train_000001.bin", "pydocs_val_000000.bin", "manifest.json"
+TOKEN_BYTES = "token_bytes.bin"
 
 
 class Failure(Exception):
@@ -207,6 +208,8 @@ def stale(out):
             return f"was made by Python {manifest['python']}, this is {python_version()}", manifest
         if manifest["builder"] != builder():
             return "was made by another version of pydocs.py", manifest
+        if not os.path.exists(os.path.join(out, TOKEN_BYTES)):
+            return f"lacks {TOKEN_BYTES}", manifest
         if [s["name"] for s in manifest["shards"]] != [TRAIN, VAL]:
             return "has a manifest of other shards", manifest
         for entry in manifest["shards"]:
@@ -245,6 +248,7 @@ def build(stdlib, out):
         os.makedirs(out, exist_ok=True)
         for name, (_, data, _) in shards.items():
             write(os.path.join(out, name), data)
+        write(os.path.join(out, TOKEN_BYTES), bytes([1] * 256 + [0]))  # of text, by token id
         write(os.path.join(out, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
     except OSError as error:
         reason = error.strerror or error

@@ -28,6 +28,7 @@ import numpy as np
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # of r50k_base.tiktoken
 GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
 LARGEST_ID = 65535  # shards hold uint16
+TOKEN_BYTES = "token_bytes.bin"
 BY_SIZE = {257: "bytes", 50257: "gpt2"}  # the tokenizer of a model that names none
 
 
@@ -45,6 +46,12 @@ def need(module):
         return __import__(module)
     except ImportError:
         raise Failure(f"{module} is not installed: pip install -r data/requirements.txt") from None
+
+
+def write_lengths(folder, tokenizer):
+    """token_bytes.bin beside shards: a uint8 a token id, the bytes of text that it stands for; 0 for the document mark.
+    By it the training scripts count the text of what they validate."""
+    np.asarray(tokenizer.lengths(), np.uint8).tofile(pathlib.Path(folder) / TOKEN_BYTES)
 
 
 def canonical(tokens):

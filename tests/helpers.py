@@ -50,6 +50,7 @@ def make_corpus(folder, train=(1500, 700), val=(450,), vocab=257, text=None):
         for i, size in enumerate(sizes):
             tokens = np.resize(np.frombuffer(text, np.uint8), size) if text else generator.integers(vocab, size=size)
             write_shard(folder / f"toy_{split}_{i:06d}.bin", tokens)
+    (folder / "token_bytes.bin").write_bytes(bytes([1] * 256 + [0] * (vocab - 256)))
     return folder
 
 
@@ -89,7 +90,7 @@ def finish_a_run(script, folder):
     """The run that the fixture finished_run shares, on data with a manifest."""
     data = make_corpus(folder / "data", train=(300, 400, 10**4))
     shards = [dict(name=path.name, tokens=(path.stat().st_size - 1024) // 2, bytes=path.stat().st_size,
-                   sha256=hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(data.glob("*.bin"))]
+                   sha256=hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(data.glob("toy_*.bin"))]
     manifest = dict(dataset="toy", tokenizer="bytes", tokenizer_sha256="0f" * 32, vocab_size=257, shards=shards)
     (data / "manifest.json").write_text(json.dumps(manifest))
     kernel = ["--kernel", "cpu"] if "rwkv" in script else []

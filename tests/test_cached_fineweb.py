@@ -80,11 +80,13 @@ def run(start, tmp_path):
 
 def whole(run, shards, names=(VAL, ONE, TWO)):
     """Every shard is there, the manifest describes it, nothing else is left behind."""
-    assert {path.name for path in run.out.iterdir()} == {*names, "manifest.json", ".lock"}
+    assert {path.name for path in run.out.iterdir()} == {*names, "manifest.json", "token_bytes.bin", ".lock"}
     manifest = json.loads((run.out / "manifest.json").read_text())
     assert (manifest["dataset"], manifest["source"]) == ("fineweb10B", "kjj0/fineweb10B-gpt2")
     assert (manifest["tokenizer"], manifest["vocab_size"], manifest["document_mark"]) == ("gpt2", 50257, 50256)
     assert [entry["name"] for entry in manifest["shards"]] == list(names)
+    lengths = np.fromfile(run.out / "token_bytes.bin", np.uint8)  # of GPT-2's tokens: the bytes first, no mark
+    assert (len(lengths), lengths[:256].tolist(), lengths.max(), lengths[-1]) == (50257, [1] * 256, 128, 0)
     for entry in manifest["shards"]:
         data, path = shards[entry["name"]], run.out / entry["name"]
         assert path.read_bytes() == data, entry["name"]

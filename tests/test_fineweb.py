@@ -86,7 +86,8 @@ def refused(done, *parts, status=1):
 def whole(out, tokens):
     """Shards that hold these tokens, a manifest that says so, and nothing else."""
     count = -(-len(tokens) // SIZE)
-    assert {path.name for path in out.iterdir()} == {*map(name, range(count)), "manifest.json", ".lock"}
+    more = {"manifest.json", "token_bytes.bin", ".lock"}
+    assert {path.name for path in out.iterdir()} == {*map(name, range(count)), *more}
     manifest = json.loads((out / "manifest.json").read_text())
     assert [entry["name"] for entry in manifest["shards"]] == [name(i) for i in range(count)]
     for i, entry in enumerate(manifest["shards"]):
@@ -124,7 +125,7 @@ def test_the_last_shard_may_be_full(run, world, tmp_path):
     assert run(shard_size=len(world[1]) // 2).returncode == 0
     again = run(shard_size=len(world[1]) // 2)
     assert "2 shards" in again.output and "intact, nothing to make" in again.output, again.errors
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.bin")) == [name(1), name(0)]
+    assert sorted(path.name for path in (tmp_path / "out").glob("fineweb_*.bin")) == [name(1), name(0)]
 
 
 def test_killed_it_goes_on(run, world, tmp_path):

@@ -51,7 +51,8 @@ def corpus(tmp_path_factory):
 
 
 def test_format(corpus):
-    assert sorted(path.name for path in corpus.iterdir()) == ["manifest.json", TRAIN, VAL]  # and no temporary file
+    names = sorted(path.name for path in corpus.iterdir())
+    assert names == ["manifest.json", TRAIN, VAL, "token_bytes.bin"]  # and no temporary file
     manifest = json.loads((corpus / "manifest.json").read_text())
     assert (manifest["dataset"], manifest["tokenizer"], manifest["vocab_size"]) == ("pydocs", "bytes", 257)
     assert manifest["document_mark"] == 256 and manifest["python"] == "%d.%d.%d" % sys.version_info[:3]

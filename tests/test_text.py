@@ -11,10 +11,12 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 
+import train_gpt2
 from helpers import ROOT, SCRIPTS, load_program, only_record, run_here, tiny, tree
 
 sys.path.insert(0, str(ROOT / "data"))
@@ -46,7 +48,7 @@ def shards(folder, split=""):
     """The tokens of a split, over its shards; each shard checked against the format and the manifest."""
     manifest = json.loads((folder / "manifest.json").read_text())
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["manifest.json"] + [entry["name"] for entry in manifest["shards"]])
+        ["manifest.json", "token_bytes.bin"] + [entry["name"] for entry in manifest["shards"]])
     found = []
     for entry in (entry for entry in manifest["shards"] if split in entry["split"]):
         data = (folder / entry["name"]).read_bytes()
@@ -198,6 +200,23 @@ def test_byte_pairs(tmp_path, monkeypatch, vocab, seed):
         assert sorted(found) == sorted(bpe.encode(line).tolist() for line in lines), block
     assert [bpe.decode(part).decode() for part in found] and {bpe.decode(part).decode() for part in found} == set(lines)
     assert any(token > 255 for part in found for token in part), "nothing was merged"
+
+
+@pytest.mark.parametrize("flags", ([], ["--tokenizer", "gpt2"]))
+def test_bytes_of_text(tmp_path, vocab, flags):
+    """What the tokens of a validation set stand for, counted as the training scripts do, is the text itself: blanks,
+    letters of several bytes and ends of documents included."""
+    texts = ["the  then\n\n 1234..", "zwölf, 你好 🙂", "a", "don't\tthem ", *[f"text {i} é" for i in range(40)]]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    make(tmp_path / "a.jsonl", *flags, *(["--vocab", vocab] if flags else []), "--val", 0.5, "--out", tmp_path / "out")
+    args = types.SimpleNamespace(data=tmp_path / "out", vocab_size=273 if flags else 257)
+    counts = [train_gpt2.text_bytes(args, shards(tmp_path / "out", split)) for split in ("train", "val")]
+    assert sum(counts) == sum(len(text.encode()) for text in texts) and min(counts) > 100
+    args.vocab_size += 1
+    with pytest.raises(ValueError, match="token_bytes.bin is of 2.. token ids, --vocab_size of 2"):
+        train_gpt2.text_bytes(args, [])
+    args.data = tmp_path
+    assert train_gpt2.text_bytes(args, []) is None
 
 
 def test_names_and_hashes(tmp_path, vocab):
