@@ -525,8 +525,16 @@ class Record:
         self.path, self.log, self.file, self.checkpoint, self.chain = None, None, None, None, hashlib.sha256(log)
         if rank == 0:
             stamp = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
-            self.path = Path(args.records) / f"{stamp}_{Path(__file__).stem}_{args.name or os.urandom(3).hex()}"
-            self.path.mkdir(parents=True)  # never an old folder: nothing is overwritten
+            name, number = f"{stamp}_{Path(__file__).stem}_{args.name or os.urandom(3).hex()}", 1
+            while not self.path:  # never an old folder: nothing is overwritten
+                path = Path(args.records) / (name if number == 1 else f"{name}_{number}")
+                try:
+                    path.mkdir(parents=True)
+                    self.path = path
+                except FileExistsError:  # a run of this name began in the same second
+                    if not path.is_dir():
+                        raise
+                    number += 1
             self.log = self.path / "log.txt"
             self.file = open(self.log, "x", encoding="utf-8", buffering=1, newline="\n")
             self.file.write(log.decode())

@@ -7,8 +7,8 @@ Track tiny:    the same script on bytes of text, about 1M parameters, two minute
     1 GPU    ./run_rwkv7.sh --device_bsz 32              (python train_rwkv7.py ...; the same run, only longer)
     CPU      ./run_rwkv7.sh --track tiny                 (python data/pydocs.py; python train_rwkv7.py --track tiny)
 
-Claims: on fineweb none yet (the public run of this recipe reached 3.2756 after 3200 steps); on tiny the table of
-README.md, from the runs in records/. The file stands alone but for its kernels; records/report.py, if there, sums up.
+Claims: on fineweb none yet (the public 3.2756 after 3200 steps, of 2024-11-09, is an earlier RWKV-7's, before x070); on
+tiny the table of README.md, from the runs in records/. Stands alone but for its kernels; records/report.py sums up.
 """
 
 import argparse
@@ -775,8 +775,16 @@ class Record:
         self.path, self.log, self.file, self.checkpoint, self.chain = None, None, None, None, hashlib.sha256(log)
         if rank == 0:
             stamp = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
-            self.path = Path(args.records) / f"{stamp}_{Path(__file__).stem}_{args.name or os.urandom(3).hex()}"
-            self.path.mkdir(parents=True)  # never an old folder: nothing is overwritten
+            name, number = f"{stamp}_{Path(__file__).stem}_{args.name or os.urandom(3).hex()}", 1
+            while not self.path:  # never an old folder: nothing is overwritten
+                path = Path(args.records) / (name if number == 1 else f"{name}_{number}")
+                try:
+                    path.mkdir(parents=True)
+                    self.path = path
+                except FileExistsError:  # a run of this name began in the same second
+                    if not path.is_dir():
+                        raise
+                    number += 1
             self.log = self.path / "log.txt"
             self.file = open(self.log, "x", encoding="utf-8", buffering=1, newline="\n")
             self.file.write(log.decode())

@@ -267,6 +267,14 @@ def test_a_run_that_is_ended_leaves_its_log(tmp_path, number):
     assert log.endswith(f"\nend: interrupted by {number.name} {reason}\n")
 
 
+def test_two_runs_of_a_name_in_one_second(tmp_path, monkeypatch):
+    script = importlib.import_module("train_gpt2")
+    monkeypatch.setattr(script.time, "strftime", lambda *_: "2026-01-02T03-04-05Z")
+    args = script.Hyperparameters(records=str(tmp_path), name="a")
+    names = [script.Record(args, 0).path.name for _ in range(3)]
+    assert names == [f"2026-01-02T03-04-05Z_train_gpt2_a{suffix}" for suffix in ("", "_2", "_3")]
+
+
 def test_result_is_whole_or_not_there(tmp_path, monkeypatch):
     script = importlib.import_module("train_gpt2")
     record = script.Record(script.Hyperparameters(records=str(tmp_path)), 0)
