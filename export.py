@@ -29,7 +29,7 @@ import torch
 import recurrent
 
 SUFFIX = dict(rwkv=".pth", safetensors=".safetensors")  # the rwkv package appends its own
-KEPT = ("script", "run", "step", "config", "tokenizer", "tokenizer_sha256")
+KEPT = ("script", "run", "step", "finished", "config", "tokenizer", "tokenizer_sha256")
 NO_PLACE = {  # what the format cannot hold of the scripts that train no RWKV-7
     "train_gpt2.py": ["attention with rotary positions and normed queries and keys", "value residual (att.mix)",
                       "x0 lambdas (lambdas)", "RMSNorm without parameters", "MLP without token shift",
@@ -75,7 +75,7 @@ def export(checkpoint, to, out, dtype="fp32", force=False):
         write(out, force, lambda path: torch.save(weights, path))
     else:
         about = {key: model.about.get(key) for key in KEPT}
-        header = dict(format="pt", checkpoint=json.dumps(dict(about, format=2, finished=True)))
+        header = dict(format="pt", checkpoint=json.dumps(dict(about, format=2)))
         write(out, force, lambda path: safetensors.torch.save_file(weights, path, metadata=header))
     rows = next(t for name, t in weights.items() if name in ("emb.weight", "wte.weight")).size(0)
     padding = f" of which ids from {config.vocab_size} on are padding" if rows > config.vocab_size else ""

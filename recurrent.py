@@ -11,7 +11,6 @@ weights, and `python sample.py CHECKPOINT --check` holds the three forms against
 """
 
 import functools
-import glob
 import hashlib
 import importlib
 import json
@@ -490,8 +489,9 @@ def find(path):
         if not found:
             raise ValueError(f"no checkpoint in {CHECKPOINTS.absolute()}. Train one: ./run_rwkv7.sh --track tiny")
     else:
-        run = glob.escape(path.absolute().name)
-        found = sorted(CHECKPOINTS.glob(f"{run}_step*.safetensors"), key=lambda file: (len(file.name), file.name))
+        run = re.escape(path.absolute().name)
+        found = [file for file in CHECKPOINTS.glob("*.safetensors") if re.fullmatch(rf"{run}_step\d+", file.stem)]
+        found.sort(key=lambda file: (len(file.name), file.name))
         if not found:
             raise ValueError(f"{path}: no such file, nor a checkpoint of that name in {CHECKPOINTS}/. Give a file, a "
                              "run's name, its record's folder or the word latest.")

@@ -4,8 +4,8 @@
 #   sbatch --nodes=4 --gpus-per-node=4 run_slurm.sh ./run_gpt2.sh --seq_len 2048
 # Submit it from this folder, on a disk that every machine sees. Edit the lines below, or override them as above. Three
 # minutes before its time is up the run saves itself and the job queues again, as SLURM does itself when it takes a
-# machine away; each time it goes on from its last checkpoint in checkpoints/slurm_<job>/. After another end,
-# scontrol requeue <job> does the same.
+# machine away; each time it goes on from its last checkpoint in checkpoints/slurm_<job>/. After a failure,
+# scontrol requeue <job> does the same; after the last step it would begin anew.
 #SBATCH --job-name=rwkv-speedrun
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -656,9 +656,18 @@ def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
 
+def checkpoints_of(run, folder):
+    """{step: file} of a run's checkpoints."""
+    found = {}
+    for path in Path(folder).glob("*.safetensors"):
+        if match := re.fullmatch(rf"{re.escape(run)}_step(\d+)", path.stem):
+            found[int(match[1])] = path
+    return found
+
+
 def save(args, record, model, optimizers, about, losses):
     """Write a checkpoint beside its place and rename it; of the run's older ones the newest stays until the run has
-    finished. losses: of all steps so far, None when all is over. Rank 0 calls it. Raises OSError."""
+    finished. losses: of all steps so far, None when all is over. Rank 0 calls it. Returns None or an OSError."""
     tensors = dict(model.state_dict())
     if losses is not None:
         log = torch.frombuffer(bytearray(record.log.read_bytes()), dtype=torch.uint8)
@@ -679,19 +688,23 @@ def save(args, record, model, optimizers, about, losses):
         part.write_bytes(data)
         os.replace(part, path)
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror} (saving a checkpoint)", str(path)) from error
-    finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
+        return OSError(error.errno, f"{error.strerror} (saving a checkpoint)", str(path))
     record.checkpoint = path
-    for old in sorted(folder.glob(f"{record.path.name}_step*.safetensors"))[:-1 if losses is None else -2]:
-        old.unlink()
+    all_steps = checkpoints_of(record.path.name, folder)
+    for step in sorted(all_steps)[:-1 if losses is None else -2]:
+        all_steps[step].unlink()
 
 
 def facts_of(path):
     """The facts in a checkpoint's header. Raises ValueError."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["checkpoint"])
+            about = json.loads(file.metadata()["checkpoint"])
+        if about["format"] != 2 or "resumed" not in about:
+            raise ValueError("an export")
+        return about
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} is no whole checkpoint ({error})") from error
 
@@ -704,12 +717,28 @@ def another_run(about, args):
                      if key not in FREE and value != getattr(args, key, None))
 
 
-def find_checkpoint(args):
+def changed(about, sources, data, args):
+    """In words why a run cannot go on with these sources and shards; "" when it can."""
+    other = [source["name"] for source in about["sources"] + sources
+             if (source in about["sources"]) != (source in sources)]
+    if other:
+        return f"{other[0]} has changed since"
+    for split in ("train", "val"):
+        before = [shard["sha256"] for shard in about["data"][split]]
+        now = [shard["sha256"] for shard in data[split]]
+        count = max(len(before), len(now)) if args.order == "shuffled" else min(len(before), len(now))
+        if before[:count] != now[:count]:  # in sequence a run opens as many as it needs
+            return f"it was trained on other shards than those in {args.data}"
+    return ""
+
+
+def find_checkpoint(args, sources, data):
     """(path, facts) that --resume means: a file, or of the unfinished runs with these flags the one that got furthest.
     None where there is none. Raises ValueError."""
     if args.resume != "auto":
         about = facts_of(args.resume)
-        if why := another_run(about, args) or about["finished"] and "its run is finished":
+        why = another_run(about, args) or about["finished"] and "its run is finished"
+        if why := why or changed(about, sources, data, args):
             raise ValueError(f"--resume {args.resume} cannot go on: {why}.")
         return Path(args.resume), about
     found, over = [], set()
@@ -721,7 +750,11 @@ def find_checkpoint(args):
             continue
         if about["finished"]:
             over.update([about["run"], *(part["run"] for part in about["resumed"])])
-        elif not another_run(about, args):
+        elif another_run(about, args):
+            continue
+        elif why := changed(about, sources, data, args):
+            tqdm.write(f"--resume auto: {path}: {why}: passed over")
+        else:
             found.append((path, about))
     found = [(path, about) for path, about in found if about["run"] not in over]
     if not found:
@@ -729,9 +762,12 @@ def find_checkpoint(args):
     return max(found, key=lambda pair: pair[1]["step"], default=None)
 
 
-def resume_point(args, rank):
+def resume_point(args, rank, model, data):
     """find_checkpoint's answer, as rank 0 sees it, on every rank."""
-    answer = [find_checkpoint(args) if args.resume and rank == 0 else None]
+    answer = [None]
+    if args.resume and rank == 0:
+        sources = [about for about, _ in read_sources([Path(__file__), *model.sources])]
+        answer = [find_checkpoint(args, sources, data)]
     if args.resume and world_size() > 1:
         dist.broadcast_object_list(answer, device=torch.device(args.device))
     return answer[0]
@@ -979,7 +1015,7 @@ def open_data(args, rank):
     train = TokenStream(args.data, "train", need if args.order == "sequential" else math.inf)
     val = TokenStream(args.data, "val", args.val_tokens + 1)
     there = len(train) if args.order == "sequential" else chunks(len(train), args) * T + 1
-    if need > there * args.epochs:
+    if need > there * args.epochs - (args.epochs - 1) * (args.order == "shuffled"):
         raise ValueError(f"{steps} steps need {need:,} train tokens; {args.data} has {there:,} for --order "
                          f"{args.order}, at --epochs {args.epochs}. Fewer --steps, more --epochs or more text: "
                          f"{where_from(args.data, need)}")
@@ -1071,33 +1107,43 @@ def set_up(args, rank):
     return device, data, model, optimizers, dict(parameters=sum(sizes.values()), active=active)
 
 
+def begin(args, record, device, described, model, counts, start):
+    """Write the record's header. Returns the facts of the run that its result repeats."""
+    sources = read_sources([Path(__file__), *model.sources])
+    facts = dict(
+        schema=SCHEMA, run=record.path.name, script=Path(__file__).name, seed=args.random_seed, config=asdict(args),
+        command=[Path(__file__).name, *sys.argv[1:]], environment=environment(),
+        hardware=hardware(device), data=described,
+        model=dict(counts, flops_per_token=model.flops_per_token(counts["active"])),
+        sources=[about for about, _ in sources])
+    if start:
+        part = {key: start[1][key] for key in ("run", "step", "began", "saved")}
+        facts["resumed"] = [*start[1]["resumed"], part]
+    record.header(facts, sources)
+    return facts
+
+
+def prepare(model, args):
+    """The model compiled on a GPU, and its gradients averaged over the ranks where there are several."""
+    if args.compile and args.device == "cuda" and getattr(args, "kernel", "") != "torch":  # its unrolled loop: minutes
+        model = torch.compile(model, fullgraph=True, dynamic=False)
+    if world_size() > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return model
+
+
 def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
     """Warm-up, training and validation, and the record of it. start: resume_point's answer."""
     (train, val, described), tokens_a_step, (first, end) = data, args.bsz * args.seq_len, share(args.bsz, rank)
     say = tqdm.write if rank == 0 else lambda text: None
-    facts, done, curve, losses = None, 0, [], []
-    if rank == 0:
-        sources = read_sources([Path(__file__), *model.sources])
-        facts = dict(
-            schema=SCHEMA, run=record.path.name, script=Path(__file__).name, seed=args.random_seed, config=asdict(args),
-            command=[Path(__file__).name, *sys.argv[1:]], environment=environment(),
-            hardware=hardware(clock.device), data=described,
-            model=dict(counts, flops_per_token=model.flops_per_token(counts["active"])),
-            sources=[about for about, _ in sources])
-        if start:
-            part = {key: start[1][key] for key in ("run", "step", "began", "saved")}
-            facts["resumed"] = [*start[1]["resumed"], part]
-        record.header(facts, sources)
+    done, curve, losses = 0, [], []
+    facts = begin(args, record, clock.device, described, model, counts, start) if rank == 0 else None
     say(f"{counts['parameters']:,} parameters, {counts['active']:,} active per token; {args.steps} steps of "
         f"{tokens_a_step:,} tokens on {world_size()} x {args.device} in {args.dtype}")
 
     clock.switch("warm-up")
     val_batches = validation_set(val, args, rank)
-    compiled = model
-    if args.compile and args.device == "cuda" and getattr(args, "kernel", "") != "torch":  # its unrolled loop: minutes
-        compiled = torch.compile(model, fullgraph=True, dynamic=False)
-    if world_size() > 1:
-        compiled = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
+    compiled = prepare(model, args)
     digest = warm_up(model, compiled, optimizers, val_batches, end - first, args)
     if start:
         done, curve, record.checkpoint = start[1]["step"], start[1]["curve"], start[0]
@@ -1134,14 +1180,12 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
             lines.flush()
             if bad := [name for name, t in model.state_dict().items() if not t.isfinite().all()]:
                 lines.fail(step, f"{bad[0]} is not finite")
-            try:
-                if rank == 0:
-                    about = checkpoint_facts(facts, step, finished, clock, curve, record)
-                    save(args, record, model, optimizers, about, None if finished else lines.losses)
-            except OSError as error:
-                if not finished:
-                    raise
-                failure = error
+            if rank == 0:
+                about = checkpoint_facts(facts, step, finished, clock, curve, record)
+                failure = save(args, record, model, optimizers, about, None if finished else lines.losses)
+            failed = all_sum(torch.tensor(float(failure is not None), device=args.device)).item()
+            if failed and not finished:
+                raise failure or OSError("rank 0 could not save a checkpoint")
         if last:
             break
         if clock.phase != "train":
@@ -1165,26 +1209,31 @@ def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
         log = record.close(f"stopped after step {step} of {args.steps}")
         say(f"stopped after step {step} of {args.steps}: a beginning to compare with, not a result; the log: {log}")
     elif rank == 0:
-        result = report(facts, clock, curve, val, len(train), args)
-        record.line(f"curve: {json.dumps(dict(points=curve))}")
-        record.line(f"clock: {json.dumps(result['clock'])}\nwall: {json.dumps(result['wall'])}")
-        record.line(f"result: {json.dumps(result['final'])}")
-        record.finish(result)
-        say(f"record: {record.path}/")
-        summary = Path(__file__).parent / "records" / "report.py"
-        if summary.exists():  # what came out, in words
-            subprocess.run([sys.executable, summary, "--summary", record.path])
+        conclude(record, report(facts, clock, curve, val, len(train), args))
         if failure:
             leave_together()
             stop(f"the record is whole, but there is no checkpoint of the last step: {failure}")
 
 
+def conclude(record, result):
+    """Write the end of the record, and say what came out."""
+    record.line(f"curve: {json.dumps(dict(points=result['curve']))}")
+    record.line(f"clock: {json.dumps(result['clock'])}\nwall: {json.dumps(result['wall'])}")
+    record.line(f"result: {json.dumps(result['final'])}")
+    record.finish(result)
+    tqdm.write(f"record: {record.path}/")
+    summary = Path(__file__).parent / "records" / "report.py"
+    if summary.exists():
+        subprocess.run([sys.executable, summary, "--summary", record.path])
+
+
 def checkpoint_facts(facts, step, finished, clock, curve, record):
     """What a checkpoint's header says."""
     tokenizer = {key: (facts["data"]["manifest"] or {}).get(key) for key in ("tokenizer", "tokenizer_sha256")}
-    return dict({key: facts[key] for key in ("script", "run", "config")}, format=2, step=step, finished=finished,
-                **tokenizer, began=clock.began, saved=time.time(), clock=clock.seconds, curve=curve,
-                log_sha256=record.chain.hexdigest(), resumed=facts.get("resumed", []))
+    about = {key: facts[key] for key in ("script", "run", "config", "sources", "data")}
+    return dict(about, format=2, step=step, finished=finished, **tokenizer, began=clock.began, saved=time.time(),
+                clock=clock.seconds, curve=curve, log_sha256=record.chain.hexdigest(),
+                resumed=facts.get("resumed", []))
 
 
 def report(facts, clock, curve, val, train_tokens, args):
@@ -1222,7 +1271,7 @@ def main(argv=None):
         clock.device, data, model, optimizers, counts = set_up(args, rank)
         if args.check:
             return
-        start, log = resume_point(args, rank), b""
+        start, log = resume_point(args, rank, model, data[2]), b""
         if start and rank == 0:
             with safetensors.safe_open(start[0], "pt") as file:
                 log = file.get_tensor("log").numpy().tobytes()

@@ -154,7 +154,7 @@ class Log:
             if match := STEP.fullmatch(self.peek()):
                 self.at += 1
                 self.steps.append((self.at, match))
-            elif match := NOTE.fullmatch(self.peek()):
+            elif "norm_every" in self.facts["config"] and (match := NOTE.fullmatch(self.peek())):  # before 2026-12
                 self.at += 1
                 self.notes.append((self.at, match))
             elif self.peek().startswith("resumed: "):

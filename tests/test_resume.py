@@ -160,8 +160,9 @@ def test_auto_never_goes_on_with_a_finished_run(go, capsys):
     assert "resumed" not in result and "from the beginning" in capsys.readouterr().out, "its parts are finished too"
 
 
-def test_refusals(go, tmp_path, capsys):
-    """In one line: what is no checkpoint, or one of a run with other flags, of another script, of a finished run."""
+def test_refusals(go, tmp_path, monkeypatch, capsys):
+    """In one line: what is no checkpoint, or one of a run with other flags, sources or data, of another script, of a
+    finished run; --resume auto passes over it."""
     def refused(path, *flags, says):
         capsys.readouterr()
         assert go("--resume", path, *flags, ends=1) is None, "a record was written"
@@ -174,8 +175,27 @@ def test_refusals(go, tmp_path, capsys):
     refused(path, "--dtype", "mixed", says="--dtype was fp32, is mixed")
     for nothing in (tmp_path / "nowhere", path.parent, go.data / "toy_train_000000.bin"):
         refused(nothing, says="is no whole checkpoint")
+    data = shutil.copytree(go.data, tmp_path / "other")
+    shard = data / "toy_train_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\1\0")
+    module = importlib.import_module(GPT2)
+    plain = module.read_sources
+    other = lambda paths: [(dict(about, sha256="0"), text) for about, text in plain(paths)]
+    for name, sources, flags, why in (("data", plain, ("--data", data), "other shards"),
+                                      ("source", other, (), "train_gpt2.py has changed")):
+        monkeypatch.setattr(module, "read_sources", sources)
+        refused(path, *flags, says=why)
+        go("--resume", "auto", "--stop_after", 1, "--name", name, *flags)
+        out = capsys.readouterr().out
+        assert re.search(rf"{path}: .*{why}.*: passed over\n", out) and "from the beginning" in out, out
+    monkeypatch.setattr(module, "read_sources", plain)
     done, _, _ = go()
     refused(checkpoint(tmp_path, done, 10), says="its run is finished")
+    export = tmp_path / "checkpoints" / "mine_step000002.safetensors"
+    assert load_program("export.py").main([str(path), "--to", "safetensors", "--out", str(export)]) == 0
+    refused(export, says="is no whole checkpoint (an export)")
+    go("--resume", "auto", "--random_seed", 7, "--stop_after", 1)
+    assert f"{export} is no whole checkpoint (an export): passed over" in capsys.readouterr().out
     with one_thread(), pytest.raises(SystemExit):
         importlib.import_module("train_rwkv7").main(tiny("train_rwkv7", go.data, tmp_path / "r", "--resume", path))
     assert "it is of train_gpt2.py" in capsys.readouterr().err and not (tmp_path / "r").exists()
@@ -187,14 +207,25 @@ def test_auto_takes_the_furthest(go, tmp_path, capsys):
     first, _, _ = go("--save_every", 2, "--stop_after", 4)
     go("--stop_after", 3)
     args = module.parse(tiny(GPT2, go.data, tmp_path / "r", "--steps", 10, "--resume", "auto"))
-    assert module.find_checkpoint(args)[0] == checkpoint(tmp_path, first, 4)
+    about = module.facts_of(checkpoint(tmp_path, first, 4))
+    find = lambda: module.find_checkpoint(args, about["sources"], about["data"])
+    assert find()[0] == checkpoint(tmp_path, first, 4)
     os.truncate(checkpoint(tmp_path, first, 4), 9000)
     capsys.readouterr()
-    assert module.find_checkpoint(args)[1]["step"] == 3
+    assert find()[1]["step"] == 3
     line, = capsys.readouterr().out.strip().split("\n")
     assert "step000004.safetensors is no whole checkpoint" in line and "passed over" in line
     args.random_seed = 5
-    assert module.find_checkpoint(args) is None and "from the beginning" in capsys.readouterr().out
+    assert find() is None and "from the beginning" in capsys.readouterr().out
+
+
+def test_which_checkpoints_are_a_runs(tmp_path):
+    """By number, not by name, and not those of a run whose name begins the same."""
+    module = importlib.import_module(GPT2)
+    for name in ("a_step999000", "a_step1000000", "a_step000002", "a_step2_step000009", "b_step000001", "a_stepx"):
+        (tmp_path / f"{name}.safetensors").touch()
+    assert sorted(module.checkpoints_of("a", tmp_path)) == [2, 999000, 1000000]
+    assert list(module.checkpoints_of("a_step2", tmp_path)) == [9]
 
 
 def at(name, call, action, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 from helpers import ROOT, environment, load_program
 
 SHARED = ("Muon optimizer", "Data loader", "Record", "Checkpoint", "Learning rate", "Command line", "Main")
-SCRIPT_LINES = {"train_gpt2.py": 1272, "train_rwkv6.py": 1457, "train_rwkv7.py": 1522}  # on the way to house size
+SCRIPT_LINES = {"train_gpt2.py": 1321, "train_rwkv6.py": 1506, "train_rwkv7.py": 1571}  # on the way to house size
 KERNEL_LINES = {".py": 445}  # a file under cuda/, else 400
 COLUMNS = {".py": 120, ".sh": 120, ".cpp": 140, ".cu": 140, ".cuh": 140, ".h": 140}  # C++ spells out its types
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
@@ -144,7 +144,7 @@ def density(text):
 def test_density(path):
     """On the way to 56 characters, a tenth above 100 columns, 80 lines a function."""
     mean, wide, nested, longest = density(path.read_text(encoding="utf-8"))
-    assert mean <= 56.5 and wide <= 0.13 and nested == 0 and longest <= 106, (mean, wide, nested, longest)
+    assert mean <= 56.5 and wide <= 0.13 and nested == 0 and longest <= 83, (mean, wide, nested, longest)
 
 
 WATCH = r"""
