@@ -1,6 +1,6 @@
 """The cost of a token: ms at every context length, memory, share of the memory bound, int8, RWKV against the GPT.
 
-    python bench.py CHECKPOINT            a step's folder, a run's, a record's, the word latest, a file (recurrent.py)
+    python bench.py CHECKPOINT            a file, a run's name, its record's folder, the word latest (recurrent.py)
     python bench.py --shape 124m          the three scripts' fineweb models with random weights; no checkpoint needed
     python bench.py CHECKPOINT --shape 124m   and beside these figures what int8 costs the checkpoint's model in loss
     python sample.py CHECKPOINT --bench   the same
