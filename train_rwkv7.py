@@ -576,8 +576,11 @@ class Muon(torch.optim.Optimizer):
                 self.update(matrices, **group)
 
     def update(self, matrices, lr, momentum, scale, **_):
+        for p in matrices:
+            if "M" not in self.state[p]:
+                self.state[p]["M"] = torch.zeros_like(p)
         G = [p.grad for p in matrices]
-        M = [self.state[p].setdefault("M", torch.zeros_like(p)) for p in matrices]
+        M = [self.state[p]["M"] for p in matrices]
         torch._foreach_mul_(M, momentum)
         torch._foreach_add_(M, G)
         G = torch._foreach_add(G, M, alpha=momentum)
@@ -693,22 +696,29 @@ def share(count, rank):
     return count * rank // world_size(), count * (rank + 1) // world_size()
 
 
+def sequences(stream, first, last, T):
+    """Inputs and targets of the stream's sequences [first, last), both int64 (last - first, T)."""
+    tokens = torch.from_numpy(stream.read(first * T, (last - first) * T + 1))
+    return tokens[:-1].view(-1, T), tokens[1:].view(-1, T)
+
+
 def batch(stream, step, args, rank):
     """This rank's inputs and targets of a step, both int64 (n, T), on the device. Whatever the ranks and micro-batches,
     step s takes sequences [s bsz, (s + 1) bsz) of the run."""
-    T, starts = args.seq_len, []
-    for k in range(*share(args.bsz, rank)):
-        k += step * args.bsz
-        if args.order == "sequential":
-            starts.append(k * T)
-        else:
-            epoch, i = divmod(k, chunks(len(stream), args))
-            starts.append(shuffled(chunks(len(stream), args), T, epoch)[i])
-    tokens = np.array([stream.read(start, T + 1) for start in starts], np.int64).reshape(-1, T + 1)
-    tokens = torch.from_numpy(tokens)
+    T, (first, last) = args.seq_len, share(args.bsz, rank)
+    first, last = step * args.bsz + first, step * args.bsz + last
+    if args.order == "sequential":
+        inputs, targets = sequences(stream, first, last, T)
+    else:
+        rows, count = [], chunks(len(stream), args)
+        for k in range(first, last):
+            start = shuffled(count, T, k // count)[k % count]
+            rows.append(stream.read(start, T + 1))
+        tokens = torch.from_numpy(np.array(rows, np.int64).reshape(-1, T + 1))
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if args.device == "cuda":
-        tokens = tokens.pin_memory().to(args.device, non_blocking=True)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        inputs, targets = (t.pin_memory().to(args.device, non_blocking=True) for t in (inputs, targets))
+    return inputs, targets
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1194,11 +1204,9 @@ def train_step(model, optimizers, inputs, targets, args):
 
 def validation_set(stream, args, rank):
     """This rank's validation (inputs, targets) on the device, padded to whole micro-batches with targets -100."""
-    sequences = min(args.val_tokens, len(stream) - 1) // args.seq_len
-    first, last = share(sequences, rank)
-    tokens = torch.from_numpy(stream.read(first * args.seq_len, (last - first) * args.seq_len + 1))
+    first, last = share(min(args.val_tokens, len(stream) - 1) // args.seq_len, rank)
+    inputs, targets = sequences(stream, first, last, args.seq_len)
     pad = (0, 0, 0, -(last - first) % args.device_bsz)
-    inputs, targets = (t.view(-1, args.seq_len) for t in (tokens[:-1], tokens[1:]))
     return F.pad(inputs, pad).to(args.device), F.pad(targets, pad, value=-100).to(args.device)
 
 

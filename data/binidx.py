@@ -188,7 +188,7 @@ def read_pairs(inputs, staging, about, val_share):
         raise Failure(f"{', '.join(inputs)}: {sum(pair.documents for pair in pairs)} documents, too few for train and "
                       "val. Give a train and a val pair, or a larger --val")
     if about["tokenizer"] == "bytes":  # of others there is no vocabulary here
-        write_lengths(staging, Bytes())
+        write_lengths(staging, Bytes().lengths())
     manifest = dict(dataset="text", **about, documents=sum(pair.documents for pair in pairs), shards=shards)
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest

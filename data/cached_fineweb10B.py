@@ -552,7 +552,7 @@ def main(dataset, repo, train_shards, doc, argv=None):
     args = parse(script, dataset, train_shards, doc, argv)
     try:
         try:
-            from tokenizer import GPT2_SHA256
+            from tokenizer import GPT2_SHA256, write_lengths
             from tqdm import tqdm
             say = functools.partial(tqdm.write, file=sys.stderr)
             about = dict(dataset=dataset, source=repo, tokenizer="gpt2", tokenizer_sha256=GPT2_SHA256,
@@ -562,9 +562,8 @@ def main(dataset, repo, train_shards, doc, argv=None):
             os.makedirs(args.out, exist_ok=True)
             with alone(args.out):
                 fetch(args, dataset, repo, train_shards, Manifest(args.out, about), say)
-                there = os.path.join(args.out, "token_bytes.bin")  # of text, by token id (tokenizer.py)
-                if not os.path.exists(there):
-                    shutil.copyfile(os.path.join(here, "gpt2_token_bytes.u8"), there)
+                with open(os.path.join(here, "gpt2_token_bytes.u8"), "rb") as f:
+                    write_lengths(args.out, list(f.read()))
                 return 0
         except ImportError as error:
             raise Failure(f"{error.name or error} is missing in {sys.executable}. Call .venv/bin/python instead "

@@ -232,8 +232,7 @@ def run(args):
             raise Failure(f"{manifest.path} is damaged. Delete the folder and begin anew, or name another with --out "
                           "DIR.")
         made = make(args, dataset, manifest, lambda text: tqdm.write(text, file=sys.stderr))
-        if not (pathlib.Path(args.out) / tokenizer.TOKEN_BYTES).exists():
-            tokenizer.write_lengths(args.out, bpe)
+        tokenizer.write_lengths(args.out, bpe.lengths())
     tokens = sum(entry["tokens"] for entry in manifest.shards.values())
     what = f"{made} of them made in {time.perf_counter() - start:.0f} s" if made else "intact, nothing to make"
     print(f"fineweb{args.version}: {len(manifest.shards)} shards, {tokens:,} tokens of {len(dataset):,} documents in "

@@ -388,8 +388,8 @@ def check_place(out, overwrite):
         return
     try:
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        ours = {shard["name"] for shard in manifest["shards"]} if manifest["dataset"] == "text" else set()
-        ours |= {MANIFEST, TOKEN_BYTES}
+        ours = {MANIFEST, TOKEN_BYTES, *(shard["name"] for shard in manifest["shards"])}
+        ours = ours if manifest["dataset"] == "text" else set()
     except (OSError, ValueError, KeyError, TypeError):
         ours = set()
     strange = sorted({path.name for path in out.iterdir()} - ours) if out.is_dir() else [out.name]
@@ -444,7 +444,7 @@ def build(args, staging, bar):
         dataset="text", tokenizer=tokenizer.name, tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size,
         document_mark=tokenizer.document_mark, files=len(files), **counts, replaced=cleaner.replaced, val=args.val,
         by=args.by, dedup=args.dedup, builder=builder, shards=shards)
-    write_lengths(staging, tokenizer)
+    write_lengths(staging, tokenizer.lengths())
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
 

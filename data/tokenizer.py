@@ -18,6 +18,7 @@ import binascii
 import hashlib
 import itertools
 import math
+import os
 import pathlib
 import re
 import sys
@@ -48,10 +49,14 @@ def need(module):
         raise Failure(f"{module} is not installed: pip install -r data/requirements.txt") from None
 
 
-def write_lengths(folder, tokenizer):
+def write_lengths(folder, lengths):
     """token_bytes.bin beside shards: a uint8 a token id, the bytes of text that it stands for; 0 for the document mark.
-    By it the training scripts count the text of what they validate."""
-    np.asarray(tokenizer.lengths(), np.uint8).tofile(pathlib.Path(folder) / TOKEN_BYTES)
+    By it the training scripts count the text of what they validate. One that is the same is left alone."""
+    path, data = pathlib.Path(folder) / TOKEN_BYTES, np.asarray(lengths, np.uint8).tobytes()
+    if not path.exists() or path.read_bytes() != data:
+        part = path.with_suffix(".part")
+        part.write_bytes(data)
+        os.replace(part, path)
 
 
 def canonical(tokens):

@@ -17,6 +17,7 @@ to cuda/build/, where that can be written. Exit status 1 if any row tells of a f
 """
 
 import argparse
+import dataclasses
 import datetime
 import fcntl
 import functools
@@ -157,14 +158,12 @@ def build(day):
 
 def accuracy(day):
     """A process a kernel, since a CUDA error spoils its process; on a CPU one for all."""
-    unbuilt = [(row.get("operator"), row.get("kernel")) for row in day.rows
-               if row["stage"] == "build" and "failed" in row]
     forms, sizes = [("wkv7", "torch"), ("wkv6", "torch"), *kernels("cuda")], (64, 128)
     if day.device == "cpu":
         forms, sizes = kernels("cpu"), (16,)
-    forms = [form for form in forms if form not in unbuilt]
+    bad = failures(day, "build", "operator", "kernel")
     processes = [[dict(operator="time_mixing" if kernel == "wind" else operator, kernel=kernel, N=N) for N in sizes]
-                 for operator, kernel in forms]
+                 for operator, kernel in forms if (operator, kernel) not in bad]
     processes = processes if day.device == "cuda" else [sum(processes, [])]
     seconds = day.left(0.25)
     with ThreadPoolExecutor(8 if micro_batch(day.device) > 16 else 3) as pool:  # 5 GB a process
@@ -172,9 +171,11 @@ def accuracy(day):
 
 
 def bench(day):
-    """What did not fail in its test, dearest first."""
-    wrong = {(row.get("operator"), row.get("kernel"), row.get("N")) for row in day.rows
-             if row["stage"] == "accuracy" and "failed" in row}
+    """What was built and did not fail in its test, dearest first."""
+    wrong = failures(day, "accuracy", "operator", "kernel", "N")
+    for operator, kernel in failures(day, "build", "operator", "kernel"):
+        for name in (kernel, f"mix {kernel}"):
+            wrong |= {(of, name, N) for of in (operator, "time_mixing") for N in (64, 128)}
     wanted = [("wkv7", "fast", 64), ("time_mixing", "wind", 64), ("time_mixing", "mix fast", 64), ("wkv7", "cuda", 64),
               ("wkv6", "fast", 64), ("wkv7", "fast", 128), ("wkv6", "fast", 128), ("wkv6", "cuda", 64),
               ("wkv7", "cuda", 128), ("wkv6", "cuda", 128),
@@ -240,6 +241,11 @@ def kernels(device):
     """[(operator, kernel)] of cuda/build.py for the device."""
     rows = json.loads(call([sys.executable, "cuda/build.py", "--json"], 60)[1].splitlines()[-1])
     return [(row["operator"], row["kernel"]) for row in rows if (row["kernel"] == "cpu") == (device == "cpu")]
+
+
+def failures(day, stage, *names):
+    """{values of a row's fields} of the rows of a stage that tell of a failure."""
+    return {tuple(map(row.get, names)) for row in day.rows if row["stage"] == stage and "failed" in row}
 
 
 def nvidia_smi(fields):
@@ -373,16 +379,16 @@ def time_kernel(job, device):
     import bench
     operator, known = kernels_of(job["operator"], device)
     shape, make = tuple(job["shape"]), operator.make
+    kernel, (timer, speed, machine) = known.get(job["kernel"]), timing(device)
+    if kernel is None or kernel.missing or shape[3] not in (kernel.head_sizes or operator.head_sizes):
+        yield dict(job, skipped=kernel and kernel.missing or "none such here")
+        return
 
     def tiled(family, B, *rest):  # 8 sequences, over and over: random numbers take their time
         tile = lambda x: x.repeat(B // 8, 1, 1, 1) if x.dim() == 4 and B > 8 else x
         inputs, dy = make(family, min(B, 8), *rest)
         return [tile(x) for x in inputs], tile(dy)
-    operator.make = tiled
-    kernel, (timer, speed, machine) = known.get(job["kernel"]), timing(device)
-    if kernel is None or kernel.missing or shape[3] not in (kernel.head_sizes or operator.head_sizes):
-        yield dict(job, skipped=kernel and kernel.missing or "none such here")
-        return
+    operator = dataclasses.replace(operator, make=tiled)
     fresh = bench.check if kernel.peer or job["kernel"].startswith("mix") else lambda *_: ({}, "")
     repeats = 30 if job["kernel"] != "torch" else 10
     row, = bench.measure(operator, shape, {job["kernel"]: kernel}, timer, device, repeats, speed, fresh)
@@ -406,7 +412,7 @@ def time_steps(job, device):
     script, cuda = importlib.import_module(job["script"]), device == "cuda"
     args = script.parse([*run_flags(job, device, all_steps()), "--val_tokens=1024"])
     _, (stream, _, _), model, optimizers, counts = script.set_up(args, 0)
-    compiled = torch.compile(model, fullgraph=True, dynamic=False) if cuda and args.compile else model
+    compiled = script.prepare(model, args)
     numbers, losses = iter(range(args.steps)), []
     wait = torch.cuda.synchronize if cuda else lambda: None
 

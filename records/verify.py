@@ -123,7 +123,7 @@ def near(a, b, relative=1e-9):
 
 
 class Log:
-    """log.txt taken apart: facts {key: JSON}, sources [(header, text)], steps and notes [(line number, match)],
+    """log.txt taken apart: facts {key: JSON}, sources [(header, text)], steps [(line number, match)],
     warm_ups, command, page (of the hardware), digest. Raises Failed with the number of the first wrong line.
 
     A resumed run has parts: resumed holds the lines that begin the later ones, parts the facts of each; facts and
@@ -132,7 +132,7 @@ class Log:
 
     def __init__(self, text):
         self.lines, self.at, self.facts, self.sources, self.steps = text.split("\n"), 0, {}, [], []
-        self.notes, self.resumed, self.warm_ups, self.parts = [], [], [], []
+        self.resumed, self.warm_ups, self.parts = [], [], []
         need(self.lines.pop() == "", f"line {len(self.lines) + 1} is cut off: the log is truncated")
         self.fact("config")
         self.command = self.take("command: ")
@@ -154,9 +154,8 @@ class Log:
             if match := STEP.fullmatch(self.peek()):
                 self.at += 1
                 self.steps.append((self.at, match))
-            elif "norm_every" in self.facts["config"] and (match := NOTE.fullmatch(self.peek())):  # before 2026-12
+            elif "norm_every" in self.facts["config"] and NOTE.fullmatch(self.peek()):  # before 2026-12
                 self.at += 1
-                self.notes.append((self.at, match))
             elif self.peek().startswith("resumed: "):
                 self.resume()
             else:

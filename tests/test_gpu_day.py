@@ -71,6 +71,14 @@ def test_jobs_that_fail_or_have_no_time(tmp_path, monkeypatch):
         ("a", None), ("b", "status 1: CUDA error: an illegal address"), ("c", None), ("a", "its time was up"),
         ("b", "its time was up"), ("a", None)]
     assert rows_of(tmp_path)[-1]["skipped"] == "no time left"
+    asked = []
+    monkeypatch.setattr(day, "work", lambda today, stage, jobs, seconds: asked.extend(jobs))
+    today.rows = [dict(stage="build", operator="wkv7", kernel="fast", failed="x"),
+                  dict(stage="accuracy", operator="wkv6", kernel="fast", N=128, failed="x")]
+    day.bench(today)
+    names = [(job["operator"], job["kernel"], job["shape"][3]) for job in asked]
+    assert not {("wkv7", "fast"), ("time_mixing", "mix fast")} & {name[:2] for name in names}, "not built"
+    assert ("wkv6", "fast", 64) in names and ("wkv6", "fast", 128) not in names and ("time_mixing", "wind", 64) in names
     monkeypatch.setattr(day, "machine", lambda today: 1 / 0)
     assert day.main([f"--out={tmp_path / 'new'}", "--stages", "text"]) == 1
     assert rows_of(tmp_path / "new")[0]["failed"].startswith("ZeroDivisionError")

@@ -338,6 +338,10 @@ def test_what_is_never_overwritten(tmp_path, capsys):
         assert sorted(texts(out)) == ["four", "three"] and sorted(os.listdir(tmp_path)) == ["a.jsonl", "link", "out"]
     (out / "manifest.json").write_text('{"dataset": "pydocs"}')
     assert "not of this program" in refused("--overwrite")
+    for path in out.glob("*.bin"):
+        path.unlink()
+    (out / "manifest.json").write_text('{"dataset": "pydocs", "shards": []}')
+    assert "manifest.json" in refused("--overwrite"), "of another program, alone"
     assert "exists" in refused("--overwrite", out=source)
     assert "cannot write" in refused(out=source / "out")
 
