@@ -604,6 +604,8 @@ def main(argv=None):
             sys.exit(f"gpu_day: {error}")
     if args.out is None:
         parser.error("--out DIR: where shall the results go?")
+    if args.device == "cuda" and not nvidia_smi("name"):
+        parser.error("nvidia-smi shows no GPU (python cuda/doctor.py says why); --device cpu tries all of this here")
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     (out / "result.jsonl").unlink(missing_ok=True)

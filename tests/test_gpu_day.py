@@ -57,7 +57,7 @@ def test_gpu_tests_on_a_cpu():
     assert status == 0 and " passed" in output and "failed" not in output, output
 
 
-def test_jobs_that_fail_or_have_no_time(tmp_path, monkeypatch):
+def test_jobs_that_fail_or_have_no_time(tmp_path, monkeypatch, capsys):
     """A job that kills its process costs a row, not the jobs after it; without time every job says so."""
     said = iter([['{"row": {"kernel": "a", "skipped": "x"}}\n', "done\n", "CUDA error: an illegal address\n", 1],
                  ['{"row": {"kernel": "c", "skipped": "x"}}\n', "done\n", 0], *2 * [["no end\n", 124]]])
@@ -79,6 +79,11 @@ def test_jobs_that_fail_or_have_no_time(tmp_path, monkeypatch):
     names = [(job["operator"], job["kernel"], job["shape"][3]) for job in asked]
     assert not {("wkv7", "fast"), ("time_mixing", "mix fast")} & {name[:2] for name in names}, "not built"
     assert ("wkv6", "fast", 64) in names and ("wkv6", "fast", 128) not in names and ("time_mixing", "wind", 64) in names
+    with pytest.raises(SystemExit):
+        monkeypatch.setattr(day, "nvidia_smi", lambda fields: "")
+        day.main([f"--out={tmp_path / 'none'}"])
+    assert "no GPU" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    monkeypatch.setattr(day, "nvidia_smi", lambda fields: "NVIDIA Test")
     monkeypatch.setattr(day, "machine", lambda today: 1 / 0)
     assert day.main([f"--out={tmp_path / 'new'}", "--stages", "text"]) == 1
     assert rows_of(tmp_path / "new")[0]["failed"].startswith("ZeroDivisionError")
