@@ -113,7 +113,7 @@ def make_plan(args):
     labels = [c["label"] for c in field]
     order = [[label, seed] for i, seed in enumerate(seeds) for label in (labels if i % 2 == 0 else labels[::-1])]
     return dict(contestants=field, seeds=seeds, track=args.track, flags=args.flags, nproc=nproc, target=args.target,
-                order=order, state="running", runs=[])
+                n=args.seeds, test="Welch, Holm", alpha=stats.ALPHA, order=order, state="running", runs=[])
 
 
 def same_race(plan, old):
@@ -317,7 +317,7 @@ def crossing(result, target):
 def targets(field, wanted=None):
     """(loss to reach, whether it was set beforehand): the wanted one, the track's, or the worst final loss here."""
     results = [result for runs in field.values() for result in runs]
-    own = {result["final"].get("target") for result in results}
+    own = {result["final"]["target"] for result in results}
     if wanted is not None or (len(own) == 1 and None not in own):
         return wanted if wanted is not None else own.pop(), True
     return max(result["final"]["val_loss"] for result in results), False
@@ -331,7 +331,7 @@ def table(field, target, planned):
     for name, runs in field.items():
         there = [at for at in (crossing(run, target) for run in runs) if at]
         some = f" ({len(there)} of {len(runs)} runs)" if len(there) < len(runs) else ""
-        memory = [max((run["final"]["peak_memory"] or {"": math.nan}).values()) / 1e6 for run in runs]
+        memory = [run["final"]["peak_memory_bytes"] / 1e6 for run in runs]
         final = lambda key: report.final(runs, key)
         count = f"{len(runs)}" + (f" of {planned}" if len(runs) < planned else "")
         lines.append([f"`{name}`".replace("|", "\\|"), count] + ([
@@ -339,7 +339,7 @@ def table(field, target, planned):
             stats.spread([seconds for _, seconds in there], 1) + some if there else "not reached",
             stats.spread(final("val_loss"), 4), stats.spread(final("train_seconds"), 1),
             stats.spread(final("tokens_per_second"), 0),
-            stats.spread(memory, 0) if all(map(math.isfinite, memory)) else "–"] if runs else ["–"] * 6))
+            stats.spread(memory, 0)] if runs else ["–"] * 6))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -353,8 +353,7 @@ def verdict(field, target=None):
     if len(runs) < 2:
         return "No verdict: fewer than two contestants have finished runs.", {}
     results = [result for some in runs.values() for result in some]
-    shards = {tuple(shard["sha256"] for shard in result["data"]["val"]) for result in results}
-    if len(shards) > 1 or len({result["config"]["track"] for result in results}) > 1:
+    if len({str([report.shards(result, "val"), result["config"]["track"]]) for result in results}) > 1:
         return "No verdict: the runs were not validated on the same data and track.", {}
     goal, given = targets(runs, target)
     reached = {name: [crossing(run, goal) for run in some] for name, some in runs.items()}
@@ -405,10 +404,7 @@ def conclude(folder, race):
     names, field, curves, notes = named(race), {}, [], []
     for label, name in names.items():
         paths = [finished_run(folder, label, seed) for seed in race["seeds"]]
-        runs = [report.read_json(path / "result.json") for path in paths if path]
-        diverged = [run for run in runs if not math.isfinite(run["final"]["val_loss"])]
-        field[name] = [run for run in runs if run not in diverged]
-        notes += [f"`{name}`, seed {run['seed']}: diverged, not in the figures" for run in diverged]
+        field[name] = [report.read_result(path / "result.json") for path in paths if path]
         curves += [(name, report.points(result)) for result in field[name]]
         if len({str([(source["name"], source["sha256"]) for source in run["sources"]]) for run in field[name]}) > 1:
             notes.append(f"`{name}`: its sources changed between runs")

@@ -524,8 +524,8 @@ def read(path):
         return dict(script="train_rwkv7.py", config=asdict(config), step=None), weights
     try:
         about = json.loads(facts["checkpoint"])
-        if about["format"] != 2 or about["script"] not in (f"{name}.py" for name in FAMILIES):
-            raise ValueError(f"format {about['format']}, script {about['script']}")
+        if about["schema"] != 3 or about["script"] not in (f"{name}.py" for name in FAMILIES):
+            raise ValueError(f"schema {about['schema']}, script {about['script']}")
         if not isinstance(about["config"], dict) or not isinstance(about["step"], (int, type(None))):
             raise ValueError("its config or step is none")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -536,7 +536,7 @@ def read(path):
 
 def is_weight(name):
     """Whether a tensor of a checkpoint is the model's: not an optimiser's, <name>:<key>, nor the run's."""
-    return ":" not in name and name not in ("losses", "log", "random", "random.cuda")
+    return ":" not in name and name not in ("losses", "random", "random.cuda")
 
 
 def official(path, found):

@@ -19,7 +19,6 @@ import copy
 import functools
 import gc
 import hashlib
-import importlib.metadata
 import inspect
 import json
 import math
@@ -33,8 +32,7 @@ import subprocess
 import sys
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -435,7 +433,8 @@ def build_model(args):
 
 def build_optimizers(model, args):
     """[Adam, Muon] over every parameter exactly once. Raises ValueError."""
-    adam, muon = [dict(params=[], lr=lr) for lr in (args.adam_lr, args.muon_lr)]
+    adam = dict(name="adam", params=[], lr=args.adam_lr)
+    muon = dict(name="muon", params=[], lr=args.muon_lr)
     vectors = ("x_x", "x_w", "x_k", "x_v", "x_r", "x_g", "A", "B", "w0", "w1", "w2", "g1", "g2", "u")
 
     def group_of(name):
@@ -578,32 +577,6 @@ class TokenStream:
             done += len(part)
         return out
 
-    def fingerprint(self, vocab_size, known=()):
-        """[{name, tokens, sha256}] of the shards. ValueError for an id beyond the vocabulary.
-
-        known: the manifest's entries. A shard whose size and time are still those of its entry is not read, which would
-        take long for billions of tokens: its hash and highest id come from there, and hash_from says so.
-        """
-        known = {entry["name"]: entry for entry in known if "mtime_ns" in entry}
-
-        def scan(path, shard):
-            entry, now, facts = known.get(path.name, {}), path.stat(), dict(name=path.name, tokens=len(shard))
-            if entry and (entry["bytes"], entry["mtime_ns"]) == (now.st_size, now.st_mtime_ns):
-                top, facts["sha256"], facts["hash_from"] = entry["top_id"], entry["sha256"], "manifest.json"
-            else:
-                digest, top = hashlib.sha256(np.fromfile(path, np.uint8, 1024)), 0
-                for i in range(0, len(shard), 1 << 22):
-                    part = np.ascontiguousarray(shard[i:i + (1 << 22)])
-                    digest.update(part)
-                    top = max(top, int(part.max()))
-                facts["sha256"] = digest.hexdigest()
-            if top >= vocab_size:
-                raise ValueError(f"{path} holds token id {top}, beyond the vocabulary of {vocab_size}. "
-                                 "Wrong tokenizer for this track?")
-            return facts
-        with ThreadPoolExecutor() as pool:  # hashing and max() run without the interpreter's lock
-            return list(pool.map(scan, self.paths, self.shards))
-
 
 def where_from(folder, need):
     """How to get the missing shards of a folder."""
@@ -631,26 +604,25 @@ def share(count, rank):
     return count * rank // world_size(), count * (rank + 1) // world_size()
 
 
-def sequences(stream, first, last, T):
-    """Inputs and targets of the stream's sequences [first, last), both int64 (last - first, T)."""
-    tokens = torch.from_numpy(stream.read(first * T, (last - first) * T + 1))
-    return tokens[:-1].view(-1, T), tokens[1:].view(-1, T)
+def sequences(stream, starts, T):
+    """Inputs and targets of the stream's sequences that begin at these positions, both int64 (len(starts), T)."""
+    tokens = torch.empty(len(starts), T + 1, dtype=torch.int64)
+    for row, start in zip(tokens, starts):
+        row.copy_(torch.from_numpy(stream.read(start, T + 1)))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 def batch(stream, step, args, rank):
     """This rank's inputs and targets of a step, both int64 (n, T), on the device. Whatever the ranks and micro-batches,
     step s takes sequences [s bsz, (s + 1) bsz) of the run."""
     T, (first, last) = args.seq_len, share(args.bsz, rank)
-    first, last = step * args.bsz + first, step * args.bsz + last
+    numbers = range(step * args.bsz + first, step * args.bsz + last)
     if args.order == "sequential":
-        inputs, targets = sequences(stream, first, last, T)
+        starts = [k * T for k in numbers]
     else:
-        rows, count = [], chunks(len(stream), args)
-        for k in range(first, last):
-            start = shuffled(count, T, k // count)[k % count]
-            rows.append(stream.read(start, T + 1))
-        tokens = torch.from_numpy(np.array(rows, np.int64).reshape(-1, T + 1))
-        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        count = chunks(len(stream), args)
+        starts = [shuffled(count, T, k // count)[k % count] for k in numbers]
+    inputs, targets = sequences(stream, starts, T)
     if args.device == "cuda":
         inputs, targets = (t.pin_memory().to(args.device, non_blocking=True) for t in (inputs, targets))
     return inputs, targets
@@ -659,7 +631,8 @@ def batch(stream, step, args, rank):
 # ----------------------------------------------------------------------------------------------------------------------
 # Record [shared]
 
-SCHEMA = 2  # of result.json
+SCHEMA = 3  # of records and checkpoints
+RULE = "=" * 100
 IMAGE = Path("/etc/rwkv-speedrun-image")  # written by the Dockerfile
 
 
@@ -672,52 +645,55 @@ def shell(*command):
         return ""
 
 
+def environment():
+    """Versions, and what steers arithmetic and memory: what is needed to repeat a run."""
+    steering = ("OMP_", "GOMP_", "MALLOC_", "MKL_", "CUBLAS_", "NCCL_", "PYTORCH_", "NVIDIA_TF32_")
+    return dict(
+        python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda or "none",
+        nvcc=shell("nvcc", "--version").split("\n")[-1] or "none",
+        compiler=shell(os.environ.get("CXX", "c++"), "--version").split("\n")[0] or "none",
+        platform=platform.platform(), threads=torch.get_num_threads(),
+        instruction_set=torch.backends.cpu.get_cpu_capability(),
+        image=IMAGE.read_text(encoding="utf-8").strip() if IMAGE.exists() else "none",
+        variables={name: value for name, value in sorted(os.environ.items()) if name.startswith(steering)})
+
+
 def hardware(device):
-    """The machine of this run: {name, count of devices, text}, text being nvidia-smi's page or the CPU's facts."""
+    """The device's name, how many there are, the bytes of memory of one (of a CPU's machine), the driver."""
     if device.type == "cuda":
-        return dict(name=torch.cuda.get_device_name(device), count=world_size(), text=shell("nvidia-smi"))
+        gpu = torch.cuda.get_device_properties(device)
+        driver = shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+        return dict(name=gpu.name, count=world_size(), memory_bytes=gpu.total_memory, driver=driver or "none")
     info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
     model = re.search(r"^model name\s*: (.*)|\Z", info, re.M)[1] or shell("sysctl", "-n", "machdep.cpu.brand_string")
     name = f"{model or platform.machine()}, {torch.get_num_threads()} threads"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return dict(name=name, count=world_size(), text=f"{name} of {os.cpu_count()} cores, {memory:.1f} GiB of memory")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return dict(name=name, count=world_size(), memory_bytes=memory, driver="none")
 
 
-def environment():
-    """Versions, what steers the numerics and git state: what is needed to repeat a run."""
-    first_line = lambda text: text.splitlines()[0] if text else "none"
-    packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
-    steering = ("OMP_", "GOMP_", "MALLOC_", "MKL_", "CUBLAS_", "NCCL_", "PYTORCH_", "NVIDIA_TF32_")
-    return dict(
-        threads=torch.get_num_threads(), isa=torch.backends.cpu.get_cpu_capability(),
-        variables={name: value for name, value in sorted(os.environ.items()) if name.startswith(steering)},
-        image=IMAGE.read_text(encoding="utf-8").strip() if IMAGE.exists() else "none",
-        python=platform.python_version(), platform=platform.platform(), torch=torch.__version__,
-        cuda=torch.version.cuda or "none",
-        nvcc=(shell("nvcc", "--version").splitlines() or ["none"])[-1],
-        driver=first_line(shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")),
-        compiler=first_line(shell(os.environ.get("CXX", "c++"), "--version")),
-        git_commit=shell("git", "rev-parse", "HEAD") or "none",
-        git_dirty=bool(shell("git", "status", "--porcelain", "--untracked-files=no")), packages=packages)
+def git():
+    """The commit, and the tracked files that differ from it."""
+    return dict(commit=shell("git", "rev-parse", "HEAD") or "none",
+                changed=shell("git", "diff", "--name-only", "HEAD").split())
 
 
 def read_sources(paths):
-    """[({name, lines, sha256}, text)] of the files that make a run."""
-    name = lambda path: Path(os.path.relpath(path, Path(__file__).parent)).as_posix()
-    texts = [(name(path), path.read_text(encoding="utf-8")) for path in paths]
-    return [(dict(name=name, lines=text.count("\n"), sha256=sha256(text.encode())), text) for name, text in texts]
+    """[({name, sha256}, text)] of the files that make a run."""
+    sources = []
+    for path in paths:
+        data = path.read_bytes()
+        name = Path(os.path.relpath(path, Path(__file__).parent)).as_posix()
+        sources.append((dict(name=name, sha256=sha256(data)), data.decode()))
+    return sources
 
 
 class Record:
     """The run's folder: log.txt, line by line as things happen, and result.json, written last. Only rank 0 writes.
-    A folder without result.json belongs to a run that did not finish. log: what a resumed run's log begins with, bytes.
-    checkpoint: the file of the last one. Raises OSError.
-    chain: sha256 over the lines so far. result.json, the log's last line but one and each point of the curve hold its
-    value there, so that records/verify.py finds an edited, lost, added or moved line and about where. It proves no
-    honesty: who edits can hash anew. It holds a record to the digests that others saw, in a commit for instance."""
+    A folder without result.json belongs to a run that did not finish. checkpoint: the file of the last one, and the
+    sha256 of a finished run's. Raises OSError."""
 
-    def __init__(self, args, rank, log=b""):
-        self.path, self.log, self.file, self.checkpoint, self.chain = None, None, None, None, hashlib.sha256(log)
+    def __init__(self, args, rank):
+        self.path, self.log, self.file, self.checkpoint, self.checkpoint_sha256 = None, None, None, None, None
         if rank == 0:
             stamp = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
             name, number = f"{stamp}_{Path(__file__).stem}_{args.name or os.urandom(3).hex()}", 1
@@ -732,43 +708,31 @@ class Record:
                     number += 1
             self.log = self.path / "log.txt"
             self.file = open(self.log, "x", encoding="utf-8", buffering=1, newline="\n")
-            self.file.write(log.decode())
 
     def line(self, text):
         if self.file:
-            self.chain.update(f"{text}\n".encode())
             self.file.write(text + "\n")
 
-    def header(self, facts, sources):
-        """The log up to the first step: configuration, sources, facts as JSON; of a resumed run one line of JSON."""
-        page = facts["hardware"].pop("text")
-        if "resumed" in facts:
-            known = ("run", "command", "config", "environment", "hardware", "data")
-            self.line(f"resumed: {json.dumps(dict(facts['resumed'][-1], page=page, now={k: facts[k] for k in known}))}")
-            return
-        self.line(f"config: {json.dumps(facts['config'])}\ncommand: {shlex.join(facts['command'])}")
-        for about, text in sources:
-            self.line(f"{'=' * 100}\nsource: {json.dumps(about)}\n{text.rstrip(chr(10))}")
-        self.line("=" * 100)
-        self.line(f"record: {json.dumps({key: facts[key] for key in ('schema', 'run', 'script', 'seed')})}")
-        for key in ("environment", "hardware", "data", "model"):
-            self.line(f"{key}: {json.dumps(facts[key])}")
-        self.line(f"{page}\n{'=' * 100}")
+    def digest(self, more=""):
+        """sha256 of the log so far, and of a text after it."""
+        return sha256(self.log.read_bytes() + more.encode())
 
     def close(self, reason):
-        """The chain and the reason of the end, the log's last lines. Returns its path. A full disk is no error here."""
+        """The reason of the end, the log's last line. Returns its path. A full disk is no error here."""
         with contextlib.suppress(OSError):
-            self.line(f"sha256: {self.chain.hexdigest()}\nend: {reason}")
+            self.line(f"end: {reason}")
         with contextlib.suppress(OSError):
             self.file and self.file.close()
         self.file = None
         return self.log
 
     def finish(self, result):
-        """Close the log and write result.json atomically: the last act of a finished run."""
+        """Close the log and write result.json atomically: the last act of a finished run. Each holds the other's
+        sha256, so that records/verify.py finds an edit in either. It proves no honesty: who edits can hash anew."""
+        self.line(f"result: {sha256(json.dumps(result, sort_keys=True).encode())}")
+        result = dict(result, log_sha256=self.digest("end: finished\n"))
         temporary = self.path / "result.json.part"
-        text = json.dumps(dict(result, log_sha256=self.chain.hexdigest()), indent=1)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         self.close("finished")
         os.replace(temporary, self.path / "result.json")
 
@@ -780,6 +744,7 @@ class Clock:
         self.device, self.phase, self.since = torch.device("cpu"), "rest", time.perf_counter()
         self.began = time.time()  # by the system's clock, which can be set: for comparison only
         self.seconds = {phase: 0.0 for phase in ("warm-up", "train", "validation", "saving", "rest")}
+        self.earlier = 0.0  # seconds of training in the earlier parts of a resumed run
 
     def switch(self, phase):
         if self.device.type != "cpu":
@@ -789,24 +754,23 @@ class Clock:
         self.phase, self.since = phase, now
 
     def train_ms(self):
-        """Training time so far in ms; inside the train phase without waiting for the device."""
+        """Training time of the run so far in ms; inside the train phase without waiting for the device."""
         running = time.perf_counter() - self.since if self.phase == "train" else 0.0
-        return 1e3 * (self.seconds["train"] + running)
+        return 1e3 * (self.earlier + self.seconds["train"] + running)
 
 
 class Diverged(ArithmeticError):
     """A loss or parameter is no number any more."""
 
 
-class StepLines:
-    """The log's line of each step. What a step reports (see train_step) stays on the device until its copy has arrived;
-    the host runs one step ahead there. stopping: a rank was asked to stop, which all so learn after the same step.
-    Raises Diverged."""
+class Losses:
+    """The log's line of each step and validation. What a step reports (see train_step) stays on the device until its
+    copy has arrived; the host runs one step ahead there. stopping: a rank was asked to stop, which all so learn after
+    the same step. Raises Diverged."""
 
-    def __init__(self, record, args, losses=()):
-        self.record, self.args, self.pending = record, args, collections.deque()
-        self.last, self.stopping = math.nan, False
-        self.losses = list(losses)  # as they are, for the line of all of them that ends the log: bitwise comparison
+    def __init__(self, record, args):
+        self.record, self.args, self.pending, self.stopping = record, args, collections.deque(), False
+        self.train, self.curve = [], []  # every training loss as it was; the validations, as result.json has them
 
     def add(self, step, report, train_ms):
         event = torch.cuda.Event() if report.is_cuda else None
@@ -822,27 +786,33 @@ class StepLines:
             step, report, event, train_ms = self.pending.popleft()
             if event:
                 event.synchronize()
-            self.last, asked = report.tolist()
+            loss, asked = report.tolist()
             self.stopping |= asked > 0
-            self.record.line(f"step:{step}/{self.args.steps} train_loss:{self.last:.4f} {timing(train_ms, step)}")
-            if not math.isfinite(self.last):
-                self.fail(step, f"the loss is {self.last}")
-            self.losses.append(self.last)
+            self.line(step, "train", loss, train_ms)
+            self.train.append(loss)
+
+    def validated(self, step, loss, train_ms):
+        self.line(step, "val", loss, train_ms)
+        tokens = step * self.args.bsz * self.args.seq_len
+        self.curve.append(dict(step=step, tokens=tokens, val_loss=loss, train_ms=train_ms))
+
+    def line(self, step, split, loss, train_ms):
+        average = train_ms / max(1, step)
+        self.record.line(f"step:{step}/{self.args.steps} {split}_loss:{loss:.4f} train_time:{train_ms:.0f}ms "
+                         f"step_avg:{average:.2f}ms")
+        if not math.isfinite(loss):
+            self.fail(step, f"the {'loss' if split == 'train' else 'validation loss'} is {loss}")
 
     def fail(self, step, what):
         raise Diverged(f"step {step} of {self.args.steps}: {what}. Last good checkpoint: "
                        f"{self.record.checkpoint or 'none (--save_every)'}")
 
 
-def timing(train_ms, step):
-    return f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(1, step):.2f}ms"
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoint [shared]
 
 # checkpoints/<run>_step000100.safetensors: the model's tensors by name, as trained; while the run is unfinished also
-# the optimisers' as <name>:<key>, the losses, torch's random state and the log. The facts are JSON in its header.
+# the optimisers' as <name>:<key>, the losses and torch's random state. The facts are JSON in its header.
 FREE = ("device_bsz", "data", "records", "checkpoints", "name", "save_every", "resume", "stop_after",
         "check")  # flags that a resumed run may change
 
@@ -860,13 +830,12 @@ def checkpoints_of(run, folder):
     return found
 
 
-def save(args, record, model, optimizers, about, losses):
+def save(args, record, model, optimizers, header, losses):
     """Write a checkpoint beside its place and rename it; of the run's older ones the newest stays until the run has
-    finished. losses: of all steps so far, None when all is over. Rank 0 calls it. Returns None or an OSError."""
+    finished. losses: of all steps so far. Rank 0 calls it. Returns None or an OSError."""
     tensors = dict(model.state_dict())
-    if losses is not None:
-        log = torch.frombuffer(bytearray(record.log.read_bytes()), dtype=torch.uint8)
-        tensors.update(losses=torch.tensor(losses), log=log, random=torch.get_rng_state())
+    if not header["finished"]:
+        tensors.update(losses=torch.tensor(losses), random=torch.get_rng_state())
         if args.device == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state()
         names = {p: name for name, p in model.named_parameters()}
@@ -874,9 +843,9 @@ def save(args, record, model, optimizers, about, losses):
             for p, state in optimizer.state.items():
                 tensors.update({f"{names[p]}:{key}": t for key, t in state.items()})
     data = safetensors.torch.save({name: t.cpu().contiguous() for name, t in tensors.items()},
-                                  metadata=dict(checkpoint=json.dumps(about)))
+                                  metadata=dict(checkpoint=json.dumps(header)))
     folder = Path(args.checkpoints)
-    path = folder / f"{record.path.name}_step{about['step']:06d}.safetensors"
+    path = folder / f"{record.path.name}_step{header['step']:06d}.safetensors"
     part = path.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -886,82 +855,78 @@ def save(args, record, model, optimizers, about, losses):
         with contextlib.suppress(OSError):
             part.unlink()
         return OSError(error.errno, f"{error.strerror} (saving a checkpoint)", str(path))
-    record.checkpoint = path
+    record.checkpoint, record.checkpoint_sha256 = path, sha256(data) if header["finished"] else None
     all_steps = checkpoints_of(record.path.name, folder)
-    for step in sorted(all_steps)[:-1 if losses is None else -2]:
+    for step in sorted(all_steps)[:-1 if header["finished"] else -2]:
         all_steps[step].unlink()
 
 
-def facts_of(path):
+def header_of(path):
     """The facts in a checkpoint's header. Raises ValueError."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["checkpoint"])
-        if about["format"] != 2 or "resumed" not in about:
+            header = json.loads(file.metadata()["checkpoint"])
+        if header["schema"] != SCHEMA:
+            raise ValueError(f"schema {header['schema']}, this program's is {SCHEMA}")
+        if "parts" not in header:
             raise ValueError("an export")
-        return about
+        return header
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} is no whole checkpoint ({error})") from error
 
 
-def another_run(about, args):
-    """In words what makes a checkpoint one of another run than this; "" when nothing does."""
-    if about["script"] != Path(__file__).name:
-        return f"it is of {about['script']}"
-    return "; ".join(f"--{key} was {value}, is {getattr(args, key, None)}" for key, value in about["config"].items()
-                     if key not in FREE and value != getattr(args, key, None))
-
-
-def changed(about, sources, data, args):
-    """In words why a run cannot go on with these sources and shards; "" when it can."""
-    other = [source["name"] for source in about["sources"] + sources
-             if (source in about["sources"]) != (source in sources)]
-    if other:
-        return f"{other[0]} has changed since"
+def obstacle(header, sources, data, args):
+    """In words why this run cannot go on from a checkpoint: it is another's; "" when it can."""
+    if header["script"] != Path(__file__).name:
+        return f"it is of {header['script']}"
+    for key, value in header["config"].items():
+        if key not in FREE and value != getattr(args, key, None):
+            return f"--{key} was {value}, is {getattr(args, key, None)}"
+    for source in header["sources"] + sources:
+        if source not in sources or source not in header["sources"]:
+            return f"{source['name']} has changed since"
     for split in ("train", "val"):
-        before = [shard["sha256"] for shard in about["data"][split]]
-        now = [shard["sha256"] for shard in data[split]]
+        before, now = header["data"][split], data[split]
         count = max(len(before), len(now)) if args.order == "shuffled" else min(len(before), len(now))
         if before[:count] != now[:count]:  # in sequence a run opens as many as it needs
             return f"it was trained on other shards than those in {args.data}"
-    return ""
+    return "its run is finished" if header["finished"] else ""
 
 
 def find_checkpoint(args, sources, data):
-    """(path, facts) that --resume means: a file, or of the unfinished runs with these flags the one that got furthest.
+    """(path, header) that --resume means: a file, or of the unfinished runs with these flags the one that got furthest.
     None where there is none. Raises ValueError."""
     if args.resume != "auto":
-        about = facts_of(args.resume)
-        why = another_run(about, args) or about["finished"] and "its run is finished"
-        if why := why or changed(about, sources, data, args):
+        header = header_of(args.resume)
+        if why := obstacle(header, sources, data, args):
             raise ValueError(f"--resume {args.resume} cannot go on: {why}.")
-        return Path(args.resume), about
-    found, over = [], set()
+        return Path(args.resume), header
+    best, over, headers = None, set(), {}
     for path in sorted(Path(args.checkpoints).glob("*_step*.safetensors")):
         try:
-            about = facts_of(path)
+            headers[path] = header_of(path)
         except ValueError as error:
             tqdm.write(f"--resume auto: {error}: passed over")
+    for header in headers.values():
+        if header["finished"]:
+            over.update(part["run"] for part in header["parts"])
+    for path, header in headers.items():
+        if header["run"] in over or (why := obstacle(header, sources, data, args)).startswith(("it is of", "--")):
             continue
-        if about["finished"]:
-            over.update([about["run"], *(part["run"] for part in about["resumed"])])
-        elif another_run(about, args):
-            continue
-        elif why := changed(about, sources, data, args):
+        if why:
             tqdm.write(f"--resume auto: {path}: {why}: passed over")
-        else:
-            found.append((path, about))
-    found = [(path, about) for path, about in found if about["run"] not in over]
-    if not found:
+        elif best is None or header["step"] > best[1]["step"]:
+            best = path, header
+    if best is None:
         tqdm.write(f"--resume auto: no unfinished run with these flags in {args.checkpoints}: from the beginning")
-    return max(found, key=lambda pair: pair[1]["step"], default=None)
+    return best
 
 
 def resume_point(args, rank, model, data):
     """find_checkpoint's answer, as rank 0 sees it, on every rank."""
     answer = [None]
     if args.resume and rank == 0:
-        sources = [about for about, _ in read_sources([Path(__file__), *model.sources])]
+        sources = [source for source, _ in read_sources([Path(__file__), *model.sources])]
         answer = [find_checkpoint(args, sources, data)]
     if args.resume and world_size() > 1:
         dist.broadcast_object_list(answer, device=torch.device(args.device))
@@ -1089,9 +1054,6 @@ def resolve(args):
 # Main [shared]
 
 ACTIVE_LIMIT = 124_000_000  # parameters a token may use on track fineweb
-TARGET = {"fineweb": 3.28}  # validation loss in nats a token
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "GH200": 989e12, "H800": 989e12, "A100": 312e12,
-              "A800": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, from the makers' data sheets
 
 
 class Signals:
@@ -1140,7 +1102,8 @@ def train_step(model, optimizers, inputs, targets, args):
 def validation_set(stream, args, rank):
     """This rank's validation (inputs, targets) on the device, padded to whole micro-batches with targets -100."""
     first, last = share(min(args.val_tokens, len(stream) - 1) // args.seq_len, rank)
-    inputs, targets = sequences(stream, first, last, args.seq_len)
+    starts = range(first * args.seq_len, last * args.seq_len, args.seq_len)
+    inputs, targets = sequences(stream, starts, args.seq_len)
     pad = (0, 0, 0, -(last - first) % args.device_bsz)
     return F.pad(inputs, pad).to(args.device), F.pad(targets, pad, value=-100).to(args.device)
 
@@ -1168,9 +1131,11 @@ def state_hash(model):
     return digest.hexdigest()
 
 
-def warm_up(model, compiled, optimizers, val, count, args):
-    """Compile and allocate with `count` random sequences a step, then restore parameters, buffers, optimisers and
-    random state. Returns the state's hash; raises RuntimeError when it is not the one from before."""
+def warm_up(model, compiled, optimizers, val, args, rank):
+    """Compile and allocate with random sequences, as many a step as this rank will have, then restore parameters,
+    buffers, optimisers and random state. Returns the state's hash before and after, which must be equal, or
+    RuntimeError."""
+    first, end = share(args.bsz, rank)
     before = state_hash(model)
     saved = {name: t.detach().clone() for name, t in model.state_dict().items()}
     saved_optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
@@ -1179,14 +1144,16 @@ def warm_up(model, compiled, optimizers, val, count, args):
         validate(compiled, [torch.zeros_like(t[:args.device_bsz]) for t in val], args)
         for step in range(2):
             schedule(optimizers, step, args)
-            tokens = torch.randint(args.vocab_size, (count, args.seq_len + 1), generator=generator).to(args.device)
+            tokens = torch.randint(args.vocab_size, (end - first, args.seq_len + 1), generator=generator)
+            tokens = tokens.to(args.device)
             train_step(compiled, optimizers, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), args)
     model.load_state_dict(saved)
     for optimizer, state in zip(optimizers, saved_optimizers):
         optimizer.load_state_dict(state)
-    if state_hash(model) != before or any(optimizer.state for optimizer in optimizers):
+    after = state_hash(model)
+    if after != before or any(optimizer.state for optimizer in optimizers):
         raise RuntimeError("the warm-up left a trace in the model or its optimisers; a run must not start from it")
-    return before
+    return dict(before=before, after=after)
 
 
 def check_cover(model, optimizers):
@@ -1200,9 +1167,18 @@ def check_cover(model, optimizers):
         raise ValueError(f"every parameter must be in exactly one optimiser; not so: {', '.join(wrong) or 'strangers'}")
 
 
-def open_data(args, rank):
-    """(train stream, val stream, their facts for the record: {} but for local rank 0, which checks every token on its
-    machine). Raises ValueError."""
+def read_manifest(folder):
+    """manifest.json of the data programs: what the shards hold; {} without one. Raises ValueError."""
+    path = Path(folder) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return dict(manifest, shards={shard["name"]: shard for shard in manifest.get("shards", ())})
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Make the data again, or delete this file.") from error
+
+
+def open_data(args):
+    """(train stream, val stream, their facts for the record). Raises ValueError."""
     steps, T = args.stop_after or args.steps, args.seq_len
     need = steps * args.bsz * T + 1
     train = TokenStream(args.data, "train", need if args.order == "sequential" else math.inf)
@@ -1215,25 +1191,27 @@ def open_data(args, rank):
     if args.track == "fineweb" and len(val) <= args.val_tokens:
         raise ValueError(f"{args.val_tokens:,} validation tokens need one more; {args.data} has {len(val):,}. "
                          f"{where_from(args.data, need)}")
-    if min(args.val_tokens, len(val) - 1) < T:
+    targets = val.read(1, min(args.val_tokens, len(val) - 1) // T * T)
+    if not len(targets):
         raise ValueError(f"--val_tokens {args.val_tokens} of the {len(val)} in the val shards of {args.data} make no "
                          f"sequence of {T}. Give more text, a larger --val_tokens or a smaller --seq_len.")
-    manifest = Path(args.data) / "manifest.json"
-    try:
-        about = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
-        vocab, listed = about.get("vocab_size"), {shard["name"]: shard["sha256"] for shard in about.get("shards", ())}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{manifest} is damaged ({error}). Make the data again, or delete this file.") from error
-    if vocab not in (None, args.vocab_size):
-        raise ValueError(f"{args.data} holds tokens of {about.get('tokenizer')}, {vocab} ids; the model has "
-                         f"--vocab_size {args.vocab_size}. Use --vocab_size {vocab}, or data of another tokenizer.")
-    if int(os.environ.get("LOCAL_RANK", rank)) != 0 or args.check:
-        return train, val, {}
-    shards = [stream.fingerprint(args.vocab_size, about.get("shards", ())) for stream in (train, val)]
-    for shard in (s for s in shards[0] + shards[1] if listed and listed.get(s["name"]) != s["sha256"]):
-        raise ValueError(f"{Path(args.data) / shard['name']} is not what manifest.json lists: damaged, or of another "
-                         "tokenizer? Make the data again, or delete manifest.json if you vouch for every shard.")
-    return train, val, dict(folder=str(args.data), train=shards[0], val=shards[1], manifest=about or None)
+    manifest = read_manifest(args.data)
+    if manifest.get("vocab_size", args.vocab_size) != args.vocab_size or targets.max() >= args.vocab_size:
+        raise ValueError(f"{args.data} holds tokens of {manifest.get('tokenizer', 'another tokenizer')}, up to id "
+                         f"{manifest.get('vocab_size', targets.max() + 1) - 1}; the model has --vocab_size "
+                         f"{args.vocab_size}. Give data or --vocab_size that fit.")
+    shards = manifest.pop("shards")
+    facts = dict(folder=str(args.data), manifest=manifest, val_tokens=len(targets),
+                 text_bytes=text_bytes(args, targets))
+    for split, stream in (("train", train), ("val", val)):
+        facts[split] = []
+        for path, tokens in zip(stream.paths, map(len, stream.shards)):
+            listed = shards.get(path.name, {})
+            if shards and listed.get("tokens") != tokens:
+                raise ValueError(f"{path} is not what manifest.json lists: damaged, or of another tokenizer? Make the "
+                                 "data again, or delete manifest.json if you vouch for every shard.")
+            facts[split].append(dict(name=path.name, tokens=tokens, sha256=listed.get("sha256")))
+    return train, val, facts
 
 
 def text_bytes(args, tokens):
@@ -1242,19 +1220,17 @@ def text_bytes(args, tokens):
     if not path.exists():
         return None
     lengths = np.fromfile(path, np.uint8)
-    return int(lengths[tokens[tokens < len(lengths)]].sum(dtype=np.int64))
+    return int(lengths[tokens[tokens < len(lengths)]].sum(dtype=np.int64)) or None
 
 
-def same_shards(described, args):
-    """Raise ValueError where the shards of a machine are not those of rank 0. described: {} but for local ranks 0."""
-    shards = {shard["name"]: shard["sha256"] for shard in described.get("train", []) + described.get("val", [])}
-    machines = [None] * world_size()
-    dist.all_gather_object(machines, (platform.node(), shards))
-    for node, theirs in machines:
-        if theirs and theirs != machines[0][1]:
-            name = min(name for name, _ in theirs.items() ^ machines[0][1].items())
-            raise ValueError(f"{Path(args.data) / name} on {node} is not that of rank 0: damaged, or made elsewhere? "
-                             "Fetch or copy it again.")
+def same_shards(facts, args):
+    """Raise ValueError where the shards that a rank sees are not those of rank 0."""
+    ranks = [None] * world_size()
+    dist.all_gather_object(ranks, (platform.node(), facts))
+    for node, theirs in ranks:
+        if theirs != ranks[0][1]:
+            raise ValueError(f"{args.data} on {node} holds other shards than on {ranks[0][0]}, that of rank 0. "
+                             "Fetch or copy them again.")
 
 
 def out_of_memory(error, args):
@@ -1268,22 +1244,22 @@ def out_of_memory(error, args):
 
 def set_up(args, rank):
     """Device, data, model and optimisers, checked before anything is written or timed. Raises ValueError, OSError."""
-    local_rank, alone = int(os.environ.get("LOCAL_RANK", 0)), world_size() == 1 or args.check
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*|", args.name):
         raise ValueError(f"--name {args.name!r}: letters, digits, '-', '_' and '.' only; it becomes a folder's name.")
     resolve(args)
-    device = torch.device(args.device, local_rank) if args.device == "cuda" else torch.device(args.device)
+    device = torch.device(args.device)
     if args.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if args.bsz < world_size():
         raise ValueError(f"--bsz {args.bsz} leaves some of {world_size()} processes without a sequence: start fewer, "
                          "NPROC=1 for one, or give a larger --bsz.")
-    if not alone:
+    if world_size() > 1 and not args.check:
         on_gpu = dict(backend="nccl", device_id=device) if args.device == "cuda" else dict(backend="gloo")
         dist.init_process_group(**on_gpu)
-    data = open_data(args, rank)
-    if not alone:
-        same_shards(data[2], args)  # nothing is written before every machine has checked its own
+    data = open_data(args)
+    if world_size() > 1 and not args.check:
+        same_shards(data[2], args)
     torch.manual_seed(args.random_seed)
     model = build_model(args)
     model.to(device)
@@ -1292,28 +1268,45 @@ def set_up(args, rank):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    active = sum(size for name, size in sizes.items() if name not in model.lookups)
+    active = size_of(model)["active"]
     if args.track == "fineweb" and active > ACTIVE_LIMIT:
         raise ValueError(f"{active:,} parameters are active per token; track fineweb allows {ACTIVE_LIMIT:,}. "
                          "Make --width, --layers or --ffn_ratio smaller.")
-    return device, data, model, optimizers, dict(parameters=sum(sizes.values()), active=active)
+    return device, data, model, optimizers
 
 
-def begin(args, record, device, described, model, counts, start):
-    """Write the record's header. Returns the facts of the run that its result repeats."""
+def size_of(model):
+    """What the record says of the model. active: the parameters that a token may use, of look-up tables none."""
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    tables = {}
+    for name in model.lookups:
+        table = model.get_parameter(name)
+        tables[name] = [table.size(0), table.numel() * table.element_size()]
+    active = sum(sizes.values()) - sum(sizes[name] for name in tables)
+    return dict(parameters=sum(sizes.values()), active=active, flops_per_token=model.flops_per_token(active),
+                lookups=tables)
+
+
+def begin(args, record, device, data, model, optimizers):
+    """Write the head of the log. Returns the facts of the run that its result repeats."""
     sources = read_sources([Path(__file__), *model.sources])
-    facts = dict(
-        schema=SCHEMA, run=record.path.name, script=Path(__file__).name, seed=args.random_seed, config=asdict(args),
-        command=[Path(__file__).name, *sys.argv[1:]], environment=environment(),
-        hardware=hardware(device), data=described,
-        model=dict(counts, flops_per_token=model.flops_per_token(counts["active"])),
-        sources=[about for about, _ in sources])
-    if start:
-        part = {key: start[1][key] for key in ("run", "step", "began", "saved")}
-        facts["resumed"] = [*start[1]["resumed"], part]
-    record.header(facts, sources)
-    return facts
+    facts = dict(schema=SCHEMA, environment=environment(), hardware=hardware(device), data=data, model=size_of(model),
+                 git=git())
+    command = shlex.join([Path(__file__).name, *sys.argv[1:]])
+    record.line(f"config: {json.dumps(vars(args))}\ncommand: {command}")
+    for source, text in sources:
+        record.line(f"{RULE}\nsource: {json.dumps(source)}\n{text}")
+    record.line(f"{RULE}\nfacts: {json.dumps(facts)}")
+    names = {p: name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                sd, mean = torch.std_mean(p.detach().float(), correction=0)
+                line = dict(name=names[p], shape=list(p.shape), group=group["name"], lr=group["initial_lr"],
+                            mean=mean.item(), sd=sd.item())
+                record.line(f"parameter: {json.dumps(line)}")
+    return dict(facts, run=record.path.name, script=Path(__file__).name, config=vars(args), command=command,
+                sources=[source for source, _ in sources], parts=[])
 
 
 def prepare(model, args):
@@ -1325,132 +1318,114 @@ def prepare(model, args):
     return model
 
 
-def run(args, rank, record, clock, data, model, optimizers, counts, start=None):
+def run(args, rank, record, clock, data, model, optimizers, start=None):
     """Warm-up, training and validation, and the record of it. start: resume_point's answer."""
-    (train, val, described), tokens_a_step, (first, end) = data, args.bsz * args.seq_len, share(args.bsz, rank)
+    train, val, data_facts = data
     say = tqdm.write if rank == 0 else lambda text: None
-    done, curve, losses = 0, [], []
-    facts = begin(args, record, clock.device, described, model, counts, start) if rank == 0 else None
-    say(f"{counts['parameters']:,} parameters, {counts['active']:,} active per token; {args.steps} steps of "
-        f"{tokens_a_step:,} tokens on {world_size()} x {args.device} in {args.dtype}")
+    facts = begin(args, record, clock.device, data_facts, model, optimizers) if rank == 0 else {}
+    say(f"{size_of(model)['active']:,} parameters active per token; {args.steps} steps of "
+        f"{args.bsz * args.seq_len:,} tokens on {world_size()} x {args.device} in {args.dtype}")
 
     clock.switch("warm-up")
     val_batches = validation_set(val, args, rank)
     compiled = prepare(model, args)
-    digest = warm_up(model, compiled, optimizers, val_batches, end - first, args)
+    digests = warm_up(model, compiled, optimizers, val_batches, args, rank)
+    record.line(f"warm-up: {json.dumps(digests)}")
+    losses, done = Losses(record, args), 0
     if start:
-        done, curve, record.checkpoint = start[1]["step"], start[1]["curve"], start[0]
-        losses = restore(start[0], args, model, optimizers)
-        say(f"resumed from {start[0]}: after step {done} of {args.steps}")
+        path, header = start
+        done, losses.curve, facts["parts"] = header["step"], header["curve"], header["parts"]
+        losses.train = restore(path, args, model, optimizers)
+        clock.earlier, record.checkpoint = sum(part["train_seconds"] for part in header["parts"]), path
+        last = {key: header["parts"][-1][key] for key in ("run", "step", "log_sha256")}
+        record.line(f"resumed: {json.dumps(last)}")
+        say(f"resumed from {path}: after step {done} of {args.steps}")
     gc.collect()
     clock.switch("rest")
-    record.line(f"warm-up: 2 steps and a validation batch of random tokens in {clock.seconds['warm-up']:.1f} s; model, "
-                f"optimisers and random state restored; sha256 of the parameters before and after: {digest}")
     say(f"ready after {clock.seconds['rest'] + clock.seconds['warm-up']:.1f} s, none of them counted as training")
 
-    for phase, seconds in start[1]["clock"].items() if start else ():
-        clock.seconds[phase] += seconds
-    lines = StepLines(record, args, losses)
-    stopping, failure, signals.patient = False, None, True
+    failure, signals.patient = None, True
     bar = tqdm(total=args.steps, initial=done, unit="step", file=sys.stdout, disable=rank != 0, dynamic_ncols=True,
                mininterval=0.2 if sys.stdout.isatty() else 10)
     for step in range(done, args.steps + 1):
-        due = (step % args.val_every == 0 or step == args.steps) and not (curve and curve[-1]["step"] == step)
-        if due and not stopping:
+        # the clock of the training stands: validation, checkpoint, end
+        validated = losses.curve and losses.curve[-1]["step"] == step  # before the run was interrupted
+        if not losses.stopping and not validated and (step % args.val_every == 0 or step == args.steps):
             clock.switch("validation")
-            lines.flush()
+            losses.flush()
             loss = validate(compiled, val_batches, args)
-            stopping = loss is None
-        if due and not stopping:
-            record.line(f"step:{step}/{args.steps} val_loss:{loss:.4f} {timing(clock.train_ms(), step)}")
-            curve.append(dict(step=step, val_loss=loss, train_ms=clock.train_ms(), tokens=step * tokens_a_step,
-                              log_sha256=record.chain.hexdigest()))
-            say(f"step {step}/{args.steps}  validation loss {loss:.4f}  {clock.train_ms() / 1e3:.1f} s of training")
-        last = stopping or step >= (args.stop_after or args.steps)
-        finished = step == args.steps and not stopping
+            if loss is None:
+                losses.stopping = True
+            else:
+                losses.validated(step, loss, clock.train_ms())
+                say(f"step {step}/{args.steps}  validation loss {loss:.4f}  {clock.train_ms() / 1e3:.1f} s of training")
+        last = losses.stopping or step >= (args.stop_after or args.steps)
+        finished = step == args.steps and not losses.stopping
         if finished or step > done and (last or args.save_every and step % args.save_every == 0):
             clock.switch("saving")
-            lines.flush()
+            losses.flush()
             if bad := [name for name, t in model.state_dict().items() if not t.isfinite().all()]:
-                lines.fail(step, f"{bad[0]} is not finite")
+                losses.fail(step, f"{bad[0]} is not finite")
             if rank == 0:
-                about = checkpoint_facts(facts, step, finished, clock, curve, record)
-                failure = save(args, record, model, optimizers, about, None if finished else lines.losses)
+                header = checkpoint_header(facts, record, clock, losses, step, finished)
+                failure = save(args, record, model, optimizers, header, losses.train)
             failed = all_sum(torch.tensor(float(failure is not None), device=args.device)).item()
             if failed and not finished:
                 raise failure or OSError("rank 0 could not save a checkpoint")
         if last:
             break
+        # training
         if clock.phase != "train":
             clock.switch("train")
         schedule(optimizers, step, args)
-        lines.add(step + 1, train_step(compiled, optimizers, *batch(train, step, args, rank), args), clock.train_ms())
-        stopping = lines.stopping
-        bar.set_postfix_str(f"loss {lines.last:.3f}", refresh=False)
+        inputs, targets = batch(train, step, args, rank)
+        losses.add(step + 1, train_step(compiled, optimizers, inputs, targets, args), clock.train_ms())
+        if losses.train:
+            bar.set_postfix_str(f"loss {losses.train[-1]:.3f}", refresh=False)
         bar.update()
     bar.close()
     clock.switch("rest")
     signals.patient = False
-    if failure:
-        record.line(f"checkpoint: {failure}")
-    losses = base64.b64encode(np.array(lines.losses, "<f4").tobytes()).decode()
-    record.line(f"losses: {json.dumps(dict(float32=losses))}")
+    record.line(f"losses: {base64.b64encode(np.array(losses.train, '<f4').tobytes()).decode()}")
 
-    if stopping:
+    if losses.stopping:
         raise KeyboardInterrupt(f" after step {step} of {args.steps}, checkpoint {record.checkpoint or 'none'}")
-    if step < args.steps:
+    if not finished:
         log = record.close(f"stopped after step {step} of {args.steps}")
         say(f"stopped after step {step} of {args.steps}: a beginning to compare with, not a result; the log: {log}")
     elif rank == 0:
-        conclude(record, report(facts, clock, curve, val, len(train), args))
-        if failure:
-            leave_together()
-            stop(f"the record is whole, but there is no checkpoint of the last step: {failure}")
+        conclude(args, record, clock, losses, facts)
+    if failure:
+        leave_together()
+        stop(f"the record is whole, but there is no checkpoint of the last step: {failure}")
 
 
-def conclude(record, result):
-    """Write the end of the record, and say what came out."""
-    record.line(f"curve: {json.dumps(dict(points=result['curve']))}")
-    record.line(f"clock: {json.dumps(result['clock'])}\nwall: {json.dumps(result['wall'])}")
-    record.line(f"result: {json.dumps(result['final'])}")
-    record.finish(result)
+def checkpoint_header(facts, record, clock, losses, step, finished):
+    """What a checkpoint's header says. parts: of the run up to here, this one the last."""
+    vocabulary = {key: facts["data"]["manifest"].get(key) for key in ("tokenizer", "tokenizer_sha256")}
+    part = dict(run=record.path.name, step=step, log_sha256=record.digest(), train_seconds=clock.seconds["train"])
+    kept = {key: facts[key] for key in ("schema", "script", "run", "config", "sources", "data")}
+    return dict(kept, **vocabulary, step=step, finished=finished, curve=losses.curve, parts=[*facts["parts"], part])
+
+
+def conclude(args, record, clock, losses, facts):
+    """Write result.json, and say what came out. Times in s, memory in bytes."""
+    if args.device == "cuda":
+        memory = torch.cuda.max_memory_reserved()
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    final = dict(
+        val_loss=losses.curve[-1]["val_loss"], val_tokens=facts["data"]["val_tokens"],
+        text_bytes=facts["data"]["text_bytes"], steps=args.steps, tokens=losses.curve[-1]["tokens"],
+        train_seconds=clock.earlier + clock.seconds["train"], peak_memory_bytes=memory, devices=world_size())
+    wall = dict(began=clock.began, ended=time.time())
+    record.finish(dict(facts, curve=losses.curve, final=final, clock=clock.seconds, wall=wall,
+                       checkpoint_sha256=record.checkpoint_sha256))
     tqdm.write(f"record: {record.path}/")
     summary = Path(__file__).parent / "records" / "report.py"
     if summary.exists():
         subprocess.run([sys.executable, summary, "--summary", record.path])
-
-
-def checkpoint_facts(facts, step, finished, clock, curve, record):
-    """What a checkpoint's header says."""
-    tokenizer = {key: (facts["data"]["manifest"] or {}).get(key) for key in ("tokenizer", "tokenizer_sha256")}
-    about = {key: facts[key] for key in ("script", "run", "config", "sources", "data")}
-    return dict(about, format=2, step=step, finished=finished, **tokenizer, began=clock.began, saved=time.time(),
-                clock=clock.seconds, curve=curve, log_sha256=record.chain.hexdigest(),
-                resumed=facts.get("resumed", []))
-
-
-def report(facts, clock, curve, val, train_tokens, args):
-    """result.json: the facts of the run and its final figures. Times in s, memory in bytes, rates per second."""
-    wall = dict(began=clock.began, ended=time.time())
-    seconds, tokens = clock.seconds["train"], args.steps * args.bsz * args.seq_len
-    loss = curve[-1]["val_loss"]
-    flops = facts["model"]["flops_per_token"] * tokens / seconds
-    peak = [value for name, value in PEAK_FLOPS.items() if name in facts["hardware"]["name"] and args.dtype == "bf16"]
-    if args.device == "cuda":
-        memory = dict(allocated=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved())
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        memory = dict(resident=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-    targets = val.read(1, min(args.val_tokens, len(val) - 1) // args.seq_len * args.seq_len)
-    text = text_bytes(args, targets)
-    final = dict(
-        val_loss=loss, bits_per_byte=loss * len(targets) / text / math.log(2) if text else None,
-        val_tokens=len(targets), text_bytes=text or None, steps=args.steps, tokens=tokens,
-        epochs=tokens / train_tokens, train_seconds=seconds,
-        step_avg_ms=1e3 * seconds / args.steps, tokens_per_second=tokens / seconds, flops_per_second=flops,
-        mfu=flops / (world_size() * max(peak)) if peak else None, peak_memory=memory,
-        target=TARGET.get(args.track), reached=loss <= TARGET[args.track] if args.track in TARGET else None)
-    return dict(facts, clock=dict(clock.seconds), wall=wall, curve=curve, final=final, end="finished")
 
 
 def main(argv=None):
@@ -1461,15 +1436,12 @@ def main(argv=None):
     clock, args, record = Clock(), parse(argv), None
     rank = int(os.environ.get("RANK", 0))
     try:
-        clock.device, data, model, optimizers, counts = set_up(args, rank)
+        clock.device, data, model, optimizers = set_up(args, rank)
         if args.check:
             return
-        start, log = resume_point(args, rank, model, data[2]), b""
-        if start and rank == 0:
-            with safetensors.safe_open(start[0], "pt") as file:
-                log = file.get_tensor("log").numpy().tobytes()
-        record = Record(args, rank, log)
-        run(args, rank, record, clock, data, model, optimizers, counts, start)
+        start = resume_point(args, rank, model, data[2])
+        record = Record(args, rank)
+        run(args, rank, record, clock, data, model, optimizers, start)
         leave_together()
     except KeyboardInterrupt as interrupt:
         number = signal.Signals(signals.number or signal.SIGTERM)  # the rank that the signal did not reach follows

@@ -250,7 +250,7 @@ def fill(row, times, operator, inputs, dy, speed, peak):
 
 def describe(device):
     """The machine, the versions and the day."""
-    versions, name = train_rwkv7.environment(), train_rwkv7.hardware(torch.device(device))["name"]
+    versions, git, name = train_rwkv7.environment(), train_rwkv7.git(), train_rwkv7.hardware(torch.device(device))["name"]
     machine = {"device": re.sub(r", \d+ threads$", "", name), "date": datetime.date.today().isoformat()}
     if device == "cuda":
         machine |= {"driver": versions["driver"], "CUDA": versions["cuda"], "compiler": versions["nvcc"]}
@@ -258,7 +258,7 @@ def describe(device):
         machine |= {"capability": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
                     "threads": torch.get_num_threads(), "compiler": versions["compiler"]}
     return machine | {"torch": versions["torch"], "peers": peer_versions(),
-                      "commit": versions["git_commit"][:7] + (" and changes" if versions["git_dirty"] else "")}
+                      "commit": git["commit"][:7] + (" and changes" if git["changed"] else "")}
 
 
 def peer_versions():

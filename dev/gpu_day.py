@@ -409,9 +409,11 @@ def time_steps(job, device):
     """One training run: steps of one micro-batch and one update, then micro-batches alone. No record, no validation."""
     import importlib
     import torch
+    sys.path.append(str(ROOT / "records"))
+    import report
     script, cuda = importlib.import_module(job["script"]), device == "cuda"
     args = script.parse([*run_flags(job, device, all_steps()), "--val_tokens=1024"])
-    _, (stream, _, _), model, optimizers, counts = script.set_up(args, 0)
+    _, (stream, _, _), model, optimizers = script.set_up(args, 0)
     compiled = script.prepare(model, args)
     numbers, losses = iter(range(args.steps)), []
     wait = torch.cuda.synchronize if cuda else lambda: None
@@ -435,8 +437,8 @@ def time_steps(job, device):
     memory = torch.cuda.max_memory_allocated() if cuda else None
     alone = statistics.median(step_times(lambda: step(False), APART, cuda))
     rate = args.bsz * args.seq_len / statistics.median(ms) * 1e3
-    flops = model.flops_per_token(counts["active"]) * rate
-    peak = [value for name, value in script.PEAK_FLOPS.items() if cuda and name in torch.cuda.get_device_name()]
+    flops = script.size_of(model)["flops_per_token"] * rate
+    peak = [value for name, value in report.PEAK_FLOPS.items() if cuda and name in torch.cuda.get_device_name()]
     loss = torch.stack(losses)[:WARM_UP + STEPS].tolist()
     row = dict(job, kernel=getattr(args, "kernel", None), dtype=args.dtype, first_step_s=ready, steps=len(ms),
                loss=[loss[0], statistics.mean(loss[-5:])], ms=statistics.median(ms), ms_min=min(ms),

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -29,9 +30,11 @@ import stats  # noqa: E402  (beside this file, which may be imported from elsewh
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = "<!-- results: python records/report.py --write -->", "<!-- end of results -->"
-OWN = ("name", "random_seed", "records", "usd_per_hour", "data", "save_every", "val_every", "checkpoints",
-       "keep", "resume", "norm_every")  # do not make another row
-MACHINE = ("device", "dtype", "compile", "kernel", "fast_cuda", "wind_cuda", "device_bsz", "check", "print_params")
+OWN = ("name", "random_seed", "records", "data", "save_every", "val_every", "checkpoints", "resume")  # no other row
+MACHINE = ("device", "dtype", "compile", "kernel", "fast_cuda", "wind_cuda", "device_bsz", "check")
+TARGET = {"fineweb": 3.28}  # validation loss in nats a token
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "GH200": 989e12, "H800": 989e12, "A100": 312e12,
+              "A800": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, from the makers' data sheets
 POINTS = 200  # of a training curve on a page: averages over so many stretches
 STEP = re.compile(r"^step:(\d+)/\d+ train_loss:(\S+) train_time:(\d+)ms ", re.M)
 VALIDATION = re.compile(r"^step:(\d+)/\d+ val_loss:(\S+) train_time:(\d+)ms ", re.M)
@@ -55,18 +58,34 @@ def read_json(path):
         raise ValueError(f"{path} is damaged ({error}): restore it with git, or delete the folder") from None
 
 
+def read_result(path):
+    """result.json, and in "final" what follows from it: bits_per_byte, rates a second, mfu, target, seed."""
+    result = read_json(path)
+    try:
+        final, config, hardware = (result[key] for key in ("final", "config", "hardware"))
+        seconds, text = final["train_seconds"], final["text_bytes"]
+        flops = result["model"]["flops_per_token"] * final["tokens"] / seconds
+        peak = [value for name, value in PEAK_FLOPS.items() if name in hardware["name"] and config["dtype"] == "bf16"]
+        final.update(
+            bits_per_byte=final["val_loss"] * final["val_tokens"] / text / math.log(2) if text else None,
+            tokens_per_second=final["tokens"] / seconds, flops_per_second=flops,
+            mfu=flops / (final["devices"] * max(peak)) if peak else None, target=TARGET.get(config["track"]))
+        return dict(result, seed=config["random_seed"], words=shlex.split(result["command"]))
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        said = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is not a result of this project: {said}") from None
+
+
 def finished(parent):
-    """The result.json of every finished run below parent, oldest first, with its "folder". ValueError if damaged."""
-    results = []
-    for folder in folders(parent):
-        if (folder / "result.json").exists():
-            result = read_json(folder / "result.json")
-            lacks = [key for key in ("run", "script", "seed", "config", "sources", "data", "hardware", "environment",
-                                     "model", "final") if not isinstance(result, dict) or key not in result]
-            if lacks:
-                raise ValueError(f"{folder / 'result.json'} is not a result of this project: it lacks {lacks[0]!r}")
-            results.append(dict(result, folder=folder.relative_to(parent).as_posix()))
-    return results
+    """read_result of every finished run below parent, oldest first, with its "folder". ValueError if damaged."""
+    return [dict(read_result(folder / "result.json"), folder=folder.relative_to(parent).as_posix())
+            for folder in folders(parent) if (folder / "result.json").exists()]
+
+
+def shards(result, *splits):
+    """What identifies the shards of a run: their sha256, without one name and number of tokens."""
+    return [shard["sha256"] or [shard["name"], shard["tokens"]]
+            for split in splits or ("train", "val") for shard in result["data"][split]]
 
 
 def unfinished(parent):
@@ -98,7 +117,7 @@ def read_record(folder):
         config = {}
     if "track" not in config:
         raise ValueError(f"{log} is not a log of this project: its first line is no \"config: {{...}}\"")
-    result = read_json(result) if result.exists() else None
+    result = read_result(result) if result.exists() else None
     lines = text.rstrip("\n").splitlines()
     end = lines[-1].removeprefix("end: ") if lines[-1].startswith("end: ") else "cut off"
     train = [(int(step), float(loss), int(ms)) for step, loss, ms in STEP.findall(text)]
@@ -125,11 +144,10 @@ def read_record(folder):
 def group(results):
     """{key: [runs with distinct seeds]}; a key is track, script and a hash of settings, sources, data and machine."""
     groups = {}
-    for result in (r for r in results if math.isfinite(r["final"]["val_loss"])):
+    for result in results:
         config = {name: value for name, value in result["config"].items() if name not in OWN}
-        shards = [shard["sha256"] for split in ("train", "val") for shard in result["data"][split]]
         sources = [(source["name"], source["sha256"]) for source in result["sources"]]
-        rest = config, sources, shards, machine(result), result["environment"]["torch"]
+        rest = config, sources, shards(result), machine(result), result["environment"]["torch"]
         digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
         runs = groups.setdefault((config["track"], result["script"], digest), [])
         if result["seed"] not in [run["seed"] for run in runs]:
@@ -139,8 +157,8 @@ def group(results):
 
 def flags(result):
     """The flags that make this run what it is, as given: the command without track, seed, name and folders."""
-    words, kept, skip = result.get("command", [])[1:], [], False
-    for i, word in enumerate(words):
+    kept, skip = [], False
+    for word in result.get("words", [])[1:]:
         if word.startswith("--"):
             skip = word[2:].split("=")[0] in ("track", *OWN)
         if not skip:
@@ -156,9 +174,8 @@ def classes(results):
     """{class: rows}: a row is a group's runs; only rows of one class may be compared by rank."""
     found = {}
     for (track, _, _), runs in sorted(group(results).items()):
-        final, val = runs[0]["final"], tuple(shard["sha256"] for shard in runs[0]["data"]["val"])
-        target = final.get("target")
-        key = track, machine(runs[0]), target, None if target else final["tokens"], val
+        target, tokens = runs[0]["final"]["target"], runs[0]["final"]["tokens"]
+        key = track, machine(runs[0]), target, None if target else tokens, str(shards(runs[0], "val"))
         found.setdefault(key, []).append(runs)
     return {key: ranked(rows, key[2]) for key, rows in sorted(found.items(), key=lambda item: str(item[0]))}
 
@@ -296,18 +313,17 @@ def points(result):
 def for_page(record):
     """What the page shows of a run, as plain JSON."""
     result, config = record["result"] or {}, record["config"]
-    last, memory = result.get("final", {}), result.get("final", {}).get("peak_memory") or {}
+    last = result.get("final", {})
     script = result.get("script") or re.sub(r"^[^_]*_(train_[a-z0-9]+)_.*", r"\1.py", record["folder"].name)
-    facts = dict(config, **{f"environment {key}": result.get("environment", {}).get(key)
-                            for key in ("python", "torch", "cuda", "driver", "git_commit", "git_dirty")})
-    finite = lambda value: value if value is not None and math.isfinite(value) else None
+    facts = dict(config, **result.get("environment", {}), **result.get("git", {}))
     clean = lambda rows: [row for row in rows if all(math.isfinite(value) for value in row)]
     return dict(
         id=record["folder"].name, script=" ".join([script, flags(result)]).strip(), seed=config.get("random_seed"),
-        status=record["end"], machine=machine(result) if result else "unfinished", loss=finite(last.get("val_loss")),
-        bits=finite(last.get("bits_per_byte")), seconds=last.get("train_seconds"), steps=last.get("steps"),
+        status=record["end"], machine=machine(result) if result else "unfinished", loss=last.get("val_loss"),
+        bits=last.get("bits_per_byte"), seconds=last.get("train_seconds"), steps=last.get("steps"),
         tokens=last.get("tokens"), rate=last.get("tokens_per_second"),
-        memory=max(memory.values()) / 1e6 if memory else None, val=clean(record["val"]), train=clean(record["train"]),
+        memory=last["peak_memory_bytes"] / 1e6 if last else None,
+        val=clean(record["val"]), train=clean(record["train"]),
         facts="\n".join(f"{key}: {value}" for key, value in facts.items()))
 
 
@@ -357,10 +373,9 @@ def pages(paths, out=None):
 def overview(parent, results):
     """records/README.md."""
     counted = {run["folder"] for runs in group(results).values() for run in runs}
-    resumed = lambda r: "".join(f", resumed after step {p['step']} of {p['run']}" for p in r.get("resumed", ()))
+    resumed = lambda r: "".join(f", resumed after step {p['step']} of {p['run']}" for p in r["parts"])
     runs = [(r["folder"], r["script"], r["seed"], f"{r['final']['val_loss']:.4f}", f"{r['final']['train_seconds']:.1f}",
-             ("counted" if r["folder"] in counted else "this seed has an earlier run" if
-              math.isfinite(r["final"]["val_loss"]) else "diverged") + resumed(r)) for r in results]
+             ("counted" if r["folder"] in counted else "this seed has an earlier run") + resumed(r)) for r in results]
     runs += [(folder, "", "", "", "", end) for folder, end in unfinished(parent)]
     tracks = sorted({r["config"]["track"] for r in results if r.get("curve")})
     parts = ["# Records", "One folder a run, or a race with its runs inside. Made by `python records/report.py "
@@ -410,7 +425,7 @@ def update_reference(parent, results):
             track=track, script=script, runs=[run["run"] for run in runs],
             free=[*OWN, *MACHINE],  # flags that should not move the curve out of its band
             config={key: value for key, value in runs[0]["config"].items() if key not in (*OWN, *MACHINE)},
-            shards=[shard["sha256"] for split in ("train", "val") for shard in runs[0]["data"][split]], curve=curve)
+            shards=shards(runs[0]), curve=curve)
         path = Path(parent) / "reference" / f"{track}_{Path(script).stem}.json"
         path.parent.mkdir(exist_ok=True)
         replace(path, json.dumps(reference, indent=1) + "\n")
@@ -426,8 +441,7 @@ def reference_of(result):
     try:  # whatever is wrong with the file: a run does without it
         known = read_json(ROOT / "records" / "reference" / name)
         config = {key: value for key, value in result["config"].items() if key not in known["free"]}
-        shards = [shard["sha256"] for split in ("train", "val") for shard in result["data"][split]]
-        if (config, shards) != (known["config"], known["shards"]):
+        if (config, shards(result)) != (known["config"], known["shards"]):
             return {}
         return {point["step"]: (float(point["mean"]), float(point["band"])) for point in known["curve"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -446,7 +460,7 @@ def spikes(losses):
 
 def summary(folder, usd_per_hour=None):
     """What came out of a finished run, whether it is what such runs come to, and what to try next."""
-    result = read_json(Path(folder) / "result.json")
+    result = read_result(Path(folder) / "result.json")
     final, config, reference = result["final"], result["config"], reference_of(result)
     loss = f"validation loss {final['val_loss']:.4f} nats per token"
     if final["bits_per_byte"]:

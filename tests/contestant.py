@@ -3,12 +3,13 @@
     python tests/contestant.py --random_seed 1 --name a_seed1 --records DIR [--level 1.5] [--noise 0.01] [--die SEED]
 
 It writes the record of a run of four steps with a validation at each. --die SEED: fails on that seed; --hang: waits to
-be interrupted after its log began, unless the file named by it exists; --nan: diverges; --val: another validation set.
+be interrupted after its log began, unless the file named by it exists; --val: another validation set.
 """
 import argparse
 import json
 import os
 import random
+import shlex
 import signal
 import sys
 import time
@@ -23,7 +24,6 @@ def main():
             ("random_seed", int, 0), ("name", str, ""), ("records", str, ""), ("track", str, "tiny"), ("hang", str, ""),
             ("level", float, 1.5), ("noise", float, 0.01), ("speed", float, 10.0), ("die", int, -1), ("val", str, "v")):
         parser.add_argument(f"--{name}", type=kind, default=default)
-    parser.add_argument("--nan", action="store_true")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     if args.level <= 0:
@@ -42,8 +42,6 @@ def main():
     speed = args.speed * (1 + 0.01 * rng.gauss(0, 1))
     curve = [dict(step=step, val_loss=end + 2 * (STEPS - step) / STEPS, train_ms=1e3 * speed * step / STEPS,
                   tokens=TOKENS * step) for step in range(STEPS + 1)]
-    if args.nan:
-        end = curve[-1]["val_loss"] = float("nan")
     with open(folder / "log.txt", "w", encoding="utf-8", buffering=1) as log:
         print(f"config: {json.dumps(config)}\ncommand: {' '.join(sys.argv)}", file=log)
         for point in curve:
@@ -63,13 +61,14 @@ def main():
                     sys.exit(130)
         print("end: finished", file=log)
     result = dict(
-        schema=1, run=stamp, script="contestant.py", seed=args.random_seed, config=config,
-        command=["contestant.py", *sys.argv[1:]], environment=dict(torch="none"), hardware=dict(name="a CPU", count=1),
+        schema=3, run=stamp, script="contestant.py", config=config,
+        command=shlex.join(["contestant.py", *sys.argv[1:]]), environment=dict(torch="none"),
+        hardware=dict(name="a CPU", count=1), git=dict(commit="none", changed=[]),
         data=dict(train=[dict(name="t", sha256="t")], val=[dict(name="v", sha256=args.val)]),
-        model=dict(active=12, parameters=12), sources=[dict(name="contestant.py", sha256="0")], curve=curve,
-        final=dict(val_loss=end, bits_per_byte=None, train_seconds=speed, tokens=TOKENS * STEPS, steps=STEPS,
-                   tokens_per_second=TOKENS * STEPS / speed, peak_memory=dict(resident=10**8), target=None),
-        end="finished")
+        model=dict(active=12, parameters=12, flops_per_token=72), sources=[dict(name="contestant.py", sha256="0")],
+        curve=curve, parts=[], final=dict(
+            val_loss=end, val_tokens=10, text_bytes=None, train_seconds=speed, tokens=TOKENS * STEPS, steps=STEPS,
+            peak_memory_bytes=10**8, devices=1))
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 

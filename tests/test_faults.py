@@ -3,6 +3,7 @@ machines are two torchruns on this one, each with a checkout of its own or both 
 
 import concurrent.futures
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -140,21 +141,22 @@ def test_two_ranks_leave_cleanly(data, tmp_path):
 
 
 def test_data_of_another_machine(data, tmp_path):
-    """The same names and sizes, one byte changed on the second machine."""
+    """The same names and sizes, but made elsewhere: another hash in the second machine's manifest."""
     folders = [checkout(tmp_path / name, "train_gpt2") for name in "ab"]
     for folder in folders:
         shutil.copytree(data, folder / "text")
-    shard = folders[1] / "text" / "toy_train_000001.bin"
-    with open(shard, "r+b") as file:
-        file.seek(1024)
-        file.write(b"\7")
+    shards = [dict(name=path.name, tokens=(path.stat().st_size - 1024) // 2) for path in data.glob("*.bin")
+              if path.name != "token_bytes.bin"]
+    for folder, digest in zip(folders, "01"):
+        listed = [dict(shard, sha256=digest * 64 if "train_000001" in shard["name"] else "2" * 64) for shard in shards]
+        (folder / "text" / "manifest.json").write_text(json.dumps(dict(shards=listed)))
     flags = tiny("train_gpt2", "text", tmp_path / "records", "--steps", 12)  # 12 * 4 * 32 tokens: more than one shard
     with cluster(folders, "train_gpt2", flags) as nodes:
         done = ends(nodes)
     here = os.uname().nodename
     for status, _, err in done:
         assert status == 1 and any(re.fullmatch(
-            rf"train_gpt2.py: (rank 1: )?text/toy_train_000001.bin on {here} is not that of rank 0: damaged, .*", line)
+            rf"train_gpt2.py: (rank 1: )?text on {here} holds other shards than on {here}, that of rank 0. .*", line)
             for line in said(err)), err
     assert not (tmp_path / "records").exists(), "nothing is written before all have checked"
 

@@ -130,7 +130,7 @@ def test_command_lines_of_a_gpu(tmp_path, monkeypatch):
         args = script.parse([*day.run_flags(job, "cuda", day.all_steps()), "--val_tokens=1024"])
         script.resolve(args)
         assert (args.track, args.device, args.dtype, args.bsz, args.seq_len) == ("fineweb", "cuda", "bf16", 2, 1024)
-        assert len(script.open_data(args, 0)[0]) == args.steps * 2 * 1024 + 1
+        assert len(script.open_data(args)[0]) == args.steps * 2 * 1024 + 1
 
 
 def test_tables(tmp_path, capsys):

@@ -1,6 +1,6 @@
 """The data loader: each token once whatever the split into ranks, and one clear line for every kind of bad shard."""
 
-import hashlib
+import json
 import os
 import types
 
@@ -179,21 +179,26 @@ def test_a_count_past_31_bits_of_bytes(tmp_path):
     assert len(script.open_shard(path)) == 2**30 + 3
 
 
-def test_ids_beyond_the_vocabulary(folder):
-    stream = script.TokenStream(folder, "train", TOTAL)
-    top = 1000 + TOTAL - 1
-    assert len(stream.fingerprint(top + 1)) == len(SIZES)
-    refusal(lambda: stream.fingerprint(top), folder / "toy_train_000006.bin", f"token id {top}", f"vocabulary of {top}")
-    first = 1000 + SIZES[0]
-    with pytest.raises(ValueError, match=f"token id .* vocabulary of {first}"):
-        stream.fingerprint(first)
-
-
-def test_fingerprint_is_the_files(folder):
-    stream = script.TokenStream(folder, "train", 200)
-    assert stream.fingerprint(5000) == [
-        dict(name=path.name, tokens=size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-        for path, size in zip(sorted(folder.iterdir()), SIZES[:4])]
+def test_another_tokenizer_and_shards_not_in_the_manifest(folder):
+    write_shard(folder / "toy_val_000000.bin", range(30))
+    args = settings(folder, track="tiny", bsz=1, seq_len=10, val_tokens=20, steps=1, vocab_size=21)
+    facts = script.open_data(args)[2]
+    assert facts["train"] == [dict(name="toy_train_000000.bin", tokens=SIZES[0], sha256=None)]
+    assert (facts["val_tokens"], facts["text_bytes"], facts["manifest"]) == (20, None, {})
+    args.vocab_size = 20
+    refusal(lambda: script.open_data(args), folder, "another tokenizer", "up to id 20", "--vocab_size 20")
+    shards = [dict(name=path.name, tokens=(path.stat().st_size - 1024) // 2, sha256="f" * 64)
+              for path in folder.glob("*.bin")]
+    (folder / "manifest.json").write_text(json.dumps(dict(tokenizer="x", vocab_size=30, shards=shards)))
+    refusal(lambda: script.open_data(args), folder, "tokens of x, up to id 29", "--vocab_size 20")
+    args.vocab_size = 30
+    facts = script.open_data(args)[2]
+    assert facts["val"][0]["sha256"] == "f" * 64 and facts["manifest"] == dict(tokenizer="x", vocab_size=30)
+    write_shard(folder / "toy_val_000000.bin", range(29))
+    refusal(lambda: script.open_data(args), folder / "toy_val_000000.bin", "not what manifest.json lists")
+    write_shard(folder / "toy_val_000000.bin", range(30))
+    write_shard(folder / "a_train_000000.bin", range(30))
+    refusal(lambda: script.open_data(args), folder / "a_train_000000.bin", "not what manifest.json lists")
 
 
 def settings(folder, **more):
@@ -208,13 +213,13 @@ def test_too_few_shards_of_fineweb(tmp_path, name):
     for i in range(1, 10):
         write_sparse_shard(folder / f"fineweb_train_{i:06d}.bin", 100_000_000)
     write_sparse_shard(folder / "fineweb_val_000000.bin", 2000)
-    message = refusal(lambda: script.open_data(settings(folder), 0))
+    message = refusal(lambda: script.open_data(settings(folder)))
     assert message == (f"3200 steps need 1,677,721,601 train tokens; {folder} has 900,000,000 for --order sequential, "
                        f"at --epochs 1. Fewer --steps, more --epochs or more text: python data/cached_{name}.py 17")
-    assert len(script.open_data(settings(folder, steps=1716, val_tokens=1024), 0)[0].paths) == 9
-    refusal(lambda: script.open_data(settings(folder, steps=1717), 0), "1717 steps need 900,202,497 train tokens")
-    refusal(lambda: script.open_data(settings(folder, steps=1, val_tokens=2000), 0), "2,000 validation tokens")
-    refusal(lambda: script.open_data(settings(folder, steps=1), 0), "--val_tokens 1", "no sequence of 1024")
+    assert len(script.open_data(settings(folder, steps=1716, val_tokens=1024))[0].paths) == 9
+    refusal(lambda: script.open_data(settings(folder, steps=1717)), "1717 steps need 900,202,497 train tokens")
+    refusal(lambda: script.open_data(settings(folder, steps=1, val_tokens=2000)), "2,000 validation tokens")
+    refusal(lambda: script.open_data(settings(folder, steps=1)), "--val_tokens 1", "no sequence of 1024")
 
 
 def test_no_shards(tmp_path):
@@ -232,7 +237,7 @@ def test_too_few_tokens_for_the_epochs(folder, order, there):
     write_shard(folder / "toy_val_000000.bin", range(30))
     args = settings(folder, track="tiny", bsz=1, seq_len=10, val_tokens=20, order=order, epochs=2)
     for args.steps in (1, (2 * there - 1) // 10):
-        assert len(script.open_data(args, 0)[0]) == (TOTAL if order == "shuffled" or args.steps > 1 else 37)
+        assert len(script.open_data(args)[0]) == (TOTAL if order == "shuffled" or args.steps > 1 else 37)
     args.steps += 1
-    refusal(lambda: script.open_data(args, 0), f"{args.steps} steps need", folder, f"has {there:,} for --order {order}",
+    refusal(lambda: script.open_data(args), f"{args.steps} steps need", folder, f"has {there:,} for --order {order}",
             "--epochs 2", "Fewer --steps")

@@ -58,7 +58,7 @@ def test_a_race_from_start_to_end(tmp_path, capsys):
     assert [(r["label"], r["seed"]) for r in plan["runs"]] == [(*each,) for each in plan["order"]]
     assert "".join(label for label, _ in plan["order"]) == "abbaab"
     results = [json.loads((folder / r["folder"] / "result.json").read_text()) for r in plan["runs"]]
-    assert [(r["seed"], r["config"]["level"]) for r in results] == [
+    assert [(r["config"]["random_seed"], r["config"]["level"]) for r in results] == [
         (1337, 1.2), (1337, 1.5), (1338, 1.5), (1338, 1.2), (1339, 1.2), (1339, 1.5)]
     out = capsys.readouterr().out
     assert "[6/6]" in out and "race ends in" in out
@@ -248,12 +248,6 @@ def test_no_verdict():
     other = made(rng, data=dict(val=[dict(sha256="w")]))
     assert "same data" in race.verdict({"a": [made(rng)], "b": [other]})[0]
     assert "No verdict: a test takes two" in race.verdict({"a": [made(rng)], "b": [made(rng)]})[0]
-
-
-def test_a_diverged_run_is_listed_and_not_averaged(tmp_path):
-    assert run(tmp_path, STUB, f"{STUB} --nan", "--seeds", "2") == 0
-    page = (only_race(tmp_path)[0] / "README.md").read_text()
-    assert page.count("diverged, not in the figures") == 2 and "| 0 of 2 |" in page and "No verdict" in page
 
 
 def test_crossing():

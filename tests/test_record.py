@@ -29,23 +29,20 @@ UNENDING = "--steps", 20000, "--epochs", 10**5, "--val_every", 10**6
 
 
 def parse(log):
-    """The parts of a log.txt: {key: JSON} of the lines before the first source and after the last, the sources as
-    {name: (facts, bytes)}, and all other lines in order. Sources are cut out by the line counts in their headers."""
-    lines, facts, sources, rest, i = log.split("\n"), {}, {}, [], 0
-    while i < len(lines):
-        key, _, value = lines[i].partition(": ")
-        if key == "source":
-            assert lines[i - 1] == RULE
-            header = json.loads(value)
-            body = lines[i + 1:i + 1 + header["lines"]]
-            sources[header["name"]] = header, "".join(line + "\n" for line in body).encode()
-            i += header["lines"]
-        elif value.startswith("{"):
+    """The parts of a log.txt: {key: JSON}, the sources as {name: (header, bytes)}, and all other lines in order."""
+    head, *blocks, rest = log.split(f"\n{RULE}\n")
+    facts, sources, others = {}, {}, []
+    for block in blocks:
+        header, text = block.split("\n", 1)
+        header = json.loads(header.removeprefix("source: "))
+        sources[header["name"]] = header, text.encode()
+    for line in f"{head}\n{rest}".splitlines():
+        key, _, value = line.partition(": ")
+        if value.startswith("{") and key != "parameter":
             facts[key] = json.loads(value)
-        elif lines[i] != RULE:
-            rest.append(lines[i])
-        i += 1
-    return facts, sources, rest
+        else:
+            others.append(line)
+    return facts, sources, others
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
@@ -58,9 +55,12 @@ def finished(request, finished_run):
         files += ["cuda/build.py", f"cuda/{operator}/reference.py", f"cuda/{operator}/{operator}_cpu.cpp", "cuda/cpu.h"]
     path, log, result = only_record(folder / "records")
     facts, sources, rest = parse(log)
+    groups = {"train_gpt2": ("wte", "head", "scalars"), "train_rwkv6": ("adam",)}
     return types.SimpleNamespace(**json.loads((folder / "run.json").read_text()), script=script, folder=folder,
-                                 data=folder / "data", files={name: (ROOT / name).read_bytes() for name in files},
-                                 path=path, log=log, result=result, facts=facts, sources=sources, rest=rest)
+                                 groups=groups.get(script, ("emb", "head", "vectors", "lambdas", "norm")),
+                                 table="wte.weight" if script == "train_gpt2" else "emb.weight", data=folder / "data",
+                                 files={name: (ROOT / name).read_bytes() for name in files}, path=path, log=log,
+                                 result=result, facts=facts, sources=sources, rest=rest)
 
 
 def test_folder(finished):
@@ -77,8 +77,7 @@ def test_configuration_comes_first(finished):
     hyperparameters = importlib.import_module(finished.script).parse(finished.flags)
     assert config == vars(hyperparameters) == finished.result["config"], "every field, resolved"
     assert shlex.split(second.removeprefix("command: ")) == [f"{finished.script}.py", *finished.flags]
-    assert finished.result["command"] == [f"{finished.script}.py", *finished.flags]
-    assert finished.result["seed"] == config["random_seed"] == 7
+    assert finished.result["command"] == second.removeprefix("command: ") and config["random_seed"] == 7
 
 
 def test_sources_are_the_files(finished):
@@ -90,26 +89,26 @@ def test_sources_are_the_files(finished):
 
 
 def test_environment_and_hardware(finished):
-    environment, hardware = finished.facts["environment"], finished.facts["hardware"]
-    assert environment == finished.result["environment"] and hardware == finished.result["hardware"]
-    assert environment["git_commit"] in finished.commits, "before and after the run: one and the same, as a rule"
-    assert isinstance(environment["git_dirty"], bool)
+    facts, git = finished.facts["facts"], finished.result["git"]
+    assert facts["schema"] == 3 and all(facts[key] == finished.result[key] for key in facts)
+    assert git["commit"] in finished.commits, "before and after the run: one and the same, as a rule"
+    changed = subprocess.run(["git", "diff", "--name-only", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert git["changed"] == changed.split() or finished.commits[0] != finished.commits[1]
+    environment, hardware = facts["environment"], facts["hardware"]
     assert (environment["python"], environment["torch"]) == (platform.python_version(), torch.__version__)
-    assert environment["cuda"] == (torch.version.cuda or "none")
-    assert environment["threads"] == 1 and environment["variables"]["OMP_NUM_THREADS"] == "1" and environment["isa"]
-    for key in ("platform", "driver", "compiler", "nvcc"):
+    assert environment["cuda"] == (torch.version.cuda or "none") and environment["instruction_set"]
+    assert environment["threads"] == 1 and environment["variables"]["OMP_NUM_THREADS"] == "1"
+    for key in ("platform", "compiler", "nvcc", "image"):
         assert isinstance(environment[key], str) and environment[key], key
-    assert environment["packages"]["numpy"] == numpy.__version__
-    assert hardware["count"] == 1 and hardware["name"]
-    text, = [line for line in finished.rest if line.startswith(hardware["name"])]
-    assert f"{os.cpu_count()} cores" in text and "1 threads" in text, text
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert hardware["name"].endswith(", 1 threads") and hardware["driver"]
+    assert (hardware["count"], hardware["memory_bytes"]) == (1, memory)
 
 
 def test_data(finished):
-    data = finished.facts["data"]
-    assert data == finished.result["data"]
-    assert data["folder"] == str(finished.data)
-    assert data["manifest"] == json.loads((finished.data / "manifest.json").read_text())
+    data, manifest = finished.result["data"], json.loads((finished.data / "manifest.json").read_text())
+    manifest.pop("shards")
+    assert data["folder"] == str(finished.data) and data["manifest"] == manifest
     for split, number in (("train", 3), ("val", 1)):  # 6 steps of 128 tokens and a target reach into the third shard
         assert data[split] == [dict(name=path.name, tokens=(path.stat().st_size - 1024) // 2,
                                     sha256=hashlib.sha256(path.read_bytes()).hexdigest())
@@ -117,16 +116,31 @@ def test_data(finished):
 
 
 def test_model(finished):
-    model = finished.facts["model"]
-    assert model == finished.result["model"]
+    model = finished.result["model"]
     weights = load_file(finished.folder / "checkpoints" / f"{finished.path.name}_step000006.safetensors")
     sizes = {name: tensor.numel() for name, tensor in weights.items()}
     assert model["parameters"] == sum(sizes.values())
-    looked_up = 0 if finished.script == "train_rwkv6" else 384 * 32  # whose embedding is the head too
-    assert model["active"] == sum(sizes.values()) - looked_up, "all but the embedding: 257 ids padded to 384, 32 wide"
+    table = {} if finished.script == "train_rwkv6" else {finished.table: [384, 384 * 32 * 4]}  # whose is the head too
+    assert model["lookups"] == table, "257 ids padded to 384, 32 wide, 4 bytes"
+    assert model["active"] == sum(sizes.values()) - (384 * 32 if table else 0)
     mixing = {"train_rwkv7": 27 * 16, "train_rwkv6": 15 * 16, "train_gpt2": 6 * 32}  # see flops_per_token
     mixing = mixing[finished.script] * 32 * 2
     assert model["flops_per_token"] == 6 * model["active"] + mixing
+
+
+def test_a_line_a_parameter(finished):
+    """... that says how it begins: recomputed from the seed."""
+    script = importlib.import_module(finished.script)
+    lines = [json.loads(line.partition(": ")[2]) for line in finished.rest if line.startswith("parameter: ")]
+    torch.manual_seed(7)
+    model = script.build_model(script.Hyperparameters(**finished.result["config"]))
+    parameters = dict(model.named_parameters())
+    assert sorted(line["name"] for line in lines) == sorted(parameters)
+    for line in lines:
+        p = parameters[line["name"]]
+        assert line["shape"] == list(p.shape) and line["lr"] > 0 and line["group"] in ("muon", *finished.groups), line
+        assert math.isclose(line["mean"], p.mean().item(), abs_tol=1e-6)
+        assert math.isclose(line["sd"], p.std(correction=0).item(), rel_tol=1e-5, abs_tol=1e-6)
 
 
 def test_step_lines(finished):
@@ -136,7 +150,8 @@ def test_step_lines(finished):
     assert times == sorted(times) and times[0] >= 0 and all(0 < float(loss) < 20 for _, _, loss, _, _ in steps)
     for step, _, _, ms, average in steps:
         assert abs(float(average) * int(step) - int(ms)) <= 0.5 + 0.005 * int(step) + 1e-6, (step, ms, average)
-    losses = numpy.frombuffer(base64.b64decode(finished.facts["losses"]["float32"]), "<f4")
+    line, = [line for line in finished.rest if line.startswith("losses: ")]
+    losses = numpy.frombuffer(base64.b64decode(line.removeprefix("losses: ")), "<f4")
     assert [f"{loss:.4f}" for loss in losses] == [loss for _, _, loss, _, _ in steps] and len(set(losses.tolist())) == 6
 
 
@@ -146,7 +161,6 @@ def test_val_lines_agree_with_the_result(finished):
     assert [point["step"] for point in curve] == [0, 2, 4, 6]
     assert lines == [(str(point["step"]), "6", f"{point['val_loss']:.4f}", f"{point['train_ms']:.0f}",
                       f"{point['train_ms'] / max(1, point['step']):.2f}") for point in curve]
-    assert finished.facts["curve"]["points"] == curve
     assert [point["tokens"] for point in curve] == [128 * point["step"] for point in curve]
     order = [re.match(r"step:(\d+)/6 (\w+)_loss", line).groups() for line in finished.rest if "_loss:" in line]
     assert order == [(str(step), split) for step in range(7) for split in ("train", "val")
@@ -155,34 +169,24 @@ def test_val_lines_agree_with_the_result(finished):
 
 def test_final_figures(finished):
     final, clock = finished.result["final"], finished.result["clock"]
-    assert finished.facts["result"] == final and finished.facts["clock"] == clock
-    assert final["val_loss"] == finished.result["curve"][-1]["val_loss"]
-    assert (final["steps"], final["tokens"], final["val_tokens"]) == (6, 6 * 128, 352)
-    assert final["epochs"] == 6 * 128 / 10700
-    assert final["train_seconds"] == clock["train"] > 0
-    assert math.isclose(final["train_seconds"] * 1e3, finished.result["curve"][-1]["train_ms"])
-    assert math.isclose(final["step_avg_ms"], 1e3 * clock["train"] / 6)
-    assert math.isclose(final["tokens_per_second"], 768 / clock["train"])
-    assert math.isclose(final["flops_per_second"], finished.facts["model"]["flops_per_token"] * 768 / clock["train"])
-    assert final["peak_memory"]["resident"] > 50 * 2**20 and final["mfu"] is None
     tokens = torch.frombuffer(bytearray((finished.data / "toy_val_000000.bin").read_bytes()[1024:]), dtype=torch.uint16)
     in_text = int((tokens[1:353].int() < 256).sum())
-    assert final["text_bytes"] == in_text
-    assert math.isclose(final["bits_per_byte"], final["val_loss"] * 352 / in_text / math.log(2))
-    assert (final["target"], final["reached"]) == (None, None), "track tiny has no target"
-    assert finished.result["schema"] == 2 and finished.result["end"] == "finished"
+    memory = final.pop("peak_memory_bytes")
+    assert final == dict(
+        val_loss=finished.result["curve"][-1]["val_loss"], val_tokens=352, text_bytes=in_text, steps=6, tokens=6 * 128,
+        train_seconds=clock["train"], devices=1)
+    final["peak_memory_bytes"] = memory
+    assert memory > 50 * 2**20
+    assert math.isclose(final["train_seconds"] * 1e3, finished.result["curve"][-1]["train_ms"])
+    assert finished.result["schema"] == 3 and finished.result["parts"] == []
     assert finished.result["script"] == f"{finished.script}.py"
-    assert finished.log.endswith("\nend: finished\n")
 
 
-def test_the_chain_is_the_hash_of_the_lines_so_far(finished):
+def test_log_and_result_seal_each_other(finished):
     sha256 = lambda text: hashlib.sha256(text.encode()).hexdigest()
-    head, end = finished.log.rsplit("\nsha256: ", 1)
-    assert end == f"{sha256(head + chr(10))}\nend: finished\n"
-    assert finished.result["log_sha256"] == sha256(head + "\n")
-    for point in finished.result["curve"]:
-        line, = re.findall(rf"^step:{point['step']}/6 val_loss:.*\n", finished.log, re.M)
-        assert point["log_sha256"] == sha256(finished.log[:finished.log.index(line) + len(line)])
+    rest = {key: value for key, value in finished.result.items() if key != "log_sha256"}
+    assert finished.log.endswith(f"\nresult: {sha256(json.dumps(rest, sort_keys=True))}\nend: finished\n")
+    assert finished.result["log_sha256"] == sha256(finished.log)
 
 
 def test_clock_counts_every_second_once(finished):
@@ -191,20 +195,25 @@ def test_clock_counts_every_second_once(finished):
     assert all(seconds > 0 for seconds in clock.values()), clock
     assert sum(clock.values()) < finished.seconds
     wall = finished.result["wall"]
-    assert finished.facts["wall"] == wall and 0 < wall["ended"] - wall["began"] < finished.seconds
-    line, = [line for line in finished.rest if line.startswith("warm-up: ")]
-    assert re.search(r"\b[0-9a-f]{64}$", line) and "restored" in line and f"{clock['warm-up']:.1f} s" in line
-    assert finished.rest.index(line) < min(i for i, text in enumerate(finished.rest) if text.startswith("step:"))
+    assert 0 < wall["ended"] - wall["began"] < finished.seconds
+    assert abs(sum(clock.values()) - (wall["ended"] - wall["began"])) < 1
+    warm_up = finished.facts["warm-up"]
+    assert warm_up["before"] == warm_up["after"] and re.fullmatch("[0-9a-f]{64}", warm_up["before"])
 
 
 def test_checkpoints(finished):
     path, = (finished.folder / "checkpoints").iterdir()
     assert path.name == f"{finished.path.name}_step000006.safetensors", "of a finished run the last one stays"
     script = importlib.import_module(finished.script)
-    about, weights = script.facts_of(path), load_file(path)
-    assert all(about[key] == finished.facts["data"]["manifest"][key] for key in ("tokenizer", "tokenizer_sha256"))
+    about, weights = script.header_of(path), load_file(path)
+    assert all(about[key] == finished.result["data"]["manifest"][key] for key in ("tokenizer", "tokenizer_sha256"))
+    assert finished.result["checkpoint_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    part, = about["parts"]
+    end = finished.log.rindex("\nlosses: ") + 1
+    assert part == dict(run=finished.path.name, step=6, train_seconds=finished.result["clock"]["train"],
+                        log_sha256=hashlib.sha256(finished.log[:end].encode()).hexdigest())
     assert about["config"] == finished.result["config"] and about["run"] == finished.path.name
-    assert (about["format"], about["finished"], about["script"], about["step"]) == (2, True, f"{finished.script}.py", 6)
+    assert (about["schema"], about["finished"], about["script"], about["step"]) == (3, True, f"{finished.script}.py", 6)
     model = script.build_model(script.Hyperparameters(**about["config"]))
     assert sorted(weights) == sorted(name for name, _ in model.named_parameters())
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
@@ -218,8 +227,8 @@ def test_checkpoints(finished):
 def test_console(finished):
     final = finished.result["final"]
     assert finished.stderr == ""
-    for part in (f"validation loss {final['val_loss']:.4f}", f"{final['bits_per_byte']:.4f} bits per byte",
-                 str(finished.path)):
+    bits = final["val_loss"] * 352 / final["text_bytes"] / math.log(2)
+    for part in (f"validation loss {final['val_loss']:.4f}", f"{bits:.4f} bits per byte", str(finished.path)):
         assert part in finished.stdout, part
 
 
@@ -282,7 +291,8 @@ def test_result_is_whole_or_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(script.os, "replace", lambda part, to: moved.append((open(part).read(), os.path.exists(to))))
     record.finish({"final": 1.5})
     (text, there), = moved
-    assert json.loads(text) == {"final": 1.5, "log_sha256": hashlib.sha256(b"").hexdigest()} and not there
+    log = (record.path / "log.txt").read_bytes()
+    assert json.loads(text) == {"final": 1.5, "log_sha256": hashlib.sha256(log).hexdigest()} and not there
     assert sorted(path.name for path in record.path.iterdir()) == ["log.txt", "result.json.part"]
 
 

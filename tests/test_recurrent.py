@@ -128,10 +128,10 @@ def test_no_checkpoint(where, tmp_path, monkeypatch):
 
 def test_damaged_checkpoint(tmp_path):
     path = tmp_path / "x.safetensors"
-    for about, said in (([], ""), (3, ""), (dict(format=9, script="train_gpt2.py"), "format 9"),
-                        (dict(format=2, script="os.py"), "script os.py"),
-                        (dict(format=2, script="train_gpt2.py"), "no 'config' in its header"),
-                        (dict(format=2, script="train_gpt2.py", config={}, step="7"), "its config or step is none")):
+    for about, said in (([], ""), (3, ""), (dict(schema=9, script="train_gpt2.py"), "schema 9"),
+                        (dict(schema=3, script="os.py"), "script os.py"),
+                        (dict(schema=3, script="train_gpt2.py"), "no 'config' in its header"),
+                        (dict(schema=3, script="train_gpt2.py", config={}, step="7"), "its config or step is none")):
         safetensors.torch.save_file({"a": torch.ones(2)}, path, metadata=dict(checkpoint=json.dumps(about)))
         with pytest.raises(ValueError, match=f"is damaged: .*{said}.*Take another step"):
             recurrent.load(path)
@@ -140,7 +140,7 @@ def test_damaged_checkpoint(tmp_path):
 def test_an_unfinished_runs_weights_alone(tmp_path):
     """What else its checkpoint holds is passed over unread."""
     script, config, weights = scattered("train_gpt2")
-    about = dict(format=2, script="train_gpt2.py", config=asdict(config), step=3)
+    about = dict(schema=3, script="train_gpt2.py", config=asdict(config), step=3)
     more = {"lm_head:exp_avg": torch.ones(3), "losses": torch.ones(3), "log": torch.ones(2), "random": torch.ones(2)}
     safetensors.torch.save_file({**weights, **more}, tmp_path / "x.safetensors",
                                 metadata=dict(checkpoint=json.dumps(about)))

@@ -18,6 +18,7 @@ import torch
 
 from helpers import ROOT, SCRIPTS, environment, load_program, make_corpus, one_thread, only_record, run_here, tiny
 from test_record import UNENDING, end_in_the_middle
+from test_verify import edit_log, forge, put, put_log_and_forge
 
 GPT2 = "train_gpt2"
 verify = load_program("records/verify.py")
@@ -68,9 +69,9 @@ def whole(tmp_path, run="*"):
     """{step: facts} of a run's checkpoints, all of whose tensors must be readable."""
     module, found = importlib.import_module(GPT2), {}
     for path in sorted((tmp_path / "checkpoints").glob(f"{run}_step*.safetensors")):
-        about, tensors = module.facts_of(path), safetensors.torch.load_file(path)
+        about, tensors = module.header_of(path), safetensors.torch.load_file(path)
         assert path.name == f"{about['run']}_step{about['step']:06d}.safetensors"
-        kept = [name for name in tensors if ":" in name or name in ("losses", "log", "random")]
+        kept = [name for name in tensors if ":" in name or name in ("losses", "random")]
         assert not kept if about["finished"] else len(kept) > 6
         found[about["step"]] = about
     return found
@@ -88,53 +89,63 @@ def test_a_run_in_three_parts_is_the_unbroken_run(script, go, tmp_path, capfd):
     models = [safetensors.torch.load_file(checkpoint(tmp_path, run, 10)) for run in (whole_run, last)]
     assert models[0].keys() == models[1].keys()
     assert all(torch.equal(t, models[1][name]) for name, t in models[0].items())
-    assert [(part["run"], part["step"]) for part in result["resumed"]] == [(first.name, 3), (second.name, 8)]
-    assert stopped.endswith("\nend: stopped after step 3 of 10\n")
-    assert again.startswith(stopped[:stopped.index("losses: ")]), "it begins with the log up to the checkpoint"
-    assert len(re.findall(r"^resumed: \{", again, re.M)) == 2 and "resumed" not in unbroken
+    parts = result["parts"]
+    assert [(part["run"], part["step"]) for part in parts] == [(first.name, 3), (second.name, 8)]
+    assert stopped.endswith("\nend: stopped after step 3 of 10\n") and unbroken["parts"] == []
+    resumed, = re.findall(r"^resumed: (.*)$", again, re.M)
+    assert json.loads(resumed) == {key: parts[1][key] for key in ("run", "step", "log_sha256")}
+    assert re.findall(r"^step:(\d+)/10 train", again, re.M) == ["9", "10"], "each part's log has its own steps"
+    trained = [*(part["train_seconds"] for part in parts), result["clock"]["train"]]
+    assert result["final"]["train_seconds"] == pytest.approx(sum(trained)) and min(trained) > 0
     assert result["config"]["resume"] == "auto" and result["run"] == last.name
-    part = importlib.import_module(script).facts_of(checkpoint(tmp_path, second, 8))
-    assert result["clock"]["train"] > part["clock"]["train"] > 0, "the training time of all parts"
-    assert result["final"]["train_seconds"] == result["clock"]["train"]
+    assert verify.main([str(last), "--no-code"]) == 0
+    out = capfd.readouterr().out
+    assert f"not checked  parts      resumed after step 3 of {first.name}, whose log does not lie beside it" in out, out
+    for part in (first, second):
+        shutil.copytree(part, last.parent / part.name)
     status = verify.main([str(last), *(("--replay", "6") if script == GPT2 else ("--no-code",))])
     out = capfd.readouterr().out
-    assert status == 0 and "resumed after step 3, resumed after step 8" in out, out
+    assert status == 0 and "resumed after step 3, resumed after step 8, nothing is missing" in out, out
     assert script != GPT2 or "6 steps and 4 validations are equal bit for bit, on the same" in out, out
 
 
-def forged(record, change):
-    """The resumed line changed, digests made anew."""
-    text, result = (record / "log.txt").read_text(), json.loads((record / "result.json").read_text())
-    line, = re.findall(r"^resumed: (.*)$", text, re.M)
-    value = json.loads(line)
-    change(value, result)
-    text = text.replace(line, json.dumps(value))
-    text = text[:text.rindex("sha256: ")]
-    for point in result["curve"]:
-        row = re.search(rf"^step:{point['step']}/10 val_loss:.*\n", text, re.M)
-        point["log_sha256"] = verify.hashlib.sha256(text[:row.end()].encode()).hexdigest()
-    text = re.sub(r"^curve: .*$", lambda _: f"curve: {json.dumps(dict(points=result['curve']))}", text, flags=re.M)
-    result["log_sha256"] = verify.hashlib.sha256(text.encode()).hexdigest()
-    (record / "log.txt").write_text(f"{text}sha256: {result['log_sha256']}\nend: finished\n")
-    (record / "result.json").write_text(json.dumps(result))
-
-
 def test_what_a_resumed_record_says_is_checked(go, tmp_path, capsys):
-    def ends_elsewhere(line, result):
-        line["saved"] = result["resumed"][0]["saved"] = line["began"]
-        line["now"]["run"] = "another"
-        line["now"]["config"]["stop_after"] = result["config"]["stop_after"] = 5
-
-    go("--stop_after", 4)
+    """Each thing changed and the digests made anew, also those of the earlier part's log."""
+    first, *_ = go("--stop_after", 4)
     record, *_ = go("--resume", "auto")
-    for change, names in ((lambda line, result: None, set()), (ends_elsewhere, {"agreement", "schedule"}),
-                          (lambda line, result: line.update(step=5), {"log"})):
-        folder = shutil.copytree(record, tmp_path / str(len(names)) / record.name)
-        forged(folder, change)
+    shutil.copytree(first, record.parent / first.name)
+
+    def first_log(pattern, new):
+        def change(folder):
+            path = folder.parent / first.name / "log.txt"
+            text = path.read_text()
+            text = re.sub(pattern, new, text[:text.rindex("losses: ")], flags=re.M)
+            path.write_text(text)
+            digest = verify.sha256(text.encode())
+            edit_log(r'^(resumed: .*"log_sha256": ")\w+', rf"\g<1>{digest}")(folder)
+            forge(put(digest, "parts", 0, "log_sha256"))(folder)
+        return change
+
+    both = lambda key, old, new: put_log_and_forge(rf'^(resumed: .*"{key}": ){old}', rf"\g<1>{new}",
+                                                   put(json.loads(new), "parts", 0, key))
+    changes = {
+        "nothing": (forge(lambda result: None), ""),
+        "a step of the earlier part": (first_log(r"^(step:2/10 train_loss:)\d", r"\g<1>9"), "parts"),
+        "a validation of it": (first_log(r"^(step:2/10 val_loss:)\d", r"\g<1>9"), "parts"),
+        "its flags": (first_log(r'^(config: .*"muon_lr": )[\d.]+', r"\g<1>9"), "parts"),
+        "its sources": (first_log(r'^(source: .*"sha256": ")\w', r"\g<1>x"), "parts"),
+        "its digest": (both("log_sha256", r'"\w+"', f'"{"0" * 64}"'), "parts"),
+        "the step": (both("step", "4", "3"), "steps parts"),
+        "its seconds": (forge(put(lambda s: s + 1, "parts", 0, "train_seconds")), "clock"),
+        "its run": (forge(put("another", "parts", 0, "run")), "parts"),
+        "a part forgotten": (forge(put([], "parts")), "parts")}
+    for what, (change, names) in changes.items():
+        folder = shutil.copytree(record.parent, tmp_path / what) / record.name
+        change(folder)
         verify.main([str(folder), "--no-code"])
         out = capsys.readouterr().out
         failed = set(re.findall(r"^  FAILED +(\S+)", out, re.M))
-        assert failed >= names and "chain" not in failed and bool(failed) == bool(names), out
+        assert failed >= set(names.split()) and "seal" not in failed and bool(failed) == bool(names), (what, out)
 
 
 def test_flags_that_may_change(go, tmp_path):
@@ -144,7 +155,7 @@ def test_flags_that_may_change(go, tmp_path):
     moved = shutil.copytree(go.data, tmp_path / "elsewhere")
     for step, *flags in ((6,), (7, "--device_bsz", 2, "--data", moved), (6, "--name", "other", "--save_every", 1)):
         folder, log, result = go("--resume", checkpoint(tmp_path, first, step), *flags)
-        assert [part["step"] for part in result["resumed"]] == [step]
+        assert [part["step"] for part in result["parts"]] == [step]
         assert list(whole(tmp_path, folder.name)) == [10]
     assert list(whole(tmp_path, first.name)) == [6, 7], "another run's are not removed"
 
@@ -154,10 +165,10 @@ def test_auto_never_goes_on_with_a_finished_run(go, capsys):
     go("--resume", "auto", "--stop_after", 6)
     for seed in (1337, 5):  # another seed, finished, in between: it is not mistaken for this run
         _, _, result = go("--resume", "auto", "--random_seed", seed)
-        assert ("resumed" in result) == (seed == 1337)
+        assert bool(result["parts"]) == (seed == 1337)
     capsys.readouterr()
     _, _, result = go("--resume", "auto")
-    assert "resumed" not in result and "from the beginning" in capsys.readouterr().out, "its parts are finished too"
+    assert not result["parts"] and "from the beginning" in capsys.readouterr().out, "its parts are finished too"
 
 
 def test_refusals(go, tmp_path, monkeypatch, capsys):
@@ -175,9 +186,7 @@ def test_refusals(go, tmp_path, monkeypatch, capsys):
     refused(path, "--dtype", "mixed", says="--dtype was fp32, is mixed")
     for nothing in (tmp_path / "nowhere", path.parent, go.data / "toy_train_000000.bin"):
         refused(nothing, says="is no whole checkpoint")
-    data = shutil.copytree(go.data, tmp_path / "other")
-    shard = data / "toy_train_000000.bin"
-    shard.write_bytes(shard.read_bytes()[:-2] + b"\1\0")
+    data = make_corpus(tmp_path / "other", train=(701, 900, 1500))
     module = importlib.import_module(GPT2)
     plain = module.read_sources
     other = lambda paths: [(dict(about, sha256="0"), text) for about, text in plain(paths)]
@@ -207,7 +216,7 @@ def test_auto_takes_the_furthest(go, tmp_path, capsys):
     first, _, _ = go("--save_every", 2, "--stop_after", 4)
     go("--stop_after", 3)
     args = module.parse(tiny(GPT2, go.data, tmp_path / "r", "--steps", 10, "--resume", "auto"))
-    about = module.facts_of(checkpoint(tmp_path, first, 4))
+    about = module.header_of(checkpoint(tmp_path, first, 4))
     find = lambda: module.find_checkpoint(args, about["sources"], about["data"])
     assert find()[0] == checkpoint(tmp_path, first, 4)
     os.truncate(checkpoint(tmp_path, first, 4), 9000)
@@ -287,7 +296,7 @@ def test_ranks_agree_on_the_step(tmp_path):
     run_here(GPT2, *ends, "--records", tmp_path / "resumed", "--resume", "auto")
     run_here(GPT2, *ends, "--records", tmp_path / "unbroken")
     logs = [only_record(tmp_path / name)[1] for name in ("resumed", "unbroken")]
-    resumed, unbroken = (np.frombuffer(base64.b64decode(json.loads(losses(log))["float32"]), "<f4") for log in logs)
+    resumed, unbroken = (np.frombuffer(base64.b64decode(losses(log)), "<f4") for log in logs)
     assert len(resumed) == len(unbroken) == step + 2
     assert resumed == pytest.approx(unbroken, rel=1e-5)
 
@@ -364,7 +373,8 @@ def test_kill_9_at_random_moments(tmp_path):
     finally:
         nursery.kill()
     log = (resumed / "log.txt").read_text()
-    assert parts >= 15 and len(re.findall(r"^resumed: ", log, re.M)) == parts, f"seed {seed}"
+    header = importlib.import_module(GPT2).header_of(checkpoint(tmp_path, resumed, reached + 2))
+    assert parts >= 15 and len(header["parts"]) == parts + 1, f"seed {seed}"
     assert losses(log) == losses(only_record(tmp_path / "unbroken")[1]), f"seed {seed}"
 
 
@@ -387,11 +397,11 @@ def test_full_disk_at_a_checkpoint(step, go, tmp_path, monkeypatch, capsys):
     assert list(whole(tmp_path)) == ([4] if step == 8 else [4, 8])
     assert not list((tmp_path / "checkpoints").glob("*.part"))
     if step == 10:
-        assert result["end"] == "finished" and re.search(r"^checkpoint: \[Errno 28\] No space.*tensors'$", log, re.M)
+        assert result["checkpoint_sha256"] is None and log.endswith("\nend: finished\n")
         assert "the record is whole" in message and verify.main([str(folder), "--no-code"]) == 0
     else:
         assert result is None and re.search(r"\nend: failed: .*step000008.safetensors'\. Make room.*\n\Z", log)
-        assert "resumed" in go("--resume", "auto")[2]
+        assert go("--resume", "auto")[2]["parts"]
 
 
 @pytest.mark.parametrize("poison", ("the loss", "a weight"))
@@ -414,7 +424,7 @@ def test_no_numbers_stop_the_run(poison, go, tmp_path, monkeypatch, capsys):
         return report
 
     monkeypatch.setattr(module, "train_step", poisoned)
-    folder, log, result = go("--save_every", 2, ends=1)
+    folder, log, result = go("--save_every", 2, "--val_every", 100, ends=1)
     message = capsys.readouterr().err
     last = checkpoint(tmp_path, folder, 4)
     what = {"the loss": "the loss is nan", "a weight": f"{names[3]} is not finite"}[poison]

@@ -29,7 +29,7 @@ TEXT = (ROOT / "README.md").read_bytes()[:6000]
 def write_checkpoint(path, script, config, weights, **about):
     """A checkpoint as the training scripts write it after the last step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = dict(dict(format=2, finished=True, script=f"{script.__name__}.py", run="random", step=1,
+    about = dict(dict(schema=3, finished=True, script=f"{script.__name__}.py", run="random", step=1,
                       config=asdict(config), tokenizer="bytes", tokenizer_sha256=sample.tokenizers.Bytes.sha256),
                  **about)
     weights = {name: t.contiguous() for name, t in weights.items()}
