@@ -232,7 +232,7 @@ def bench(models, trained, args, say):
                    bound_share=statistics.median(shares) if row["bytes_read"] > 64e6 else None,
                    times_fp32=statistics.median(a / b for a, b in zip(plain, ms)))
     rate = [statistics.median(way) for way in zip(*(r for key in jobs if "speed" in key for r, _, _ in times[key]))]
-    return dict(machine=models[0].script.hardware(torch.device("cpu"))["name"], threads=torch.get_num_threads(),
+    return dict(machine=models[0].script.machine("cpu")["hardware"]["name"], threads=torch.get_num_threads(),
                 torch=torch.__version__, load=os.getloadavg()[0], rounds=args.rounds,
                 bandwidth=dict(zip(("mv", "linear"), rate)), positions=lines, slopes=slopes, speed=speeds,
                 loss=loss, peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -20,6 +20,7 @@ import functools
 import gc
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -269,16 +270,13 @@ def build_optimizers(model, args):
 # ----------------------------------------------------------------------------------------------------------------------
 # Muon optimizer [shared]
 
-
-def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))  # of this process, as torchrun counts
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def newton_schulz(G, steps=5):
-    """Replace the singular values of each matrix by values in about [0.7, 1.2]: a batch (n, rows, cols), rows <= cols.
-
-    The quintic iteration of Keller Jordan's Muon (2024). Runs in the dtype of G: bf16 where the hardware has it.
-    """
+    """Replace the singular values of each matrix by values in about [0.7, 1.2], by the quintic iteration of Keller
+    Jordan's Muon (2024): a batch (n, rows, cols), rows <= cols, in the dtype of G."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
@@ -289,16 +287,15 @@ def newton_schulz(G, steps=5):
 
 def over_ranks(function, batch):
     """function(batch) (n, ...), of which each rank computes a slice; all of them get the whole."""
-    world, rank = world_size(), int(os.environ.get("RANK", 0))
-    if world == 1:
+    if WORLD_SIZE == 1:
         return function(batch)
-    each = -(-len(batch) // world)
-    padding = batch[-1:].expand(each * world - len(batch), *batch.shape[1:])
-    mine = function(torch.cat([batch, padding])[rank * each:(rank + 1) * each])
-    whole = mine.new_empty(each * world, *batch.shape[1:])
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 or 2.11
-    gather(whole, mine.contiguous())
-    return whole[:len(batch)]
+    n = -(-len(batch) // WORLD_SIZE)
+    padding = batch[-1:].expand(n * WORLD_SIZE - len(batch), *batch.shape[1:])
+    part = function(torch.cat([batch, padding])[RANK * n:(RANK + 1) * n])
+    result = part.new_empty(n * WORLD_SIZE, *batch.shape[1:])
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 or 2.11
+    all_gather(result, part.contiguous())
+    return result[:len(batch)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -332,8 +329,8 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(M, momentum)
         torch._foreach_add_(M, G)
         G = torch._foreach_add(G, M, alpha=momentum)
-        wide = [g if g.shape[0] <= g.shape[1] else g.mT for g in G]
-        updates = over_ranks(newton_schulz, torch.stack(wide).to(self.dtype))
+        G = torch.stack([g if g.shape[0] <= g.shape[1] else g.mT for g in G])
+        updates = over_ranks(newton_schulz, G.to(self.dtype))
         for p, O in zip(matrices, updates):
             rows, cols = p.shape
             s = max(1, rows / cols) ** 0.5 if scale == "spectral" else max(rows, cols) ** 0.5
@@ -345,17 +342,18 @@ class Muon(torch.optim.Optimizer):
 # Data loader [shared]
 
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1  # header of 256 int32: magic, version, number of tokens; then uint16 tokens
+WHERE_FROM = ("Fetch or make them: python data/cached_fineweb10B.py 18, python data/pydocs.py for track tiny, or see "
+              "data/README.md.")
 
 
 def open_shard(path):
     """Memory-map the tokens of a shard, uint16. Raises ValueError with the way out when it is not a whole shard."""
     size = path.stat().st_size
     header = np.fromfile(path, "<i4", count=256).tolist()
-    if size < 1024 or header[:2] != [SHARD_MAGIC, SHARD_VERSION]:
-        raise ValueError(f"{path} is no token shard of version {SHARD_VERSION}. Format and tools: data/README.md.")
-    if header[2] < 1 or size != 1024 + 2 * header[2]:
-        raise ValueError(f"{path} is damaged: its header counts {header[2]} tokens, the file holds "
-                         f"{(size - 1024) / 2:.12g}. Fetch or make it again.")
+    magic, version, tokens = header[:3] if len(header) == 256 else (0, 0, 0)
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or tokens < 1 or size != 1024 + 2 * tokens:
+        raise ValueError(f"{path} is no whole token shard of version {SHARD_VERSION}: {tokens} tokens by its header, "
+                         f"{(size - 1024) / 2:.12g} by its size. Fetch or make it again; format: data/README.md.")
     return np.memmap(path, dtype="<u2", mode="r", offset=1024)
 
 
@@ -365,15 +363,13 @@ class TokenStream:
 
     def __init__(self, folder, split, need=math.inf):
         self.paths, self.shards, total = [], [], 0
-        for path in sorted(Path(folder).glob(f"*_{split}_*.bin")):
-            if path.name.startswith("."):
-                tqdm.write(f"{path} is no shard and passed over")  # what other systems leave beside a copied file
-            elif total < need:
+        for path in sorted(Path(folder).glob(f"[!.]*_{split}_*.bin")):
+            if total < need:
                 self.paths.append(path)
                 self.shards.append(open_shard(path))
                 total += len(self.shards[-1])
         if not self.shards:
-            raise ValueError(f"no {split} shards (*_{split}_*.bin) in {folder}. {where_from(folder, need)}")
+            raise ValueError(f"no {split} shards (*_{split}_*.bin) in {folder}. {WHERE_FROM}")
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
 
     def __len__(self):
@@ -392,30 +388,17 @@ class TokenStream:
         return out
 
 
-def where_from(folder, need):
-    """How to get the missing shards of a folder."""
-    name = Path(folder).name
-    if name.startswith("fineweb"):
-        return f"python data/cached_{name}.py {math.ceil(min(need, 1e11) / 1e8)}"
-    return "python data/pydocs.py" if name == "pydocs" else "Format and tools: data/README.md."
-
-
 @functools.lru_cache(maxsize=2)
-def shuffled(chunks, T, epoch):
-    """Where the chunks of T tokens begin that an epoch reads: in random order, after a random phase. RandomState's
-    numbers are the same in every numpy."""
+def shuffled(tokens, T, epoch):
+    """Where the sequences of T tokens begin that an epoch reads of a stream of so many tokens: in random order, after a
+    random phase, as many whatever the phase. RandomState's numbers are the same in every numpy."""
     random = np.random.RandomState(epoch)
-    return random.randint(T) + T * random.permutation(chunks)
+    return random.randint(T) + T * random.permutation((tokens - T) // T)
 
 
-def chunks(tokens, args):
-    """How many sequences an epoch holds in the shuffled order, whatever its phase."""
-    return (tokens - args.seq_len) // args.seq_len
-
-
-def share(count, rank):
+def share(count):
     """The sequences [first, last) of `count` that are this rank's: as evenly as it goes, none if there are too few."""
-    return count * rank // world_size(), count * (rank + 1) // world_size()
+    return count * RANK // WORLD_SIZE, count * (RANK + 1) // WORLD_SIZE
 
 
 def sequences(stream, starts, T):
@@ -426,20 +409,72 @@ def sequences(stream, starts, T):
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def batch(stream, step, args, rank):
+def batch(stream, step, args):
     """This rank's inputs and targets of a step, both int64 (n, T), on the device. Whatever the ranks and micro-batches,
     step s takes sequences [s bsz, (s + 1) bsz) of the run."""
-    T, (first, last) = args.seq_len, share(args.bsz, rank)
+    T, (first, last) = args.seq_len, share(args.bsz)
     numbers = range(step * args.bsz + first, step * args.bsz + last)
     if args.order == "sequential":
         starts = [k * T for k in numbers]
     else:
-        count = chunks(len(stream), args)
-        starts = [shuffled(count, T, k // count)[k % count] for k in numbers]
+        count = (len(stream) - T) // T
+        starts = [shuffled(len(stream), T, k // count)[k % count] for k in numbers]
     inputs, targets = sequences(stream, starts, T)
     if args.device == "cuda":
         inputs, targets = (t.pin_memory().to(args.device, non_blocking=True) for t in (inputs, targets))
     return inputs, targets
+
+
+def open_data(args):
+    """(train stream, val stream, their facts for the record). Raises ValueError with the way out."""
+    T, steps = args.seq_len, args.stop_after or args.steps
+    need = steps * args.bsz * T + 1
+    train = TokenStream(args.data, "train", need if args.order == "sequential" else math.inf)
+    val = TokenStream(args.data, "val", args.val_tokens + 1)
+    readable = len(train) * args.epochs
+    if args.order == "shuffled":
+        readable = (len(train) - T) // T * args.epochs * T + 1
+    val_need = args.val_tokens if args.track == "fineweb" else T
+    for split, needed, count in (("train", need, readable), ("val", val_need + 1, len(val))):
+        if needed > count:
+            raise ValueError(f"{needed:,} {split} tokens are needed (--steps {steps}, --val_tokens {args.val_tokens}); "
+                             f"{args.data} has {count:,} at --epochs {args.epochs}. {WHERE_FROM}")
+    targets = val.read(1, min(args.val_tokens, len(val) - 1) // T * T)
+    manifest, shards = read_manifest(args.data)
+    vocab = manifest.get("vocab_size") or int(targets.max()) + 1
+    if vocab > args.vocab_size or manifest.get("vocab_size", args.vocab_size) != args.vocab_size:
+        raise ValueError(f"{args.data} holds tokens of {manifest.get('tokenizer', 'an unknown tokenizer')}, {vocab} "
+                         f"ids; the model has --vocab_size {args.vocab_size}. Use --vocab_size {vocab} or other data.")
+    facts = dict(folder=args.data, manifest=manifest, val_tokens=len(targets), text_bytes=text_bytes(args, targets))
+    for split, stream in (("train", train), ("val", val)):
+        facts[split] = []
+        for path, tokens in zip(stream.paths, stream.shards):
+            listed = shards.get(path.name, {})
+            if shards and listed.get("tokens") != len(tokens):
+                raise ValueError(f"{path} is not what manifest.json lists: damaged, or of another tokenizer? Make the "
+                                 "data again, or delete manifest.json if you vouch for every shard.")
+            facts[split].append(dict(name=path.name, tokens=len(tokens), sha256=listed.get("sha256")))
+    return train, val, facts
+
+
+def read_manifest(folder):
+    """What the data programs say of a folder in manifest.json: facts, {name: facts} of the shards; {} without one."""
+    path = Path(folder) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        shards = {shard["name"]: shard for shard in manifest.pop("shards", ())}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Make the data again, or delete this file.") from error
+    return manifest, shards
+
+
+def text_bytes(args, tokens):
+    """Bytes of text that tokens stand for, by token_bytes.bin in the data folder (a uint8 a token id), or None."""
+    path = Path(args.data) / "token_bytes.bin"
+    if not path.exists():
+        return None
+    lengths = np.fromfile(path, np.uint8)
+    return int(lengths[tokens[tokens < len(lengths)]].sum(dtype=np.int64)) or None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -459,10 +494,11 @@ def shell(*command):
         return ""
 
 
-def environment():
-    """Versions, and what steers arithmetic and memory: what is needed to repeat a run."""
+def machine(device):
+    """What is needed to repeat a run: versions and what steers arithmetic and memory; the devices; the commit and the
+    tracked files that differ from it."""
     steering = ("OMP_", "GOMP_", "MALLOC_", "MKL_", "CUBLAS_", "NCCL_", "PYTORCH_", "NVIDIA_TF32_")
-    return dict(
+    environment = dict(
         python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda or "none",
         nvcc=shell("nvcc", "--version").split("\n")[-1] or "none",
         compiler=shell(os.environ.get("CXX", "c++"), "--version").split("\n")[0] or "none",
@@ -470,31 +506,29 @@ def environment():
         instruction_set=torch.backends.cpu.get_cpu_capability(),
         image=IMAGE.read_text(encoding="utf-8").strip() if IMAGE.exists() else "none",
         variables={name: value for name, value in sorted(os.environ.items()) if name.startswith(steering)})
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+        name, memory = gpu.name, gpu.total_memory
+    else:
+        info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+        name = re.search(r"^model name\s*: (.*)|\Z", info, re.M)[1] or platform.processor() or platform.machine()
+        name = f"{name}, {torch.get_num_threads()} threads"
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    driver = shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+    return dict(environment=environment,
+                hardware=dict(name=name, count=WORLD_SIZE, memory_bytes=memory, driver=driver or "none"),
+                git=dict(commit=shell("git", "rev-parse", "HEAD") or "none",
+                         changed=shell("git", "diff", "--name-only", "HEAD").split()))
 
 
-def hardware(device):
-    """The device's name, how many there are, the bytes of memory of one (of a CPU's machine), the driver."""
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        driver = shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
-        return dict(name=gpu.name, count=world_size(), memory_bytes=gpu.total_memory, driver=driver or "none")
-    info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-    model = re.search(r"^model name\s*: (.*)|\Z", info, re.M)[1] or shell("sysctl", "-n", "machdep.cpu.brand_string")
-    name = f"{model or platform.machine()}, {torch.get_num_threads()} threads"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return dict(name=name, count=world_size(), memory_bytes=memory, driver="none")
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
 
 
-def git():
-    """The commit, and the tracked files that differ from it."""
-    return dict(commit=shell("git", "rev-parse", "HEAD") or "none",
-                changed=shell("git", "diff", "--name-only", "HEAD").split())
-
-
-def read_sources(paths):
+def read_sources(model):
     """[({name, sha256}, text)] of the files that make a run."""
     sources = []
-    for path in paths:
+    for path in (Path(__file__), *model.sources):
         data = path.read_bytes()
         name = Path(os.path.relpath(path, Path(__file__).parent)).as_posix()
         sources.append((dict(name=name, sha256=sha256(data)), data.decode()))
@@ -506,22 +540,19 @@ class Record:
     A folder without result.json belongs to a run that did not finish. checkpoint: the file of the last one, and the
     sha256 of a finished run's. Raises OSError."""
 
-    def __init__(self, args, rank):
-        self.path, self.log, self.file, self.checkpoint, self.checkpoint_sha256 = None, None, None, None, None
-        if rank == 0:
-            stamp = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
-            name, number = f"{stamp}_{Path(__file__).stem}_{args.name or os.urandom(3).hex()}", 1
-            while not self.path:  # never an old folder: nothing is overwritten
-                path = Path(args.records) / (name if number == 1 else f"{name}_{number}")
-                try:
-                    path.mkdir(parents=True)
-                    self.path = path
-                except FileExistsError:  # a run of this name began in the same second
-                    if not path.is_dir():
-                        raise
-                    number += 1
-            self.log = self.path / "log.txt"
-            self.file = open(self.log, "x", encoding="utf-8", buffering=1, newline="\n")
+    def __init__(self, args):
+        self.path = self.log = self.file = self.checkpoint = self.checkpoint_sha256 = None
+        if RANK > 0:
+            return
+        stamp = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
+        name = f"{stamp}_{Path(__file__).stem}_{args.name or os.urandom(3).hex()}"
+        for n in itertools.count(1):  # never an old folder: nothing is overwritten
+            self.path = Path(args.records) / (name if n == 1 else f"{name}_{n}")
+            with contextlib.suppress(FileExistsError):  # a run of this name began in the same second
+                self.path.mkdir(parents=True)
+                break
+        self.log = self.path / "log.txt"
+        self.file = open(self.log, "x", encoding="utf-8", buffering=1, newline="\n")
 
     def line(self, text):
         if self.file:
@@ -532,11 +563,9 @@ class Record:
         return sha256(self.log.read_bytes() + more.encode())
 
     def close(self, reason):
-        """The reason of the end, the log's last line. Returns its path. A full disk is no error here."""
-        with contextlib.suppress(OSError):
+        """The reason of the end, the log's last line. Returns its path."""
+        with contextlib.suppress(OSError):  # a full disk is no error here
             self.line(f"end: {reason}")
-        with contextlib.suppress(OSError):
-            self.file and self.file.close()
         self.file = None
         return self.log
 
@@ -545,24 +574,24 @@ class Record:
         sha256, so that records/verify.py finds an edit in either. It proves no honesty: who edits can hash anew."""
         self.line(f"result: {sha256(json.dumps(result, sort_keys=True).encode())}")
         result = dict(result, log_sha256=self.digest("end: finished\n"))
-        temporary = self.path / "result.json.part"
-        temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        part = self.path / "result.json.part"
+        part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         self.close("finished")
-        os.replace(temporary, self.path / "result.json")
+        os.replace(part, self.path / "result.json")
 
 
 class Clock:
     """Wall time in seconds, each moment in one phase. Switching waits for the device: a phase holds its own work."""
 
     def __init__(self):
-        self.device, self.phase, self.since = torch.device("cpu"), "rest", time.perf_counter()
+        self.phase, self.since = "rest", time.perf_counter()
         self.began = time.time()  # by the system's clock, which can be set: for comparison only
         self.seconds = {phase: 0.0 for phase in ("warm-up", "train", "validation", "saving", "rest")}
         self.earlier = 0.0  # seconds of training in the earlier parts of a resumed run
 
     def switch(self, phase):
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[self.phase] += now - self.since
         self.phase, self.since = phase, now
@@ -573,18 +602,15 @@ class Clock:
         return 1e3 * (self.earlier + self.seconds["train"] + running)
 
 
-class Diverged(ArithmeticError):
-    """A loss or parameter is no number any more."""
-
-
 class Losses:
     """The log's line of each step and validation. What a step reports (see train_step) stays on the device until its
     copy has arrived; the host runs one step ahead there. stopping: a rank was asked to stop, which all so learn after
-    the same step. Raises Diverged."""
+    the same step. Raises FloatingPointError when a loss is no number."""
 
     def __init__(self, record, args):
         self.record, self.args, self.pending, self.stopping = record, args, collections.deque(), False
         self.train, self.curve = [], []  # every training loss as it was; the validations, as result.json has them
+        self.last = math.nan
 
     def add(self, step, report, train_ms):
         event = torch.cuda.Event() if report.is_cuda else None
@@ -604,6 +630,7 @@ class Losses:
             self.stopping |= asked > 0
             self.line(step, "train", loss, train_ms)
             self.train.append(loss)
+            self.last = loss
 
     def validated(self, step, loss, train_ms):
         self.line(step, "val", loss, train_ms)
@@ -615,11 +642,7 @@ class Losses:
         self.record.line(f"step:{step}/{self.args.steps} {split}_loss:{loss:.4f} train_time:{train_ms:.0f}ms "
                          f"step_avg:{average:.2f}ms")
         if not math.isfinite(loss):
-            self.fail(step, f"the {'loss' if split == 'train' else 'validation loss'} is {loss}")
-
-    def fail(self, step, what):
-        raise Diverged(f"step {step} of {self.args.steps}: {what}. Last good checkpoint: "
-                       f"{self.record.checkpoint or 'none (--save_every)'}")
+            raise FloatingPointError(f"step {step} of {self.args.steps}: the {split} loss is {loss}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -631,22 +654,9 @@ FREE = ("device_bsz", "data", "records", "checkpoints", "name", "save_every", "r
         "check")  # flags that a resumed run may change
 
 
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
-
-
-def checkpoints_of(run, folder):
-    """{step: file} of a run's checkpoints."""
-    found = {}
-    for path in Path(folder).glob("*.safetensors"):
-        if match := re.fullmatch(rf"{re.escape(run)}_step(\d+)", path.stem):
-            found[int(match[1])] = path
-    return found
-
-
 def save(args, record, model, optimizers, header, losses):
     """Write a checkpoint beside its place and rename it; of the run's older ones the newest stays until the run has
-    finished. losses: of all steps so far. Rank 0 calls it. Returns None or an OSError."""
+    finished. losses: of all steps so far. Rank 0 calls it. Raises OSError."""
     tensors = dict(model.state_dict())
     if not header["finished"]:
         tensors.update(losses=torch.tensor(losses), random=torch.get_rng_state())
@@ -659,7 +669,7 @@ def save(args, record, model, optimizers, header, losses):
     data = safetensors.torch.save({name: t.cpu().contiguous() for name, t in tensors.items()},
                                   metadata=dict(checkpoint=json.dumps(header)))
     folder = Path(args.checkpoints)
-    path = folder / f"{record.path.name}_step{header['step']:06d}.safetensors"
+    path = folder / f"{header['run']}_step{header['step']:06d}.safetensors"
     part = path.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -668,11 +678,11 @@ def save(args, record, model, optimizers, header, losses):
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        return OSError(error.errno, f"{error.strerror} (saving a checkpoint)", str(path))
+        raise OSError(error.errno, f"{error.strerror} (saving a checkpoint)", str(path)) from error
     record.checkpoint, record.checkpoint_sha256 = path, sha256(data) if header["finished"] else None
-    all_steps = checkpoints_of(record.path.name, folder)
-    for step in sorted(all_steps)[:-1 if header["finished"] else -2]:
-        all_steps[step].unlink()
+    all_steps = sorted(folder.glob(f"{header['run']}_step*.safetensors"), key=lambda path: (len(path.name), path.name))
+    for path in all_steps[:-1 if header["finished"] else -2]:
+        path.unlink()
 
 
 def header_of(path):
@@ -680,42 +690,40 @@ def header_of(path):
     try:
         with safetensors.safe_open(path, "pt") as file:
             header = json.loads(file.metadata()["checkpoint"])
-        if header["schema"] != SCHEMA:
-            raise ValueError(f"schema {header['schema']}, this program's is {SCHEMA}")
-        if "parts" not in header:
-            raise ValueError("an export")
+        if header["schema"] != SCHEMA or "parts" not in header:
+            raise ValueError("an export" if header["schema"] == SCHEMA else f"schema {header['schema']}")
         return header
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} is no whole checkpoint ({error})") from error
 
 
 def obstacle(header, sources, data, args):
-    """In words why this run cannot go on from a checkpoint: it is another's; "" when it can."""
+    """In words why this run cannot go on from a checkpoint; "" when it can."""
     if header["script"] != Path(__file__).name:
         return f"it is of {header['script']}"
+    if header["finished"]:
+        return "its run is finished"
     for key, value in header["config"].items():
         if key not in FREE and value != getattr(args, key, None):
             return f"--{key} was {value}, is {getattr(args, key, None)}"
-    for source in header["sources"] + sources:
-        if source not in sources or source not in header["sources"]:
-            return f"{source['name']} has changed since"
     for split in ("train", "val"):
         before, now = header["data"][split], data[split]
         count = max(len(before), len(now)) if args.order == "shuffled" else min(len(before), len(now))
         if before[:count] != now[:count]:  # in sequence a run opens as many as it needs
             return f"it was trained on other shards than those in {args.data}"
-    return "its run is finished" if header["finished"] else ""
+    changed = [source["name"] for source in sources if source not in header["sources"]]
+    return f"{changed[0]} has changed since" if changed else ""
 
 
 def find_checkpoint(args, sources, data):
-    """(path, header) that --resume means: a file, or of the unfinished runs with these flags the one that got furthest.
-    None where there is none. Raises ValueError."""
+    """(path, header) that --resume means: a file, or of the unfinished runs with these flags, sources and shards the
+    one that got furthest; None where there is none. Raises ValueError."""
     if args.resume != "auto":
         header = header_of(args.resume)
         if why := obstacle(header, sources, data, args):
             raise ValueError(f"--resume {args.resume} cannot go on: {why}.")
         return Path(args.resume), header
-    best, over, headers = None, set(), {}
+    headers, over = {}, set()
     for path in sorted(Path(args.checkpoints).glob("*_step*.safetensors")):
         try:
             headers[path] = header_of(path)
@@ -724,27 +732,14 @@ def find_checkpoint(args, sources, data):
     for header in headers.values():
         if header["finished"]:
             over.update(part["run"] for part in header["parts"])
-    for path, header in headers.items():
-        if header["run"] in over or (why := obstacle(header, sources, data, args)).startswith(("it is of", "--")):
-            continue
-        if why:
-            tqdm.write(f"--resume auto: {path}: {why}: passed over")
-        elif best is None or header["step"] > best[1]["step"]:
-            best = path, header
-    if best is None:
-        tqdm.write(f"--resume auto: no unfinished run with these flags in {args.checkpoints}: from the beginning")
-    return best
-
-
-def resume_point(args, rank, model, data):
-    """find_checkpoint's answer, as rank 0 sees it, on every rank."""
-    answer = [None]
-    if args.resume and rank == 0:
-        sources = [source for source, _ in read_sources([Path(__file__), *model.sources])]
-        answer = [find_checkpoint(args, sources, data)]
-    if args.resume and world_size() > 1:
-        dist.broadcast_object_list(answer, device=torch.device(args.device))
-    return answer[0]
+    fit = [path for path, header in headers.items()
+           if header["run"] not in over and not obstacle(header, sources, data, args)]
+    if not fit:
+        tqdm.write(f"--resume auto: none of {len(headers)} checkpoints in {args.checkpoints} is of an unfinished run "
+                   "with these flags, sources and shards (--resume FILE says why): from the beginning")
+        return None
+    path = max(fit, key=lambda path: headers[path]["step"])
+    return path, headers[path]
 
 
 def restore(path, args, model, optimizers):
@@ -754,15 +749,12 @@ def restore(path, args, model, optimizers):
     torch.set_rng_state(tensors["random"])
     if args.device == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"])
-    owners = {}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            owners.update(dict.fromkeys(group["params"], optimizer))
-    parameters = dict(model.named_parameters())
+    (adam, muon), parameters = optimizers, dict(model.named_parameters())
     for name in tensors:
         if ":" in name:
-            p = parameters[name.split(":")[0]]
-            owners[p].state[p][name.split(":")[1]] = tensors[name].to(args.device)
+            name, key = name.split(":")
+            optimizer = muon if key == "M" else adam
+            optimizer.state[parameters[name]][key] = tensors[f"{name}:{key}"].to(args.device)
     return tensors["losses"].tolist()
 
 
@@ -783,11 +775,11 @@ def momentum(step, args):
 
 
 def schedule(optimizers, step, args):
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate(step, args)
-            if isinstance(optimizer, Muon):
-                group["momentum"] = momentum(step, args)
+    adam, muon = optimizers
+    for group in adam.param_groups + muon.param_groups:
+        group["lr"] = group["initial_lr"] * rate(step, args)
+    for group in muon.param_groups:
+        group["momentum"] = momentum(step, args)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -804,18 +796,16 @@ RANGES = {  # every other number: 0 to 2^31
 
 def parse(argv=None):
     """Hyperparameters from the command line, a flag a field. A bad one ends the program: one line, status 2."""
-    parser = argparse.ArgumentParser(prog=Path(__file__).name, description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    tiny = " ".join(f"--{name} {value}" for name, value in TINY.items())
+    parser = argparse.ArgumentParser(
+        prog=Path(__file__).name, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"{__doc__}\nA flag a field:\n\n{inspect.getsource(Hyperparameters)}\nTrack tiny: {tiny}")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (all flags: --help)\n")
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", inspect.getsource(Hyperparameters), re.MULTILINE))
     for f in fields(Hyperparameters):
-        tiny = f", tiny {TINY[f.name]}" if f.name in TINY else ""
-        text = f"{comments[f.name]} [{f.default or 'none' if f.type is str else f.default}{tiny}]".replace("%", "%%")
+        how = dict(type=f.type, choices=CHOICES.get(f.name))
         if f.type is bool:
             how = dict(action=argparse.BooleanOptionalAction)
-        else:
-            how = dict(type=f.type, choices=CHOICES.get(f.name), metavar=f.type.__name__.upper())
-        parser.add_argument(f"--{f.name}", help=text, default=argparse.SUPPRESS, **how)
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(argv))
     args = Hyperparameters(**{**(TINY if given.get("track") == "tiny" else {}), **given})
     limits = {}
@@ -825,17 +815,9 @@ def parse(argv=None):
         value, (least, most) = getattr(args, f.name), limits.get(f.name, (0, 2**31))
         if f.type in (int, float) and not least <= value <= most:  # nor is nan
             parser.error(f"--{f.name} {value} is not in the range from {least} to {most:.10g}")
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*|", args.name):
+        parser.error(f"--name {args.name!r}: letters, digits, '-', '_' and '.' only; it becomes a folder's name")
     return args
-
-
-def stop(message):
-    """End the program: a line on stderr, exit status 1, no traceback."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank > 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(2)  # if rank 0 says the same, the launcher ends this rank meanwhile
-    print(f"{Path(__file__).name}: {f'rank {rank}: ' if rank > 0 else ''}{message}", file=sys.stderr)
-    raise SystemExit(1)
 
 
 def has_bf16(device):
@@ -849,11 +831,9 @@ def has_bf16(device):
 def resolve(args):
     """Fix what "auto" means on this machine. Raises ValueError with the way out."""
     cuda = torch.cuda.is_available()
-    if args.device == "cuda" and not cuda:
-        raise ValueError("--device cuda: torch sees no CUDA device. Use --track tiny --device cpu.")
-    if args.device == "auto" and args.track == "fineweb" and not cuda:
-        raise ValueError("track fineweb needs a CUDA device and torch sees none. "
-                         "On this machine run --track tiny (or insist with --device cpu: months, not minutes).")
+    if not cuda and (args.device == "cuda" or args.device == "auto" and args.track == "fineweb"):
+        raise ValueError(f"track {args.track} on --device {args.device} needs a CUDA device, and torch sees none. "
+                         "Try --track tiny --device cpu.")
     if args.device == "auto":
         args.device = "cuda" if cuda else "cpu"
     if args.dtype == "auto":
@@ -862,6 +842,11 @@ def resolve(args):
         raise ValueError("--order shuffled is for --track tiny; track fineweb reads every token once, in sequence.")
     if args.stop_after > args.steps:
         raise ValueError(f"--stop_after {args.stop_after} is more than --steps {args.steps}.")
+    if args.val_tokens < args.seq_len:
+        raise ValueError(f"--val_tokens {args.val_tokens} holds no sequence of --seq_len {args.seq_len}.")
+    if args.bsz < WORLD_SIZE:
+        raise ValueError(f"--bsz {args.bsz} leaves some of {WORLD_SIZE} processes without a sequence: start fewer, "
+                         "NPROC=1 for one, or give a larger --bsz.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -890,9 +875,21 @@ signals = Signals()
 
 def all_sum(tensor):
     """Sum over the ranks, in place."""
-    if world_size() > 1:
+    if WORLD_SIZE > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def say(text):
+    if RANK == 0:
+        tqdm.write(text)
+
+
+def gather(value):
+    """The values of all ranks, [that of rank 0, ...]."""
+    values = [None] * WORLD_SIZE
+    dist.all_gather_object(values, value)
+    return values
 
 
 def train_step(model, optimizers, inputs, targets, args):
@@ -901,10 +898,10 @@ def train_step(model, optimizers, inputs, targets, args):
     total = torch.zeros((), device=inputs.device)
     parts = -(-len(inputs) // args.device_bsz)  # micro-batches, as equal as it goes: few shapes to compile
     for i, (x, y) in enumerate(zip(inputs.tensor_split(parts), targets.tensor_split(parts))):
-        if world_size() > 1:  # the ranks' gradients meet once, with the last micro-batch
+        if WORLD_SIZE > 1:  # the ranks' gradients meet once, with the last micro-batch
             model.require_backward_grad_sync = i == parts - 1
         loss = model(x, y) * (len(x) / args.bsz)
-        (loss * world_size()).backward()  # DistributedDataParallel takes the mean over the ranks
+        (loss * WORLD_SIZE).backward()  # DistributedDataParallel takes the mean over the ranks
         total += loss.detach()
     for optimizer in optimizers:
         optimizer.step()
@@ -913,11 +910,10 @@ def train_step(model, optimizers, inputs, targets, args):
     return all_sum(torch.stack([total, asked]))
 
 
-def validation_set(stream, args, rank):
+def validation_set(stream, args):
     """This rank's validation (inputs, targets) on the device, padded to whole micro-batches with targets -100."""
-    first, last = share(min(args.val_tokens, len(stream) - 1) // args.seq_len, rank)
-    starts = range(first * args.seq_len, last * args.seq_len, args.seq_len)
-    inputs, targets = sequences(stream, starts, args.seq_len)
+    first, last = share(min(args.val_tokens, len(stream) - 1) // args.seq_len)
+    inputs, targets = sequences(stream, range(first * args.seq_len, last * args.seq_len, args.seq_len), args.seq_len)
     pad = (0, 0, 0, -(last - first) % args.device_bsz)
     return F.pad(inputs, pad).to(args.device), F.pad(targets, pad, value=-100).to(args.device)
 
@@ -945,11 +941,10 @@ def state_hash(model):
     return digest.hexdigest()
 
 
-def warm_up(model, compiled, optimizers, val, args, rank):
+def warm_up(model, compiled, optimizers, val, args):
     """Compile and allocate with random sequences, as many a step as this rank will have, then restore parameters,
-    buffers, optimisers and random state. Returns the state's hash before and after, which must be equal, or
-    RuntimeError."""
-    first, end = share(args.bsz, rank)
+    buffers, optimisers and random state. Returns the state's hash before and after; they are equal, or RuntimeError."""
+    first, last = share(args.bsz)
     before = state_hash(model)
     saved = {name: t.detach().clone() for name, t in model.state_dict().items()}
     saved_optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
@@ -958,9 +953,9 @@ def warm_up(model, compiled, optimizers, val, args, rank):
         validate(compiled, [torch.zeros_like(t[:args.device_bsz]) for t in val], args)
         for step in range(2):
             schedule(optimizers, step, args)
-            tokens = torch.randint(args.vocab_size, (end - first, args.seq_len + 1), generator=generator)
-            tokens = tokens.to(args.device)
-            train_step(compiled, optimizers, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), args)
+            tokens = torch.randint(args.vocab_size, (last - first, args.seq_len + 1), generator=generator)
+            inputs, targets = (t.contiguous().to(args.device) for t in (tokens[:, :-1], tokens[:, 1:]))
+            train_step(compiled, optimizers, inputs, targets, args)
     model.load_state_dict(saved)
     for optimizer, state in zip(optimizers, saved_optimizers):
         optimizer.load_state_dict(state)
@@ -972,194 +967,128 @@ def warm_up(model, compiled, optimizers, val, args, rank):
 
 def check_cover(model, optimizers):
     """Every parameter in exactly one optimiser, or ValueError with its name."""
+    adam, muon = optimizers
     count = collections.Counter()
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            count.update(map(id, group["params"]))
-    wrong = [f"{name} by {count[id(p)]}" for name, p in model.named_parameters() if count[id(p)] != 1]
-    if wrong or sum(count.values()) != len(list(model.parameters())):
-        raise ValueError(f"every parameter must be in exactly one optimiser; not so: {', '.join(wrong) or 'strangers'}")
-
-
-def read_manifest(folder):
-    """manifest.json of the data programs: what the shards hold; {} without one. Raises ValueError."""
-    path = Path(folder) / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return dict(manifest, shards={shard["name"]: shard for shard in manifest.get("shards", ())})
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}). Make the data again, or delete this file.") from error
-
-
-def open_data(args):
-    """(train stream, val stream, their facts for the record). Raises ValueError."""
-    steps, T = args.stop_after or args.steps, args.seq_len
-    need = steps * args.bsz * T + 1
-    train = TokenStream(args.data, "train", need if args.order == "sequential" else math.inf)
-    val = TokenStream(args.data, "val", args.val_tokens + 1)
-    there = len(train) if args.order == "sequential" else chunks(len(train), args) * T + 1
-    if need > there * args.epochs - (args.epochs - 1) * (args.order == "shuffled"):
-        raise ValueError(f"{steps} steps need {need:,} train tokens; {args.data} has {there:,} for --order "
-                         f"{args.order}, at --epochs {args.epochs}. Fewer --steps, more --epochs or more text: "
-                         f"{where_from(args.data, need)}")
-    if args.track == "fineweb" and len(val) <= args.val_tokens:
-        raise ValueError(f"{args.val_tokens:,} validation tokens need one more; {args.data} has {len(val):,}. "
-                         f"{where_from(args.data, need)}")
-    targets = val.read(1, min(args.val_tokens, len(val) - 1) // T * T)
-    if not len(targets):
-        raise ValueError(f"--val_tokens {args.val_tokens} of the {len(val)} in the val shards of {args.data} make no "
-                         f"sequence of {T}. Give more text, a larger --val_tokens or a smaller --seq_len.")
-    manifest = read_manifest(args.data)
-    if manifest.get("vocab_size", args.vocab_size) != args.vocab_size or targets.max() >= args.vocab_size:
-        raise ValueError(f"{args.data} holds tokens of {manifest.get('tokenizer', 'another tokenizer')}, up to id "
-                         f"{manifest.get('vocab_size', targets.max() + 1) - 1}; the model has --vocab_size "
-                         f"{args.vocab_size}. Give data or --vocab_size that fit.")
-    shards = manifest.pop("shards")
-    facts = dict(folder=str(args.data), manifest=manifest, val_tokens=len(targets),
-                 text_bytes=text_bytes(args, targets))
-    for split, stream in (("train", train), ("val", val)):
-        facts[split] = []
-        for path, tokens in zip(stream.paths, map(len, stream.shards)):
-            listed = shards.get(path.name, {})
-            if shards and listed.get("tokens") != tokens:
-                raise ValueError(f"{path} is not what manifest.json lists: damaged, or of another tokenizer? Make the "
-                                 "data again, or delete manifest.json if you vouch for every shard.")
-            facts[split].append(dict(name=path.name, tokens=tokens, sha256=listed.get("sha256")))
-    return train, val, facts
-
-
-def text_bytes(args, tokens):
-    """Bytes of text that tokens stand for, by token_bytes.bin in the data folder (a uint8 a token id), or None."""
-    path = Path(args.data) / "token_bytes.bin"
-    if not path.exists():
-        return None
-    lengths = np.fromfile(path, np.uint8)
-    return int(lengths[tokens[tokens < len(lengths)]].sum(dtype=np.int64)) or None
-
-
-def same_shards(facts, args):
-    """Raise ValueError where the shards that a rank sees are not those of rank 0."""
-    ranks = [None] * world_size()
-    dist.all_gather_object(ranks, (platform.node(), facts))
-    for node, theirs in ranks:
-        if theirs != ranks[0][1]:
-            raise ValueError(f"{args.data} on {node} holds other shards than on {ranks[0][0]}, that of rank 0. "
-                             "Fetch or copy them again.")
-
-
-def out_of_memory(error, args):
-    """A line with the next smaller --device_bsz if it is memory that ran out, else None."""
-    if not (isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))):
-        return None
-    now = min(args.device_bsz, -(-args.bsz // world_size()))
-    way_out = f"--device_bsz {now // 2} (the same losses)" if now > 1 else "a shorter --seq_len or a smaller model"
-    return f"out of memory with {now} x {args.seq_len} tokens at a time on a device; next to try: {way_out}"
-
-
-def set_up(args, rank):
-    """Device, data, model and optimisers, checked before anything is written or timed. Raises ValueError, OSError."""
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*|", args.name):
-        raise ValueError(f"--name {args.name!r}: letters, digits, '-', '_' and '.' only; it becomes a folder's name.")
-    resolve(args)
-    device = torch.device(args.device)
-    if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if args.bsz < world_size():
-        raise ValueError(f"--bsz {args.bsz} leaves some of {world_size()} processes without a sequence: start fewer, "
-                         "NPROC=1 for one, or give a larger --bsz.")
-    if world_size() > 1 and not args.check:
-        on_gpu = dict(backend="nccl", device_id=device) if args.device == "cuda" else dict(backend="gloo")
-        dist.init_process_group(**on_gpu)
-    data = open_data(args)
-    if world_size() > 1 and not args.check:
-        same_shards(data[2], args)
-    torch.manual_seed(args.random_seed)
-    model = build_model(args)
-    model.to(device)
-    optimizers = build_optimizers(model, args)
-    check_cover(model, optimizers)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    active = size_of(model)["active"]
-    if args.track == "fineweb" and active > ACTIVE_LIMIT:
-        raise ValueError(f"{active:,} parameters are active per token; track fineweb allows {ACTIVE_LIMIT:,}. "
-                         "Make --width, --layers or --ffn_ratio smaller.")
-    return device, data, model, optimizers
+    for group in adam.param_groups + muon.param_groups:
+        count.update(group["params"])
+    wrong = [f"{name} by {count[p]}" for name, p in model.named_parameters() if count[p] != 1]
+    if wrong or len(count) > len(list(model.parameters())):
+        raise ValueError(f"every parameter must be in one optimiser, once: {', '.join(wrong) or 'strangers'}")
 
 
 def size_of(model):
     """What the record says of the model. active: the parameters that a token may use, of look-up tables none."""
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    tables = {}
-    for name in model.lookups:
-        table = model.get_parameter(name)
-        tables[name] = [table.size(0), table.numel() * table.element_size()]
-    active = sum(sizes.values()) - sum(sizes[name] for name in tables)
-    return dict(parameters=sum(sizes.values()), active=active, flops_per_token=model.flops_per_token(active),
-                lookups=tables)
+    total = sum(p.numel() for p in model.parameters())
+    tables = {name: model.get_parameter(name) for name in model.lookups}
+    active = total - sum(table.numel() for table in tables.values())
+    return dict(parameters=total, active=active, flops_per_token=model.flops_per_token(active),
+                lookups={name: [len(table), table.nbytes] for name, table in tables.items()})
 
 
-def begin(args, record, device, data, model, optimizers):
-    """Write the head of the log. Returns the facts of the run that its result repeats."""
-    sources = read_sources([Path(__file__), *model.sources])
-    facts = dict(schema=SCHEMA, environment=environment(), hardware=hardware(device), data=data, model=size_of(model),
-                 git=git())
-    command = shlex.join([Path(__file__).name, *sys.argv[1:]])
-    record.line(f"config: {json.dumps(vars(args))}\ncommand: {command}")
-    for source, text in sources:
-        record.line(f"{RULE}\nsource: {json.dumps(source)}\n{text}")
-    record.line(f"{RULE}\nfacts: {json.dumps(facts)}")
-    names = {p: name for name, p in model.named_parameters()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                sd, mean = torch.std_mean(p.detach().float(), correction=0)
-                line = dict(name=names[p], shape=list(p.shape), group=group["name"], lr=group["initial_lr"],
-                            mean=mean.item(), sd=sd.item())
-                record.line(f"parameter: {json.dumps(line)}")
-    return dict(facts, run=record.path.name, script=Path(__file__).name, config=vars(args), command=command,
-                sources=[source for source, _ in sources], parts=[])
+def set_up(args):
+    """Data, model and optimisers on the device, checked before anything is written or timed. Raises ValueError."""
+    resolve(args)
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    several = WORLD_SIZE > 1 and not args.check
+    if several:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    data = open_data(args)
+    for node, theirs in gather((platform.node(), data[2])) if several else ():
+        if theirs != data[2]:
+            raise ValueError(f"the shards of {args.data} on {node} are not those on {platform.node()}. Fetch or copy "
+                             "them again.")
+    torch.manual_seed(args.random_seed)
+    model = build_model(args).to(args.device)
+    optimizers = build_optimizers(model, args)
+    check_cover(model, optimizers)
+    for group in optimizers[0].param_groups + optimizers[1].param_groups:
+        group["initial_lr"] = group["lr"]
+    active = size_of(model)["active"]
+    if args.track == "fineweb" and active > ACTIVE_LIMIT:
+        raise ValueError(f"{active:,} parameters are active per token; track fineweb allows {ACTIVE_LIMIT:,}. "
+                         "Make --width, --layers or --ffn_ratio smaller.")
+    return data, model, optimizers
 
 
 def prepare(model, args):
     """The model compiled on a GPU, and its gradients averaged over the ranks where there are several."""
     if args.compile and args.device == "cuda" and getattr(args, "kernel", "") != "torch":  # its unrolled loop: minutes
         model = torch.compile(model, fullgraph=True, dynamic=False)
-    if world_size() > 1:
+    if WORLD_SIZE > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     return model
 
 
-def run(args, rank, record, clock, data, model, optimizers, start=None):
-    """Warm-up, training and validation, and the record of it. start: resume_point's answer."""
-    train, val, data_facts = data
-    say = tqdm.write if rank == 0 else lambda text: None
-    facts = begin(args, record, clock.device, data_facts, model, optimizers) if rank == 0 else {}
-    say(f"{size_of(model)['active']:,} parameters active per token; {args.steps} steps of "
-        f"{args.bsz * args.seq_len:,} tokens on {world_size()} x {args.device} in {args.dtype}")
+def begin(args, record, data, model, optimizers):
+    """Write the head of the log. Returns the facts of the run that its result repeats."""
+    sources = read_sources(model)
+    facts = dict(machine(args.device), schema=SCHEMA, data=data, model=size_of(model))
+    command = shlex.join([Path(__file__).name, *sys.argv[1:]])
+    record.line(f"config: {json.dumps(vars(args))}\ncommand: {command}")
+    for source, text in sources:
+        record.line(f"{RULE}\nsource: {json.dumps(source)}\n{text}")
+    record.line(f"{RULE}\nfacts: {json.dumps(facts)}")
+    names, (adam, muon) = {p: name for name, p in model.named_parameters()}, optimizers
+    for group in adam.param_groups + muon.param_groups:
+        for p in group["params"]:
+            sd, mean = torch.std_mean(p.detach().float(), correction=0)
+            line = dict(name=names[p], shape=list(p.shape), group=group["name"], lr=group["initial_lr"],
+                        mean=mean.item(), sd=sd.item())
+            record.line(f"parameter: {json.dumps(line)}")
+    return dict(facts, run=record.path.name, script=Path(__file__).name, config=vars(args), command=command,
+                sources=[source for source, _ in sources], parts=[])
 
+
+def save_all(args, record, model, optimizers, facts, clock, losses, step, finished):
+    """A checkpoint, for which the clock of the training stands. Of a run's last one a failure is returned, not raised:
+    the record is worth more."""
+    clock.switch("saving")
+    losses.flush()
+    for name, t in model.state_dict().items():
+        if not t.isfinite().all():
+            raise FloatingPointError(f"step {step} of {args.steps}: {name} is not finite")
+    failure = None
+    if RANK == 0:
+        part = dict(run=record.path.name, step=step, log_sha256=record.digest(), train_seconds=clock.seconds["train"])
+        header = {key: facts[key] for key in ("schema", "script", "run", "config", "sources", "data")}
+        header.update(step=step, finished=finished, curve=losses.curve, parts=[*facts["parts"], part])
+        header.update({key: facts["data"]["manifest"].get(key) for key in ("tokenizer", "tokenizer_sha256")})
+        try:
+            save(args, record, model, optimizers, header, losses.train)
+        except OSError as error:
+            failure = error
+    failed = all_sum(torch.tensor(float(failure is not None), device=args.device)).item()
+    if failed and not finished:
+        raise failure or OSError("rank 0 could not save a checkpoint")
+    return failure
+
+
+def run(args, record, clock, data, model, optimizers, start):
+    """Warm-up, training and validation, and the record of it. start: find_checkpoint's answer."""
+    (train, val, data_facts), facts = data, {}
+    if RANK == 0:
+        facts = begin(args, record, data_facts, model, optimizers)
+    say(f"{size_of(model)['active']:,} parameters active per token; {args.steps} steps of "
+        f"{args.bsz * args.seq_len:,} tokens on {WORLD_SIZE} x {args.device} in {args.dtype}")
     clock.switch("warm-up")
-    val_batches = validation_set(val, args, rank)
+    val_batches = validation_set(val, args)
     compiled = prepare(model, args)
-    digests = warm_up(model, compiled, optimizers, val_batches, args, rank)
-    record.line(f"warm-up: {json.dumps(digests)}")
-    losses, done = Losses(record, args), 0
+    record.line(f"warm-up: {json.dumps(warm_up(model, compiled, optimizers, val_batches, args))}")
+    losses, done, failure = Losses(record, args), 0, None
     if start:
-        path, header = start
+        record.checkpoint, header = start
         done, losses.curve, facts["parts"] = header["step"], header["curve"], header["parts"]
-        losses.train = restore(path, args, model, optimizers)
-        clock.earlier, record.checkpoint = sum(part["train_seconds"] for part in header["parts"]), path
+        losses.train = restore(record.checkpoint, args, model, optimizers)
+        clock.earlier = sum(part["train_seconds"] for part in header["parts"])
         last = {key: header["parts"][-1][key] for key in ("run", "step", "log_sha256")}
         record.line(f"resumed: {json.dumps(last)}")
-        say(f"resumed from {path}: after step {done} of {args.steps}")
+        say(f"resumed from {record.checkpoint}: after step {done} of {args.steps}")
     gc.collect()
     clock.switch("rest")
     say(f"ready after {clock.seconds['rest'] + clock.seconds['warm-up']:.1f} s, none of them counted as training")
-
-    failure, signals.patient = None, True
-    bar = tqdm(total=args.steps, initial=done, unit="step", file=sys.stdout, disable=rank != 0, dynamic_ncols=True,
+    signals.patient = True
+    bar = tqdm(total=args.steps, initial=done, unit="step", file=sys.stdout, disable=RANK > 0, dynamic_ncols=True,
                mininterval=0.2 if sys.stdout.isatty() else 10)
     for step in range(done, args.steps + 1):
         # the clock of the training stands: validation, checkpoint, end
@@ -1176,50 +1105,31 @@ def run(args, rank, record, clock, data, model, optimizers, start=None):
         last = losses.stopping or step >= (args.stop_after or args.steps)
         finished = step == args.steps and not losses.stopping
         if finished or step > done and (last or args.save_every and step % args.save_every == 0):
-            clock.switch("saving")
-            losses.flush()
-            if bad := [name for name, t in model.state_dict().items() if not t.isfinite().all()]:
-                losses.fail(step, f"{bad[0]} is not finite")
-            if rank == 0:
-                header = checkpoint_header(facts, record, clock, losses, step, finished)
-                failure = save(args, record, model, optimizers, header, losses.train)
-            failed = all_sum(torch.tensor(float(failure is not None), device=args.device)).item()
-            if failed and not finished:
-                raise failure or OSError("rank 0 could not save a checkpoint")
+            failure = save_all(args, record, model, optimizers, facts, clock, losses, step, finished)
         if last:
             break
         # training
         if clock.phase != "train":
             clock.switch("train")
         schedule(optimizers, step, args)
-        inputs, targets = batch(train, step, args, rank)
+        inputs, targets = batch(train, step, args)
         losses.add(step + 1, train_step(compiled, optimizers, inputs, targets, args), clock.train_ms())
-        if losses.train:
-            bar.set_postfix_str(f"loss {losses.train[-1]:.3f}", refresh=False)
+        bar.set_postfix_str(f"loss {losses.last:.3f}", refresh=False)
         bar.update()
     bar.close()
     clock.switch("rest")
     signals.patient = False
     record.line(f"losses: {base64.b64encode(np.array(losses.train, '<f4').tobytes()).decode()}")
-
     if losses.stopping:
         raise KeyboardInterrupt(f" after step {step} of {args.steps}, checkpoint {record.checkpoint or 'none'}")
     if not finished:
         log = record.close(f"stopped after step {step} of {args.steps}")
         say(f"stopped after step {step} of {args.steps}: a beginning to compare with, not a result; the log: {log}")
-    elif rank == 0:
+    elif RANK == 0:
         conclude(args, record, clock, losses, facts)
     if failure:
         leave_together()
         stop(f"the record is whole, but there is no checkpoint of the last step: {failure}")
-
-
-def checkpoint_header(facts, record, clock, losses, step, finished):
-    """What a checkpoint's header says. parts: of the run up to here, this one the last."""
-    vocabulary = {key: facts["data"]["manifest"].get(key) for key in ("tokenizer", "tokenizer_sha256")}
-    part = dict(run=record.path.name, step=step, log_sha256=record.digest(), train_seconds=clock.seconds["train"])
-    kept = {key: facts[key] for key in ("schema", "script", "run", "config", "sources", "data")}
-    return dict(kept, **vocabulary, step=step, finished=finished, curve=losses.curve, parts=[*facts["parts"], part])
 
 
 def conclude(args, record, clock, losses, facts):
@@ -1227,16 +1137,14 @@ def conclude(args, record, clock, losses, facts):
     if args.device == "cuda":
         memory = torch.cuda.max_memory_reserved()
     else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     final = dict(
         val_loss=losses.curve[-1]["val_loss"], val_tokens=facts["data"]["val_tokens"],
         text_bytes=facts["data"]["text_bytes"], steps=args.steps, tokens=losses.curve[-1]["tokens"],
-        train_seconds=clock.earlier + clock.seconds["train"], peak_memory_bytes=memory, devices=world_size())
-    wall = dict(began=clock.began, ended=time.time())
-    record.finish(dict(facts, curve=losses.curve, final=final, clock=clock.seconds, wall=wall,
-                       checkpoint_sha256=record.checkpoint_sha256))
-    tqdm.write(f"record: {record.path}/")
+        train_seconds=clock.earlier + clock.seconds["train"], peak_memory_bytes=memory, devices=WORLD_SIZE)
+    record.finish(dict(facts, curve=losses.curve, final=final, clock=clock.seconds,
+                       wall=dict(began=clock.began, ended=time.time()), checkpoint_sha256=record.checkpoint_sha256))
+    say(f"record: {record.path}/")
     summary = Path(__file__).parent / "records" / "report.py"
     if summary.exists():
         subprocess.run([sys.executable, summary, "--summary", record.path])
@@ -1248,33 +1156,50 @@ def main(argv=None):
     signal.signal(signal.SIGINT, signals)
     signal.signal(signal.SIGTERM, signals)
     clock, args, record = Clock(), parse(argv), None
-    rank = int(os.environ.get("RANK", 0))
     try:
-        clock.device, data, model, optimizers = set_up(args, rank)
-        if args.check:
-            return
-        start = resume_point(args, rank, model, data[2])
-        record = Record(args, rank)
-        run(args, rank, record, clock, data, model, optimizers, start)
-        leave_together()
+        data, model, optimizers = set_up(args)
+        if not args.check:
+            start = None
+            if args.resume and RANK == 0:
+                start = find_checkpoint(args, [source for source, _ in read_sources(model)], data[2])
+            if args.resume and WORLD_SIZE > 1:
+                start = gather(start)[0]
+            record = Record(args)
+            run(args, record, clock, data, model, optimizers, start)
+            leave_together()
     except KeyboardInterrupt as interrupt:
         number = signal.Signals(signals.number or signal.SIGTERM)  # the rank that the signal did not reach follows
         log = record.close(f"interrupted by {number.name}{interrupt}") if record else None
-        if rank == 0:
+        if RANK == 0:
             print(f"\n{Path(__file__).name}: interrupted{interrupt}; the log: {log or 'not begun'}", file=sys.stderr)
         if interrupt.args:  # all ranks ended after the same step
             leave_together()
         raise SystemExit(128 + number)
     except Exception as error:
-        memory = out_of_memory(error, args)
-        foreseen = memory or isinstance(error, (OSError, Diverged)) or isinstance(error, ValueError) and not record
-        short = memory or (str(error).removesuffix(".") if foreseen else f"{type(error).__name__}: {error}")
-        if isinstance(error, OSError):
-            short += ". Make room, set permissions or choose --records FOLDER or --checkpoints FOLDER"
-        log = record.close(f"failed: {short}") if record else None
+        memory = isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))
+        foreseen = memory or isinstance(error, (OSError, FloatingPointError) if record else (OSError, ValueError))
+        why = str(error).removesuffix(".") if foreseen else f"{type(error).__name__}: {error}"
+        if memory:
+            n = min(args.device_bsz, -(-args.bsz // WORLD_SIZE))
+            why = f"out of memory with {n} x {args.seq_len} tokens at a time on a device; next to try: " + (
+                f"--device_bsz {n // 2} (the same losses)" if n > 1 else "a shorter --seq_len or a smaller model")
+        elif isinstance(error, FloatingPointError):
+            why += f". Last good checkpoint: {record.checkpoint or 'none (--save_every)'}"
+        elif isinstance(error, OSError):
+            why += ". Make room, set permissions or choose --records FOLDER or --checkpoints FOLDER"
+        log = record.close(f"failed: {why}") if record else None
         if foreseen:
-            stop(f"{short}{f'; the log: {log}' if log else ''}.")
+            stop(f"{why}{f'; the log: {log}' if log else ''}.")
         raise
+
+
+def stop(message):
+    """End the program: a line on stderr, exit status 1, no traceback."""
+    if RANK > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2)  # if rank 0 says the same, the launcher ends this rank meanwhile
+    print(f"{Path(__file__).name}: {f'rank {RANK}: ' if RANK > 0 else ''}{message}", file=sys.stderr)
+    raise SystemExit(1)
 
 
 def leave_together():
@@ -1293,7 +1218,7 @@ if __name__ == "__main__":
     except BaseException:
         traceback.print_exc()
         status = 1
-    if world_size() > 1:  # all is written; a thread of the process group can abort the interpreter's shutdown
+    if WORLD_SIZE > 1:  # all is written; a thread of the process group can abort the interpreter's shutdown
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -250,10 +250,10 @@ def fill(row, times, operator, inputs, dy, speed, peak):
 
 def describe(device):
     """The machine, the versions and the day."""
-    versions, git, name = train_rwkv7.environment(), train_rwkv7.git(), train_rwkv7.hardware(torch.device(device))["name"]
-    machine = {"device": re.sub(r", \d+ threads$", "", name), "date": datetime.date.today().isoformat()}
+    versions, hardware, git = (train_rwkv7.machine(device)[key] for key in ("environment", "hardware", "git"))
+    machine = {"device": re.sub(r", \d+ threads$", "", hardware["name"]), "date": datetime.date.today().isoformat()}
     if device == "cuda":
-        machine |= {"driver": versions["driver"], "CUDA": versions["cuda"], "compiler": versions["nvcc"]}
+        machine |= {"driver": hardware["driver"], "CUDA": versions["cuda"], "compiler": versions["nvcc"]}
     else:
         machine |= {"capability": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
                     "threads": torch.get_num_threads(), "compiler": versions["compiler"]}

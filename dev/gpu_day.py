@@ -413,7 +413,7 @@ def time_steps(job, device):
     import report
     script, cuda = importlib.import_module(job["script"]), device == "cuda"
     args = script.parse([*run_flags(job, device, all_steps()), "--val_tokens=1024"])
-    _, (stream, _, _), model, optimizers = script.set_up(args, 0)
+    (stream, _, _), model, optimizers = script.set_up(args)
     compiled = script.prepare(model, args)
     numbers, losses = iter(range(args.steps)), []
     wait = torch.cuda.synchronize if cuda else lambda: None
@@ -421,7 +421,7 @@ def time_steps(job, device):
     def step(update=True):
         number = next(numbers)
         script.schedule(optimizers, number, args)
-        tokens = script.batch(stream, number, args, 0)
+        tokens = script.batch(stream, number, args)
         losses.append(script.train_step(compiled, optimizers if update else [], *tokens, args)[0])
     started = time.perf_counter()
     step()

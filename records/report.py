@@ -200,41 +200,63 @@ def ranked(rows, target):
     return [*enumerate(there, 1), *((None, runs) for runs in sorted(rows, key=loss) if runs not in there)]
 
 
-def boards(results, prefix=""):
-    """The leaderboard in Markdown: one table a class. prefix: from the page to the folder of the records."""
+def boards(results, prefix="", short=False):
+    """The leaderboard in Markdown: one table a class. prefix: from the page to the folder of the records. short: the
+    columns of the front page, with a link to a row's first folder."""
     parts = []
     for (track, where, target, tokens, _), rows in classes(results).items():
         rule = f"target {target}, ranked by time" if target else f"{tokens / 1e6:.2f}M tokens, ranked by loss"
-        head = ["rank", "run", "nats/token", "n", *(["p"] if target else []), "bits/byte", "training s", "steps",
-                "tokens", "tokens/s", "active parameters", "hardware", "date", "seeds' folders"]
-        lines = [head, ["---"] * len(head)]
+        lines = []
         for rank, runs in rows:
             first, bits = runs[0], final(runs, "bits_per_byte")
-            lines.append([
-                str(rank or "–"), f"`{' '.join([first['script'], flags(first)]).strip()}`".replace("|", "\\|"),
-                stats.spread(final(runs, "val_loss"), 4), str(len(runs)),
-                *([f"{reaches(runs, target)[0]:.2g}"] if target else []),
-                stats.spread(bits, 4) if None not in bits else "–", stats.spread(final(runs, "train_seconds"), 1),
-                f"{first['config']['steps']:,}", f"{first['final']['tokens'] / 1e6:.2f}M",
-                f"{statistics.fmean(final(runs, 'tokens_per_second')):,.0f}", f"{first['model']['active']:,}",
-                f"{where}, {first['config']['dtype']}", max(run["run"] for run in runs)[:10],
-                " ".join(f"[{run['seed']}]({prefix}{run['folder']})" for run in runs)])
+            row = {
+                "rank": str(rank or "–"), "run": name_of(runs),
+                "nats/token": stats.spread(final(runs, "val_loss"), 4), "n": str(len(runs)),
+                "p": f"{reaches(runs, target)[0]:.2g}" if target else "",
+                "bits/byte": stats.spread(bits, 4) if None not in bits else "–",
+                "training s": stats.spread(final(runs, "train_seconds"), 1),
+                "tokens/s": f"{statistics.fmean(final(runs, 'tokens_per_second')):,.0f}",
+                "active parameters": f"{first['model']['active']:,}", "steps": f"{first['config']['steps']:,}",
+                "tokens": f"{first['final']['tokens'] / 1e6:.2f}M", "hardware": f"{where}, {first['config']['dtype']}",
+                "date": max(run["run"] for run in runs)[:10],
+                "seeds' folders": " ".join(f"[{run['seed']}]({prefix}{run['folder']})" for run in runs),
+                "record": f"[{first['run'][:10]}]({prefix}{Path(first['folder']).parts[0]})"}
+            left_out = ("steps", "tokens", "hardware", "date", "seeds' folders", "rank") if short else ("record",)
+            if not target:
+                left_out += ("p",)
+            elif short:
+                left_out += ("tokens/s",)
+            row = {key: cell for key, cell in row.items() if key not in left_out}
+            lines += [] if lines else [row, ["---"] * len(row)]
+            lines.append(row.values())
         parts.append(f"**{track}** on {where}: {rule}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(parts)
+
+
+def name_of(runs):
+    """A row's script and flags, as code in a table."""
+    return f"`{' '.join([runs[0]['script'], flags(runs[0])]).strip()}`".replace("|", "\\|")
+
+
+def front(results):
+    """What README.md shows: the short leaderboard, and a picture for each track."""
+    tracks = sorted({result["config"]["track"] for result in results})
+    pictures = [f"![validation loss against steps and training time, track {track}](records/curves_{track}.png)"
+                for track in tracks]
+    return "\n\n".join([boards(results, "records/", short=True), *pictures])
 
 
 def differences(results):
     """Each row against the first of its class, in Markdown: Welch's test and interval, in loss and in time."""
     lines = ["| against | run | nats/token | p | training s | p |", "| --- " * 6 + "|"]
     for rows in classes(results).values():
-        name = lambda runs: f"`{' '.join([runs[0]['script'], flags(runs[0])]).strip()}`".replace("|", "\\|")
         for _, runs in rows[1:]:
             cells = []
             for key, digits in (("val_loss", 4), ("train_seconds", 1)):
                 difference, p, low, high = stats.welch(final(runs, key), final(rows[0][1], key))
                 interval = f" ({low:+.{digits}f} to {high:+.{digits}f})" if math.isfinite(low) else ""
                 cells += [f"{difference:+.{digits}f}{interval}", "–" if math.isnan(p) else f"{p:.2g}"]
-            lines.append(f"| {name(rows[0][1])} | {name(runs)} | {' | '.join(cells)} |")
+            lines.append(f"| {name_of(rows[0][1])} | {name_of(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -247,7 +269,7 @@ def margins(results):
             losses = final(runs, "val_loss")
             score, enough = stats.fixed_sigma(losses, target)
             missing = stats.more_runs(losses, target)
-            lines.append(f"| `{' '.join([runs[0]['script'], flags(runs[0])]).strip()}` | {len(runs)} | "
+            lines.append(f"| {name_of(runs)} | {len(runs)} | "
                          f"{target - statistics.fmean(losses):+.4f} | {reaches(runs, target)[0]:.2g} | {score:.4f}: "
                          f"{'yes' if enough else 'no'} | {'–' if missing is None else missing} |")
     return "\n".join(lines) if len(lines) > 2 else ""
@@ -401,7 +423,7 @@ def write_all(parent, results):
                   for (where, _, _), runs in sorted(group(results).items()) if where == track for run in runs]
         png(curves, parent / f"curves_{track}.png", f"track {track}: validation loss of every run")
     replace(parent / "README.md", text)
-    write(boards(results, "records/"), ROOT / "README.md")
+    write(front(results), ROOT / "README.md")
 
 
 def update_reference(parent, results):

@@ -518,12 +518,31 @@ def rules(record):
 CHECKS = (log, seal, agreement, steps, schedule, clock, parts, sources, commit, command, model, data, tokens, rules)
 
 
-def judge(check, record):
-    """(verdict, text) of one check of one record."""
-    if record.trouble and check not in (log, seal):
+def race(path, records):
+    """The runs of a race are those of its plan: each contestant with each seed, its script and its flags."""
+    plan, finished = json.loads(path.read_text(encoding="utf-8")), 0
+    runs = {record.folder.name: record for record in records if record.folder.parent == path.parent}
+    for one in plan["contestants"]:
+        for seed in plan["seeds"]:
+            names = [name for name in runs if name.endswith(f"_{one['label']}_seed{seed}")]
+            failed = any((run["label"], run["seed"]) == (one["label"], seed) for run in plan["runs"])
+            need(len(names) == 1 or not names and failed, f"{one['command']}, seed {seed}: {len(names)} finished runs")
+            for result in (runs.pop(name).result for name in names):
+                need(result["sources"][0]["sha256"] == one["sha256"], f"{names[0]} ran another {one['script']}")
+                words = shlex.split(result["command"])[1:]
+                need(words[:len(one["words"])] == one["words"] and result["config"]["random_seed"] == seed,
+                     f"{names[0]} had other flags than the plan's {' '.join(one['words'])}, seed {seed}")
+                finished += 1
+    need(not runs, f"not in the plan: {', '.join(runs)}")
+    return f"{finished} runs, of {len(plan['contestants'])} contestants and {len(plan['seeds'])} seeds, as planned"
+
+
+def judge(check, *what):
+    """(verdict, text) of one check of one record, or of a race and its records."""
+    if check not in (log, seal, race) and what[0].trouble:
         return "not checked", "the log cannot be taken apart"
     try:
-        return "ok", check(record)
+        return "ok", check(*what)
     except Failed as error:
         return "FAILED", str(error)
     except NotChecked as why:
@@ -671,7 +690,14 @@ def main(argv=None):
         for name, verdict, text in verdicts:
             print(f"  {verdict:12} {name:10} {text}")
         bad += any(verdict == "FAILED" for _, verdict, _ in verdicts)
-    print(f"{len(records) - bad} of {len(records)} records verified in {time.perf_counter() - start:.1f} s"
+    good = [record for record in records.values() if isinstance(record, Record)]
+    races = [path for folder in args.record for path in sorted(Path(folder).rglob("race.json"))]
+    for path in races:
+        verdict, text = judge(race, path, good)
+        print(f"{path.parent}\n  {verdict:12} race       {text}")
+        bad += verdict == "FAILED"
+    total = len(records) + len(races)
+    print(f"{total - bad} of {total} records verified in {time.perf_counter() - start:.1f} s"
           + (f"; {bad} FAILED" if bad else ""))
     return 1 if bad else 0
 

@@ -89,11 +89,11 @@ VALUES = {
     "name with a blank": (["--name", "my run"], ["--name", "my run"]),
     "hidden name": (["--name", ".x"], ["--name", ".x"]),
     "name that no disk takes": (["--name", "x" * 300], ["File name too long"]),
-    "small vocabulary": (["--vocab_size", 200], ["token id 25", "vocabulary of 200", "toy_train_000000.bin"]),
-    "another order": (["--order", "shuffled", "--steps", 10**6], ["1000000 steps", "--order shuffled", "--epochs 20"]),
+    "small vocabulary": (["--vocab_size", 200], ["unknown tokenizer, 257 ids", "--vocab_size 200"]),
+    "another order": (["--order", "shuffled", "--steps", 10**6], ["--steps 1000000", "--epochs 20"]),
     "another order in the race": (["--track", "fineweb", "--order", "shuffled"], ["--order shuffled", "in sequence"]),
-    "too few tokens": (["--steps", 400], ["400 steps need", "--epochs 20"]),
-    "CUDA where there is none": (["--device", "cuda"], ["--device cuda", "no CUDA device", "--device cpu"]),
+    "too few tokens": (["--steps", 400], ["--steps 400", "51,201 train tokens", "--epochs 20"]),
+    "CUDA where there is none": (["--device", "cuda"], ["--device cuda needs a CUDA device", "--device cpu"]),
 }
 
 
@@ -125,7 +125,7 @@ def test_all_at_once_is_one_line(script, tmp_path):
 
 def test_fineweb_without_a_gpu(script, data, records, refused, no_cuda):
     refused(script, ["--data", data, "--records", records],
-            "track fineweb needs a CUDA device", "--track tiny", "--device cpu")
+            "track fineweb on --device auto needs a CUDA device", "--track tiny --device cpu")
 
 
 @pytest.mark.parametrize("name, way_out", (("fineweb10B", "python data/cached_fineweb10B.py 1"),
@@ -139,11 +139,11 @@ def test_missing_shards(script, name, way_out, tmp_path, records, refused):
 def test_small_validation_set(script, tmp_path, records, refused):
     write_shard(tmp_path / "d" / "toy_train_000000.bin", range(250))
     write_shard(tmp_path / "d" / "toy_val_000000.bin", range(32))
-    refused(script, tiny(script, tmp_path / "d", records), "val shards", tmp_path / "d", "32")
+    refused(script, tiny(script, tmp_path / "d", records), "33 val tokens are needed", tmp_path / "d", "32")
     write_shard(tmp_path / "d" / "toy_val_000000.bin", range(200))
     fineweb = ["--track", "fineweb", "--vocab_size", 300, "--steps", 1, "--val_tokens", 1000]
     refused(script, tiny(script, tmp_path / "d", records, *fineweb),
-            "1,000 validation tokens need", tmp_path / "d", "has 200")
+            "1,001 val tokens are needed", tmp_path / "d", "has 200")
 
 
 def test_bad_shards(script, tmp_path, records, refused):
@@ -153,11 +153,11 @@ def test_bad_shards(script, tmp_path, records, refused):
     refused(script, tiny(script, tmp_path / "d", records), val, "250", "38", "again")
     write_shard(val, range(250))
     write_shard(good, range(250), magic=20240801)
-    refused(script, tiny(script, tmp_path / "d", records), good, "no token shard", "data/README.md")
+    refused(script, tiny(script, tmp_path / "d", records), good, "no whole token shard", "data/README.md")
     write_shard(good, range(250))
     (tmp_path / "d" / "manifest.json").write_text("{ cut sho")
     refused(script, tiny(script, tmp_path / "d", records), tmp_path / "d" / "manifest.json")
-    for manifest in ('[]', '{"shards": 7}', '{"shards": [{"name": "x"}]}'):
+    for manifest in ('[]', '{"shards": 7}', '{"shards": [{"title": "x"}]}'):
         (tmp_path / "d" / "manifest.json").write_text(manifest)
         refused(script, tiny(script, tmp_path / "d", records), tmp_path / "d" / "manifest.json", "damaged")
     (tmp_path / "d" / "manifest.json").write_text('{"tokenizer": "gpt2", "vocab_size": 50257}')
@@ -210,7 +210,7 @@ def test_full_disk_at_a_checkpoint(script, data, tmp_path):
     folder, log, result = only_record(tmp_path / "records")
     check_message(script, done.returncode, done.stderr, [f"checkpoints/{folder.name}"])
     assert result is None
-    assert re.search(r"\nstep:3/6 train_loss.*\nsha256: .*\nend: failed: .*checkpoints.*\n\Z", log), log[-300:]
+    assert re.search(r"\nstep:3/6 train_loss.*\nend: failed: .*checkpoints.*\n\Z", log), log[-300:]
     assert list((tmp_path / "checkpoints").iterdir()) == [], "half a checkpoint"
 
 

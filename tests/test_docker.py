@@ -102,10 +102,10 @@ def test_the_images_id(image, monkeypatch):
     packages = (image / "etc/rwkv-speedrun-packages").read_text()
     assert "g++\t4:13.2.0-7ubuntu1" in packages and f"torch=={pins('requirements.txt')['torch']}" in packages
     assert train_rwkv7.IMAGE == pathlib.Path(re.search(r">(/etc/\S+-image)$", run_with("-image"))[1])
-    assert train_rwkv7.environment()["image"] == (
+    assert train_rwkv7.machine("cpu")["environment"]["image"] == (
         train_rwkv7.IMAGE.read_text().strip() if train_rwkv7.IMAGE.exists() else "none")
     monkeypatch.setattr(train_rwkv7, "IMAGE", image / "etc/rwkv-speedrun-image")
-    assert train_rwkv7.environment()["image"] == text.strip()
+    assert train_rwkv7.machine("cpu")["environment"]["image"] == text.strip()
 
 
 def test_setup_takes_the_images_python(image, tmp_path):

@@ -159,7 +159,7 @@ def train(rank, world, folder):
     torch.set_num_threads(1)
     script.has_bf16 = lambda device: False
     if world > 1:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+        script.RANK, script.WORLD_SIZE = rank, world
         dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{folder}/meet{world}")
     parameters = starts()
     optimizer = Muon([dict(params=parameters[:8]), dict(params=parameters[8:], lr=0.05)], lr=0.02)

@@ -36,6 +36,7 @@ def runs():
 
 def train(script, flags, rank, ranks, port):
     module = importlib.import_module(script)
+    module.RANK, module.WORLD_SIZE = rank, ranks
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     module.main([str(flag) for flag in flags])
@@ -81,7 +82,7 @@ def results(tmp_path_factory):
         path, log, result = only_record(folder / name)
         record = verify.Record(path)
         assert record.trouble is None, record.trouble
-        found[name] = record.log.losses(), [p["val_loss"] for p in result["curve"]]
+        found[name] = record.log.losses, [p["val_loss"] for p in result["curve"]]
     return found
 
 

@@ -220,7 +220,7 @@ def test_checkpoints(finished):
     model.load_state_dict(weights)
     args = script.parse(finished.flags)
     stream = script.TokenStream(finished.data, "val", 353)
-    loss = script.validate(model, script.validation_set(stream, args, 0), args)
+    loss = script.validate(model, script.validation_set(stream, args), args)
     assert math.isclose(loss, finished.result["final"]["val_loss"], rel_tol=1e-6), "not the model last validated"
 
 
@@ -280,13 +280,13 @@ def test_two_runs_of_a_name_in_one_second(tmp_path, monkeypatch):
     script = importlib.import_module("train_gpt2")
     monkeypatch.setattr(script.time, "strftime", lambda *_: "2026-01-02T03-04-05Z")
     args = script.Hyperparameters(records=str(tmp_path), name="a")
-    names = [script.Record(args, 0).path.name for _ in range(3)]
+    names = [script.Record(args).path.name for _ in range(3)]
     assert names == [f"2026-01-02T03-04-05Z_train_gpt2_a{suffix}" for suffix in ("", "_2", "_3")]
 
 
 def test_result_is_whole_or_not_there(tmp_path, monkeypatch):
     script = importlib.import_module("train_gpt2")
-    record = script.Record(script.Hyperparameters(records=str(tmp_path)), 0)
+    record = script.Record(script.Hyperparameters(records=str(tmp_path)))
     moved = []
     monkeypatch.setattr(script.os, "replace", lambda part, to: moved.append((open(part).read(), os.path.exists(to))))
     record.finish({"final": 1.5})

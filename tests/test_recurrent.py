@@ -141,7 +141,7 @@ def test_an_unfinished_runs_weights_alone(tmp_path):
     """What else its checkpoint holds is passed over unread."""
     script, config, weights = scattered("train_gpt2")
     about = dict(schema=3, script="train_gpt2.py", config=asdict(config), step=3)
-    more = {"lm_head:exp_avg": torch.ones(3), "losses": torch.ones(3), "log": torch.ones(2), "random": torch.ones(2)}
+    more = {"lm_head:exp_avg": torch.ones(3), "losses": torch.ones(3), "random": torch.ones(2)}
     safetensors.torch.save_file({**weights, **more}, tmp_path / "x.safetensors",
                                 metadata=dict(checkpoint=json.dumps(about)))
     assert recurrent.load(tmp_path / "x.safetensors").trained.keys() == weights.keys()

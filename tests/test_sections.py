@@ -12,7 +12,7 @@ import pytest
 from helpers import ROOT, environment, load_program
 
 SHARED = ("Muon optimizer", "Data loader", "Record", "Checkpoint", "Learning rate", "Command line", "Main")
-SCRIPT_LINES = {"train_gpt2.py": 1329, "train_rwkv6.py": 1514, "train_rwkv7.py": 1579}  # on the way to house size
+SCRIPT_LINES = {"train_gpt2.py": 1225, "train_rwkv6.py": 1421, "train_rwkv7.py": 1485}  # on the way to house size
 KERNEL_LINES = {".py": 445}  # a file under cuda/, else 400
 COLUMNS = {".py": 120, ".sh": 120, ".cpp": 140, ".cu": 140, ".cuh": 140, ".h": 140}  # C++ spells out its types
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
@@ -73,10 +73,10 @@ def test_titles_are_unique_and_in_one_order():
 
 def test_a_changed_line_is_found_and_repaired(tmp_path, copies):
     before = {path.name: path.read_bytes() for path in copies}
-    replace(copies[-1], "SCHEMA = 2  # of result.json", "SCHEMA = 3  # of result.json")
+    replace(copies[-1], "SCHEMA = 3  # of records", "SCHEMA = 4  # of records")
     done = tool(tmp_path, "check")
     assert done.returncode == 1 and "'Record [shared]'" in done.stdout, done
-    assert "-SCHEMA = 2" in done.stdout and "+SCHEMA = 3" in done.stdout and copies[-1].name in done.stdout, done.stdout
+    assert "-SCHEMA = 3" in done.stdout and "+SCHEMA = 4" in done.stdout and copies[-1].name in done.stdout, done.stdout
     assert done.stdout.count("section ") == 1, f"only one section differs:\n{done.stdout}"
     assert unshared(copies) == ["Record differs"]
     done = tool(tmp_path, "copy", copies[0].name)
@@ -142,9 +142,9 @@ def density(text):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_density(path):
-    """On the way to 56 characters, a tenth above 100 columns, 80 lines a function."""
+    """56 characters, a tenth above 100 columns (on the way there), 80 lines a function."""
     mean, wide, nested, longest = density(path.read_text(encoding="utf-8"))
-    assert mean <= 56.5 and wide <= 0.13 and nested == 0 and longest <= 83, (mean, wide, nested, longest)
+    assert mean <= 56 and wide <= 0.11 and nested == 0 and longest <= 80, (mean, wide, nested, longest)
 
 
 WATCH = r"""

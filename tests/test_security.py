@@ -12,12 +12,13 @@ from helpers import SCRIPTS
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("name", ("..", "../x", "a/b", "/tmp/x", "a\\b", ".", ".x", "a\0b", "a\nb", "x ", "C:x", "~",
                                   "é", "x/../../y", "x\n"))
-def test_names_of_runs(script, name, tmp_path, monkeypatch):
+def test_names_of_runs(script, name, tmp_path, monkeypatch, capsys):
     """Refused before anything else happens; on no system is one of them a path."""
     module = importlib.import_module(script)
     monkeypatch.setattr(module, "resolve", lambda *_: pytest.fail("went on"))
-    with pytest.raises(ValueError, match="--name"):
-        module.set_up(module.parse(["--track=tiny", f"--name={name}", f"--records={tmp_path}"]), 0)
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--track=tiny", f"--name={name}", f"--records={tmp_path}"])
+    assert ended.value.code == 2 and "--name" in capsys.readouterr().err
 
 
 class Program:

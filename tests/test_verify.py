@@ -426,6 +426,34 @@ def test_other_data_here_is_said(original, record, capsys):
     assert verdict == "FAILED" and manifest["shards"][0]["name"] in why
 
 
+RUNS = {"a_seed1": ("1", "train_a.py --muon_lr 1 --random_seed 1"), "b_seed1": ("2", "train_b.py --random_seed 1")}
+
+
+@pytest.mark.parametrize("what, change, said", (
+    ("nothing", None, "2 runs, of 2 contestants and 1 seeds, as planned"),
+    ("another script", lambda plan, runs: plan["contestants"][0].update(sha256="3"), "another train_a.py"),
+    ("other flags", lambda plan, runs: plan["contestants"][0].update(words=["--muon_lr", "2"]), "other flags"),
+    ("another seed", lambda plan, runs: runs["a_seed1"].result["config"].update(random_seed=2), "other flags"),
+    ("a run left out", lambda plan, runs: runs.pop("b_seed1"), "seed 1: 0 finished runs"),
+    ("one that failed", lambda plan, runs: runs.pop("b_seed1") and plan["runs"].append(dict(label="b", seed=1)),
+     "1 runs, of 2 contestants"),
+    ("a run of no plan", lambda plan, runs: runs.update(c=types.SimpleNamespace()), "not in the plan: 2026_c")))
+def test_a_race_is_held_against_its_plan(what, change, said, tmp_path):
+    runs = {}
+    for name, (digest, command) in RUNS.items():
+        result = dict(sources=[dict(sha256=digest)], command=command, config=dict(random_seed=1))
+        runs[name] = types.SimpleNamespace(result=result)
+    plan = dict(seeds=[1], runs=[], contestants=[
+        dict(label="a", command="A", script="train_a.py", sha256="1", words=["--muon_lr", "1"]),
+        dict(label="b", command="B", script="train_b.py", sha256="2", words=[])])
+    if change:
+        change(plan, runs)
+    for name, run in runs.items():
+        run.folder = tmp_path / f"2026_{name}"
+    (tmp_path / "race.json").write_text(json.dumps(plan))
+    assert said in verify.judge(verify.race, tmp_path / "race.json", runs.values())[1]
+
+
 def run_verify(*arguments, **env):
     return subprocess.run([sys.executable, ROOT / "records" / "verify.py", *map(str, arguments)],
                           env=environment(**env), capture_output=True, text=True, timeout=200)
@@ -507,5 +535,7 @@ def test_committed_records():
     unfinished = [run for run in runs if not (run / "result.json").exists()]
     for run in unfinished:
         assert re.search(r"\nend: (?!finished).+\n\Z", log_of(run)), f"{run} does not say why it has no result"
-    done = run_verify(*(run for run in runs if run not in unfinished))
+    races = {run.parent for run in runs if (run.parent / "race.json").exists()}
+    done = run_verify(*races, *(run for run in runs if run not in unfinished and run.parent not in races))
     assert done.returncode == 0, done.stdout
+    assert done.stdout.count("  ok           race ") == len(races) > 0
