@@ -5,9 +5,9 @@
     python sample.py CHECKPOINT --start "..." --max_new_tokens 0 --save_state F      reads once; --load_state F goes on
     python sample.py CHECKPOINT --check             parallel form, chunked prefill and token by token on one text
     python sample.py CHECKPOINT --eval data/pydocs  loss and bits per byte; the run's own val loss unless told otherwise
-    python sample.py CHECKPOINT --bench             time a token at every context (bench.py has its flags)
+    python sample.py CHECKPOINT --bench             time a token at every context (inference/bench.py has its flags)
 
-CHECKPOINT is a file (a run's, export.py's, an official x070 one), a run's name, its record's folder or the word latest.
+CHECKPOINT: a file (a run's, formats.py's, an official x070 one), a run's name, its record's folder or the word latest.
 Text goes to stdout as it comes, all else to stderr. It begins with the document mark, as documents do in training, and
 ends where the model draws one.
 The logits pass, in this order, each step working on what the one before left (in brackets: what turns it off):
@@ -41,10 +41,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import recurrent
-
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "data"))
+sys.path[:0] = [str(ROOT / "inference"), str(ROOT / "data")]
+import recurrent  # noqa: E402
 import tokenizer as tokenizers  # noqa: E402
 
 PIECES = (1, 15, 16, 17, 2, 33, 7, 64, 3)  # odd places to split a prompt at

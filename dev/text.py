@@ -1,7 +1,7 @@
-"""README's figures on text: samples and the table of --check, from checkpoints that were trained by the tiny recipe.
+"""The figures on text in inference/README.md: samples and the table of --check, from checkpoints of the tiny recipe.
 
     python dev/text.py CHECKPOINT ...            prints them
-    python dev/text.py CHECKPOINT ... --write    puts them between the markers of README.md
+    python dev/text.py CHECKPOINT ... --write    puts them between the markers of inference/README.md
 
 A CHECKPOINT is what sample.py takes. Samples are the first that seed 1 draws, cut at nothing; the table has the largest
 difference of a model's two recurrent forms, chunked prefill in odd pieces and token by token, from the parallel form.
@@ -60,7 +60,7 @@ def main():
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    text, readme = page(args.checkpoints), ROOT / "README.md"
+    text, readme = page(args.checkpoints), ROOT / "inference" / "README.md"
     if not args.write:
         return print(text)
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.append(str(ROOT / "cuda"))  # behind the root, which has a bench.py too
+sys.path += [str(ROOT / "inference"), str(ROOT / "cuda")]  # in this order: both have a bench.py
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it starts in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -19,7 +19,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to
 
 SLOW = {  # left out by ./test.sh --fast: files, classes and tests that build, start launchers or take seconds
     "test_bad_input", "test_build", "test_cached_fineweb", "test_cuda_on_cpu", "test_docker", "test_doctor",
-    "test_export", "test_faults", "test_fineweb", "test_gpu_day", "test_pydocs", "test_race", "test_ranks",
+    "test_formats", "test_faults", "test_fineweb", "test_gpu_day", "test_pydocs", "test_race", "test_ranks",
     "test_record", "test_resume", "test_run", "test_setup", "test_wkv6_cuda", "test_wkv7_cuda", "test_wkv7_wind",
     "TestMemory", "test_compile_in_one_graph", "test_replay", "test_tampering_is_found_with_the_records_code",
     "test_bad_replays", "test_committed_records", "test_forging_nothing_leaves_a_good_record",

@@ -1,7 +1,7 @@
 """Export a trained model: RWKV-7 to the layout of the official x070 models, and any model to one safetensors file.
 
-    python export.py CHECKPOINT --to rwkv --out model.pth                    for the rwkv package and its relatives
-    python export.py CHECKPOINT --to safetensors --out model.safetensors     weights and what is known of them, in one
+    python inference/formats.py CHECKPOINT --to rwkv --out model.pth         for the rwkv package and its relatives
+    python inference/formats.py CHECKPOINT --to safetensors --out FILE       weights and what is known of them, in one
 
 CHECKPOINT: a file, a run's name, its record's folder or the word latest (recurrent.py). The official layout has a
 place for plain RWKV-7 alone: train with --x070. What has none is listed, and nothing is written. The rwkv package
@@ -85,9 +85,9 @@ def export(checkpoint, to, out, dtype="fp32", force=False):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="export.py", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog="formats.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"export.py: {message} (all flags: --help)\n")
+    parser.error = lambda message: parser.exit(2, f"formats.py: {message} (all flags: --help)\n")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file, a run, a record's folder or latest")
     parser.add_argument("--to", required=True, choices=tuple(SUFFIX), help="rwkv: official x070 layout, .pth")
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
@@ -95,12 +95,12 @@ def main(argv=None):
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     args = parser.parse_args(argv)
     try:
-        print(f"export.py: {export(**vars(args))}")
+        print(f"formats.py: {export(**vars(args))}")
     except ValueError as error:
-        print(f"export.py: {error}", file=sys.stderr)
+        print(f"formats.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("export.py: interrupted, nothing written", file=sys.stderr)
+        print("formats.py: interrupted, nothing written", file=sys.stderr)
         return 130
     return 0
 

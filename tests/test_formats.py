@@ -1,4 +1,4 @@
-"""export.py and the official x070 layout: the rwkv package computes what our models compute, there and back."""
+"""inference/formats.py and the official x070 layout: the rwkv package computes what our models do, there and back."""
 
 import importlib
 import os
@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-import export
+import formats
 import recurrent
 from helpers import ROOT, environment, make_corpus, run_here, tiny, tree
 from test_sample import write_checkpoint
@@ -100,7 +100,7 @@ def files(checkpoints, tmp_path_factory):
     """{case: .pth}: exported ones and a foreign one."""
     folder = tmp_path_factory.mktemp("files")
     for case in ("plain", "heads of 32", "trained"):
-        assert export.main([str(checkpoints[case]), "--to", "rwkv", "--out", str(folder / f"{case}.pth")]) == 0
+        assert formats.main([str(checkpoints[case]), "--to", "rwkv", "--out", str(folder / f"{case}.pth")]) == 0
     return {**{path.stem: path for path in folder.iterdir()}, "foreign": foreign(folder)}
 
 
@@ -179,19 +179,19 @@ def test_pth_and_back(checkpoints, files, tmp_path):
     assert same_logits(first, again) and first.hash == again.hash
     sizes = lambda model: [getattr(model.config, name) for name in ("layers", "width", "headsz", "ffn_ratio", "x070")]
     assert sizes(again) == sizes(first) and again.config.vocab_size == 384 and again.step is None
-    assert export.main([str(files["plain"]), "--to", "rwkv", "--out", str(tmp_path / "again.pth")]) == 0
+    assert formats.main([str(files["plain"]), "--to", "rwkv", "--out", str(tmp_path / "again.pth")]) == 0
     assert recurrent.load(tmp_path / "again.pth").hash == first.hash
 
 
 @pytest.mark.parametrize("case", ["speedrun", "train_rwkv6", "train_gpt2"])
 def test_safetensors_and_back(case, checkpoints, tmp_path, capsys):
     first, out = recurrent.load(checkpoints[case]), tmp_path / "model.safetensors"
-    assert export.main([str(checkpoints[case]), "--to", "safetensors", "--out", str(out)]) == 0
+    assert formats.main([str(checkpoints[case]), "--to", "safetensors", "--out", str(out)]) == 0
     assert "257 on are padding" in capsys.readouterr().out
     again = recurrent.load(out)
     assert same_logits(first, again) and first.hash == again.hash
     assert asdict(again.config) == asdict(first.config)
-    assert {key: again.about[key] for key in export.KEPT} == {key: first.about[key] for key in export.KEPT}
+    assert {key: again.about[key] for key in formats.KEPT} == {key: first.about[key] for key in formats.KEPT}
     assert list(tree(tmp_path)) == ["model.safetensors"]
     assert out.read_bytes() != checkpoints[case].read_bytes() and again.about["finished"]
 
@@ -209,10 +209,10 @@ def test_foreign_files(files, tmp_path):
     for name in ("official.safetensors", "old.pth"):
         assert recurrent.load(tmp_path / name).hash == model.hash
     out = tmp_path / "ours.safetensors"
-    assert export.main([str(files["foreign"]), "--to", "safetensors", "--dtype", "bf16", "--out", str(out)]) == 0
+    assert formats.main([str(files["foreign"]), "--to", "safetensors", "--dtype", "bf16", "--out", str(out)]) == 0
     assert same_logits(recurrent.load(out), model) and recurrent.load(out).hash == model.hash
     flags = ["--dtype", "bf16", "--to", "rwkv", "--out"]
-    assert export.main([str(files["plain"]), *flags, str(tmp_path / "half.pth")]) == 0
+    assert formats.main([str(files["plain"]), *flags, str(tmp_path / "half.pth")]) == 0
     half, whole = torch.load(tmp_path / "half.pth", weights_only=True), torch.load(files["plain"], weights_only=True)
     assert all(torch.equal(half[name], whole[name].bfloat16()) for name in whole)
     assert (tmp_path / "half.pth").stat().st_size < 0.6 * files["plain"].stat().st_size
@@ -223,9 +223,9 @@ def test_foreign_files(files, tmp_path):
 
 def refused(capsys, *flags, parts):
     capsys.readouterr()
-    assert export.main(list(map(str, flags))) == 1
+    assert formats.main(list(map(str, flags))) == 1
     said = capsys.readouterr().err
-    assert said.startswith("export.py: ") and said.count("\n") == 1 and len(said) < 700, said
+    assert said.startswith("formats.py: ") and said.count("\n") == 1 and len(said) < 700, said
     for part in parts:
         assert part in said, f"{part!r} is not in: {said}"
 
@@ -243,9 +243,9 @@ def test_what_is_not_plain_is_refused(case, parts, checkpoints, tmp_path, capsys
 def test_each_part_alone_is_refused(checkpoints):
     for part, value, word in (("x0_lambdas", 1, "lambdas"), ("rms_norm", 1, "RMSNorm"), ("softcap", 15.0, "softcap")):
         model = recurrent.load(checkpoints["plain"])
-        assert export.without_place(model) == []
+        assert formats.without_place(model) == []
         setattr(model.config, part, value)
-        only, = export.without_place(model)
+        only, = formats.without_place(model)
         assert word in only
 
 
@@ -268,11 +268,11 @@ def test_output(checkpoints, tmp_path, capsys, monkeypatch):
         refused(capsys, *flags, out, "--force", parts=["cannot write", "Make room"])
     assert tree(tmp_path) == {"model.pth": b"precious"}
     os.link(out, tmp_path / "link")  # whoever has the old file open keeps it whole: the new one took its name
-    assert export.main([*map(str, flags), str(out), "--force"]) == 0
+    assert formats.main([*map(str, flags), str(out), "--force"]) == 0
     assert (tmp_path / "link").read_bytes() == b"precious"
     assert recurrent.load(out).hash == recurrent.load(checkpoints["plain"]).hash
     with pytest.raises(SystemExit) as ended:
-        export.main([str(checkpoints["plain"]), "--to", "onnx", "--out", "x"])
+        formats.main([str(checkpoints["plain"]), "--to", "onnx", "--out", "x"])
     assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 

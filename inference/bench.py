@@ -1,9 +1,9 @@
 """The cost of a token: ms at every context length, memory, share of the memory bound, int8, RWKV against the GPT.
 
-    python bench.py CHECKPOINT            a file, a run's name, its record's folder, the word latest (recurrent.py)
-    python bench.py --shape 124m          the three scripts' fineweb models with random weights; no checkpoint needed
-    python bench.py CHECKPOINT --shape 124m   and beside these figures what int8 costs the checkpoint's model in loss
-    python sample.py CHECKPOINT --bench   the same
+    python inference/bench.py CHECKPOINT    a file, a run's name, its record's folder, the word latest (recurrent.py)
+    python inference/bench.py --shape 124m  the three scripts' fineweb models with random weights, no checkpoint needed;
+                                            with a CHECKPOINT before it also what int8 costs that one's model in loss
+    python sample.py CHECKPOINT --bench     the same as the first
 
 A checkpoint is held against the GPT-2 of its track (a GPT-2 against RWKV-7) with random weights, on which the time does
 not depend. Everything runs in one process, on the CPU, one stream.
@@ -38,12 +38,12 @@ import torch
 
 import recurrent
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 NAMES = dict(train_rwkv7="RWKV-7", train_rwkv6="RWKV-6", train_gpt2="GPT-2")
 FIELDS = ("model", "dtype", "position", "ms", "ms_error", "state_bytes")
 POSITIONS = 1024, 4096, 16384, 65536
 ROOM = 128  # tokens of the GPT's cache beyond the position
-BEGIN, END = "<!-- bench: python bench.py --write -->", "<!-- end of bench -->"
+BEGIN, END = "<!-- bench: python inference/bench.py --write -->", "<!-- end of bench -->"
 COLOURS = "#0072b2", "#d55e00", "#009e73"  # as in records/
 
 

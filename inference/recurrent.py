@@ -17,6 +17,7 @@ import json
 import os
 import pickle
 import re
+import sys
 import warnings
 import zipfile
 from dataclasses import asdict, fields
@@ -27,6 +28,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # of the scripts, whose modules make the models
 CHECKPOINTS = Path("checkpoints")
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 LOOK_UPS = ("emb.weight", "wte.weight")
