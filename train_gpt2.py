@@ -441,7 +441,7 @@ def open_data(args):
                              f"{args.data} has {count:,} at --epochs {args.epochs}. {WHERE_FROM}")
     targets = val.read(1, min(args.val_tokens, len(val) - 1) // T * T)
     manifest, shards = read_manifest(args.data)
-    vocab = manifest.get("vocab_size") or int(targets.max()) + 1
+    vocab = manifest.get("vocab_size") or 1 + max(int(tokens.max()) for tokens in train.shards + val.shards)
     if vocab > args.vocab_size or manifest.get("vocab_size", args.vocab_size) != args.vocab_size:
         raise ValueError(f"{args.data} holds tokens of {manifest.get('tokenizer', 'an unknown tokenizer')}, {vocab} "
                          f"ids; the model has --vocab_size {args.vocab_size}. Use --vocab_size {vocab} or other data.")
@@ -450,7 +450,7 @@ def open_data(args):
         facts[split] = []
         for path, tokens in zip(stream.paths, stream.shards):
             listed = shards.get(path.name, {})
-            if shards and listed.get("tokens") != len(tokens):
+            if shards and listed.get("tokens") != len(tokens) or listed.get("mtime_ns") == 0:  # --check: damaged
                 raise ValueError(f"{path} is not what manifest.json lists: damaged, or of another tokenizer? Make the "
                                  "data again, or delete manifest.json if you vouch for every shard.")
             facts[split].append(dict(name=path.name, tokens=len(tokens), sha256=listed.get("sha256")))
@@ -518,7 +518,7 @@ def machine(device):
     return dict(environment=environment,
                 hardware=dict(name=name, count=WORLD_SIZE, memory_bytes=memory, driver=driver or "none"),
                 git=dict(commit=shell("git", "rev-parse", "HEAD") or "none",
-                         changed=shell("git", "diff", "--name-only", "HEAD").split()))
+                         changed=shell("git", "diff", "--name-only", "HEAD").splitlines()))
 
 
 def sha256(data):
@@ -546,10 +546,11 @@ class Record:
             return
         stamp = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
         name = f"{stamp}_{Path(__file__).stem}_{args.name or os.urandom(3).hex()}"
+        Path(args.records).mkdir(parents=True, exist_ok=True)
         for n in itertools.count(1):  # never an old folder: nothing is overwritten
             self.path = Path(args.records) / (name if n == 1 else f"{name}_{n}")
             with contextlib.suppress(FileExistsError):  # a run of this name began in the same second
-                self.path.mkdir(parents=True)
+                self.path.mkdir()
                 break
         self.log = self.path / "log.txt"
         self.file = open(self.log, "x", encoding="utf-8", buffering=1, newline="\n")
@@ -575,8 +576,14 @@ class Record:
         self.line(f"result: {sha256(json.dumps(result, sort_keys=True).encode())}")
         result = dict(result, log_sha256=self.digest("end: finished\n"))
         part = self.path / "result.json.part"
-        part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        self.close("finished")
+        try:
+            part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            self.line("end: finished")
+        except OSError:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
+        self.file = None
         os.replace(part, self.path / "result.json")
 
 
@@ -655,8 +662,8 @@ FREE = ("device_bsz", "data", "records", "checkpoints", "name", "save_every", "r
 
 
 def save(args, record, model, optimizers, header, losses):
-    """Write a checkpoint beside its place and rename it; of the run's older ones the newest stays until the run has
-    finished. losses: of all steps so far. Rank 0 calls it. Raises OSError."""
+    """Write a checkpoint beside its place and rename it; of the run's older ones the newest stays, until the result is
+    written. losses: of all steps so far. Rank 0 calls it. Raises OSError."""
     tensors = dict(model.state_dict())
     if not header["finished"]:
         tensors.update(losses=torch.tensor(losses), random=torch.get_rng_state())
@@ -680,8 +687,13 @@ def save(args, record, model, optimizers, header, losses):
             part.unlink()
         raise OSError(error.errno, f"{error.strerror} (saving a checkpoint)", str(path)) from error
     record.checkpoint, record.checkpoint_sha256 = path, sha256(data) if header["finished"] else None
-    all_steps = sorted(folder.glob(f"{header['run']}_step*.safetensors"), key=lambda path: (len(path.name), path.name))
-    for path in all_steps[:-1 if header["finished"] else -2]:
+    remove_older(path, header["run"], keep=2)
+
+
+def remove_older(last, run, keep):
+    """Remove a run's checkpoints but the newest ones. last: one of them."""
+    all_steps = sorted(last.parent.glob(f"{run}_step*.safetensors"), key=lambda path: (len(path.name), path.name))
+    for path in all_steps[:-keep]:
         path.unlink()
 
 
@@ -729,8 +741,9 @@ def find_checkpoint(args, sources, data):
             headers[path] = header_of(path)
         except ValueError as error:
             tqdm.write(f"--resume auto: {error}: passed over")
+    unfinished = {header["run"] for header in headers.values() if not header["finished"]}
     for header in headers.values():
-        if header["finished"]:
+        if header["finished"] and header["run"] not in unfinished:  # else it ended before its result was written
             over.update(part["run"] for part in header["parts"])
     fit = [path for path, header in headers.items()
            if header["run"] not in over and not obstacle(header, sources, data, args)]
@@ -749,12 +762,15 @@ def restore(path, args, model, optimizers):
     torch.set_rng_state(tensors["random"])
     if args.device == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"])
-    (adam, muon), parameters = optimizers, dict(model.named_parameters())
+    owners, parameters = {}, dict(model.named_parameters())
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            owners.update(dict.fromkeys(group["params"], optimizer))
     for name in tensors:
         if ":" in name:
             name, key = name.split(":")
-            optimizer = muon if key == "M" else adam
-            optimizer.state[parameters[name]][key] = tensors[f"{name}:{key}"].to(args.device)
+            p = parameters[name]
+            owners[p].state[p][key] = tensors[f"{name}:{key}"].to(args.device)
     return tensors["losses"].tolist()
 
 
@@ -769,17 +785,20 @@ def rate(step, args):
     return min(rise, fall, 1.0)
 
 
+def groups_of(optimizers):
+    return itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
+
+
 def momentum(step, args):
     """Muon's momentum: from 0.85 to 0.95 over the first muon_warmup steps."""
     return 0.85 + 0.10 * min(1.0, step / max(1, args.muon_warmup))
 
 
 def schedule(optimizers, step, args):
-    adam, muon = optimizers
-    for group in adam.param_groups + muon.param_groups:
+    for group in groups_of(optimizers):
         group["lr"] = group["initial_lr"] * rate(step, args)
-    for group in muon.param_groups:
-        group["momentum"] = momentum(step, args)
+        if "scale" in group:
+            group["momentum"] = momentum(step, args)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -967,9 +986,8 @@ def warm_up(model, compiled, optimizers, val, args):
 
 def check_cover(model, optimizers):
     """Every parameter in exactly one optimiser, or ValueError with its name."""
-    adam, muon = optimizers
     count = collections.Counter()
-    for group in adam.param_groups + muon.param_groups:
+    for group in groups_of(optimizers):
         count.update(group["params"])
     wrong = [f"{name} by {count[p]}" for name, p in model.named_parameters() if count[p] != 1]
     if wrong or len(count) > len(list(model.parameters())):
@@ -988,11 +1006,12 @@ def size_of(model):
 def set_up(args):
     """Data, model and optimisers on the device, checked before anything is written or timed. Raises ValueError."""
     resolve(args)
+    backend, several = dict(backend="gloo"), WORLD_SIZE > 1 and not args.check
     if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    several = WORLD_SIZE > 1 and not args.check
+        backend = dict(backend="nccl", device_id=torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+        torch.cuda.set_device(backend["device_id"])
     if several:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        dist.init_process_group(**backend)
     data = open_data(args)
     for node, theirs in gather((platform.node(), data[2])) if several else ():
         if theirs != data[2]:
@@ -1002,7 +1021,7 @@ def set_up(args):
     model = build_model(args).to(args.device)
     optimizers = build_optimizers(model, args)
     check_cover(model, optimizers)
-    for group in optimizers[0].param_groups + optimizers[1].param_groups:
+    for group in groups_of(optimizers):
         group["initial_lr"] = group["lr"]
     active = size_of(model)["active"]
     if args.track == "fineweb" and active > ACTIVE_LIMIT:
@@ -1022,15 +1041,14 @@ def prepare(model, args):
 
 def begin(args, record, data, model, optimizers):
     """Write the head of the log. Returns the facts of the run that its result repeats."""
-    sources = read_sources(model)
-    facts = dict(machine(args.device), schema=SCHEMA, data=data, model=size_of(model))
-    command = shlex.join([Path(__file__).name, *sys.argv[1:]])
+    sources, command = read_sources(model), shlex.join([Path(__file__).name, *sys.argv[1:]])
     record.line(f"config: {json.dumps(vars(args))}\ncommand: {command}")
+    facts = dict(machine(args.device), schema=SCHEMA, data=data, model=size_of(model))
     for source, text in sources:
         record.line(f"{RULE}\nsource: {json.dumps(source)}\n{text}")
     record.line(f"{RULE}\nfacts: {json.dumps(facts)}")
-    names, (adam, muon) = {p: name for name, p in model.named_parameters()}, optimizers
-    for group in adam.param_groups + muon.param_groups:
+    names = {p: name for name, p in model.named_parameters()}
+    for group in groups_of(optimizers):
         for p in group["params"]:
             sd, mean = torch.std_mean(p.detach().float(), correction=0)
             line = dict(name=names[p], shape=list(p.shape), group=group["name"], lr=group["initial_lr"],
@@ -1144,6 +1162,8 @@ def conclude(args, record, clock, losses, facts):
         train_seconds=clock.earlier + clock.seconds["train"], peak_memory_bytes=memory, devices=WORLD_SIZE)
     record.finish(dict(facts, curve=losses.curve, final=final, clock=clock.seconds,
                        wall=dict(began=clock.began, ended=time.time()), checkpoint_sha256=record.checkpoint_sha256))
+    if record.checkpoint_sha256:
+        remove_older(record.checkpoint, facts["run"], keep=1)
     say(f"record: {record.path}/")
     summary = Path(__file__).parent / "records" / "report.py"
     if summary.exists():

@@ -15,6 +15,7 @@ mean loss is at or below it with p < 0.01 (one-sided t-test); else by loss, at o
 mean ± sd over the seeds. PNG and p need records/requirements.txt.
 """
 import argparse
+import base64
 import hashlib
 import json
 import math
@@ -22,6 +23,7 @@ import os
 import re
 import shlex
 import statistics
+import struct
 import sys
 from pathlib import Path
 
@@ -121,9 +123,10 @@ def read_record(folder):
     lines = text.rstrip("\n").splitlines()
     end = lines[-1].removeprefix("end: ") if lines[-1].startswith("end: ") else "cut off"
     train = [(int(step), float(loss), int(ms)) for step, loss, ms in STEP.findall(text)]
-    if result and (end != "finished" or len(train) != result["final"]["steps"]):
+    begun = result["parts"][-1]["step"] if result and result["parts"] else 0  # of a resumed run: its last part's lines
+    if result and (end != "finished" or begun + len(train) != result["final"]["steps"]):
         raise ValueError(f"{log} is truncated: {len(train)} step lines and the end {end!r}, but result.json says "
-                         f"{result['final']['steps']} steps. Restore it with git.")
+                         f"{result['final']['steps'] - begun} steps. Restore it with git.")
     a_step = config["bsz"] * config["seq_len"]
     if result:
         val = [(p["step"], p["tokens"], p["train_ms"] / 1e3, p["val_loss"]) for p in result["curve"]]
@@ -502,7 +505,8 @@ def summary(folder, usd_per_hour=None):
     if usd_per_hour:
         speed += f", ${usd_per_hour * final['train_seconds'] / 3600:.2f}"
     log = (Path(folder) / "log.txt").read_text(encoding="utf-8")
-    if found := spikes([float(loss) for loss in re.findall(r"^step:\d+/\d+ train_loss:(\S+)", log, re.MULTILINE)]):
+    losses = base64.b64decode(re.search(r"^losses: (\S*)$", log, re.MULTILINE)[1])
+    if found := spikes(struct.unpack(f"<{len(losses) // 4}f", losses)):
         speed += f", spikes of the loss at step {', '.join(map(str, found[:9]))}{', ...' if found[9:] else ''}"
     rival = "gpt2" if "rwkv" in result["script"] else "rwkv7"
     return (f"{loss}\n{speed}\nnext: ./run_{rival}.sh --track {config['track']} (its rival), --random_seed "

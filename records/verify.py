@@ -19,7 +19,7 @@ Muon's rate 10 % higher is 0.03 off. Later steps drift apart by rounding alone: 
 """
 import argparse
 import base64
-import binascii
+import contextlib
 import hashlib
 import json
 import math
@@ -61,8 +61,9 @@ for command, config in json.load(sys.stdin):
         parsed = vars(module.parse(command[1:])).copy()
         args, files = module.Hyperparameters(**config), ()
         if getattr(args, "kernel", "torch") != "torch":
-            build = runpy.run_path(os.path.join(folder, "cuda", "build.py"))
-            files = build["sources"](script[7:-3].replace("r", "", 1), args.kernel)
+            cuda = os.path.join(folder, "cuda")
+            operator, = (name for name in os.listdir(cuda) if os.path.isdir(os.path.join(cuda, name)))
+            files = runpy.run_path(os.path.join(cuda, "build.py"))["sources"](operator, args.kernel)
         args.__dict__.update({name: value for name, value in dict(kernel="torch", fast_cuda=False, wind_cuda=False,
                                                                  device="cpu").items() if hasattr(args, name)})
         with torch.device("meta"):
@@ -151,7 +152,7 @@ class Log:
         try:
             data = base64.b64decode(self.take("losses: "), validate=True)
             self.losses = list(struct.unpack(f"<{len(data) // 4}f", data))
-        except (binascii.Error, struct.error) as error:
+        except (ValueError, struct.error) as error:
             raise Failed(f"line {self.at}: the line of all losses is damaged ({error})") from None
 
     def peek(self, more=0):
@@ -225,10 +226,15 @@ def refuse(constant):
 
 
 def folders(paths):
-    """The records that are meant: each a folder with log.txt or result.json, at or below the paths."""
+    """The records that are meant: each a folder with log.txt or result.json, at or below the paths. What a race's own
+    list says was interrupted or failed is none."""
     found = []
     for path in paths:
         inside = {file.parent for name in ("log.txt", "result.json") for file in Path(path).rglob(name)}
+        for race_file in Path(path).rglob("race.json"):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # said by the check of the race
+                runs = json.loads(race_file.read_text(encoding="utf-8"))["runs"]
+                inside -= {race_file.parent / str(run["folder"]) for run in runs if run["end"] != "finished"}
         found += sorted(inside) or [Path(path)]
     return list(dict.fromkeys(found))
 
@@ -274,7 +280,8 @@ def due(config):
 
 def steps(record):
     """A line for each step and validation of this part, in order; times never fall, averages and losses fit."""
-    config, lines, before = record.result["config"], record.log, 0
+    config, lines = record.result["config"], record.log
+    before = 1e3 * sum(part["train_seconds"] for part in record.result["parts"]) - 0.5
     curve = {point["step"]: point for point in record.result["curve"]}
     begin = lines.resumed["step"] if lines.resumed else 0
     validated, first = set(due(config)), lines.steps[0][1] if lines.steps else None
@@ -289,7 +296,7 @@ def steps(record):
              f"line {number} must be the {split}_loss of step {step} of {config['steps']}, but is "
              f"{match[0].split(' train_time')[0]!r}")
         ms, average = int(match[5]), float(match[6])
-        need(ms >= before, f"{what}: the training time falls from {before} to {ms} ms")
+        need(ms >= before, f"{what}: the training time falls from {before:.0f} to {ms} ms")
         rounding = 0.5 + 0.0051 * max(1, step)
         need(abs(average * max(1, step) - ms) <= rounding, f"{what}: {ms} ms are not {average} ms a step")
         loss = lines.losses[step - 1] if split == "train" else curve[step]["val_loss"]
@@ -376,23 +383,33 @@ def earlier(record):
 
 
 def parts(record):
-    """A resumed run goes on from the parts that it names: their flags and sources, losses and validations."""
-    result, resumed, before = record.result, record.log.resumed, 0
+    """A resumed run goes on from the parts that it names: flags, sources, shards, losses, validations and times."""
+    result, resumed, before, ms = record.result, record.log.resumed, 0, 0.0
     last = {key: result["parts"][-1][key] for key in ("run", "step", "log_sha256")} if result["parts"] else None
     need(last == resumed, f"resumed from {text_of(resumed)} by the log, from {text_of(last)} by result.json")
     fixed = lambda config: {key: value for key, value in config.items() if key not in FREE}
-    curve = {point["step"]: f"{point['val_loss']:.4f}" for point in result["curve"]}
+    curve, elsewhere = {point["step"]: f"{point['val_loss']:.4f}" for point in result["curve"]}, []
     for part, log in zip(result["parts"], earlier(record)):
         need(fixed(log.config) == fixed(result["config"]), f"{part['run']} had other flags")
         need([header for header, _ in log.sources] == result["sources"], f"{part['run']} had other sources")
-        done = [int(match[1]) for _, match in log.steps if match[3] == "train"] or [before]
-        need((done[0] > before or done == [before]) and done[-1] == part["step"],
-             f"{part['run']} has steps {done[0]} to {done[-1]}, begun after {before}, left after {part['step']}")
+        for split in ("train", "val"):
+            pairs = zip(log.facts["data"][split], result["data"][split])
+            need(all(one == other for one, other in pairs), f"{part['run']} read other {split} shards")
+        done = [int(match[1]) for _, match in log.steps if match[3] == "train"]
+        need(done == list(range(before + 1, part["step"] + 1)),
+             f"{part['run']} lacks steps of {before + 1} to {part['step']}, or has others")
+        ms += 1e3 * part["train_seconds"]
+        need(all(int(match[5]) <= ms + 0.5 for _, match in log.steps), f"{part['run']} trained for longer than {ms} ms")
+        here = {key: result["hardware"][key] for key in ("name", "count")}
+        if any(log.facts["hardware"][key] != value for key, value in here.items()):
+            elsewhere.append(f"{part['run']} ran on {log.facts['hardware']['count']} x {log.facts['hardware']['name']}")
         for _, match in log.steps:
             step = int(match[1])
             known = f"{record.log.losses[step - 1]:.4f}" if match[3] == "train" else curve[step]
             need(match[4] == known, f"{part['run']}, step {step}: {match[3]}_loss {match[4]}, here {known}")
         before = part["step"]
+    if elsewhere:
+        raise NotChecked(f"its time is of several machines: {'; '.join(elsewhere)}")
     return "".join(f"resumed after step {part['step']}, " for part in result["parts"]) + "nothing is missing"
 
 
@@ -419,7 +436,10 @@ def commit(record):
         raise NotChecked("the run was outside a git checkout")
     for header, text in record.log.sources:
         name = header["name"]
-        done = subprocess.run(["git", "show", f"{about['commit']}:{name}"], cwd=ROOT, capture_output=True)
+        try:
+            done = subprocess.run(["git", "show", f"{about['commit']}:{name}"], cwd=ROOT, capture_output=True)
+        except OSError:
+            raise NotChecked("git is not there") from None
         if done.returncode:
             raise NotChecked(f"commit {about['commit'][:12]} with {name} is not in this checkout")
         if done.stdout != text.encode():
@@ -525,7 +545,8 @@ def race(path, records):
     for one in plan["contestants"]:
         for seed in plan["seeds"]:
             names = [name for name in runs if name.endswith(f"_{one['label']}_seed{seed}")]
-            failed = any((run["label"], run["seed"]) == (one["label"], seed) for run in plan["runs"])
+            failed = any((run["label"], run["seed"]) == (one["label"], seed) and run["end"].startswith("failed")
+                         for run in plan["runs"])
             need(len(names) == 1 or not names and failed, f"{one['command']}, seed {seed}: {len(names)} finished runs")
             for result in (runs.pop(name).result for name in names):
                 need(result["sources"][0]["sha256"] == one["sha256"], f"{names[0]} ran another {one['script']}")
@@ -547,7 +568,7 @@ def judge(check, *what):
         return "FAILED", str(error)
     except NotChecked as why:
         return "not checked", str(why)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError, OSError) as error:
         return "FAILED", f"a value is missing or of another kind ({type(error).__name__}: {error})"
 
 
@@ -624,8 +645,9 @@ def compare(record, again, count):
     here, there = again.losses[:count], record.log.losses[:count]
     for split in ("train", "val"):
         shards = again.facts["data"][split]
-        need(shards == record.log.facts["data"][split][:len(shards)], f"the {split} shards here are other ones: no "
-                                                                      "losses to compare")
+        pairs = list(zip(shards, record.log.facts["data"][split]))
+        same = all(one == other or one["sha256"] is None and one["tokens"] == other["tokens"] for one, other in pairs)
+        need(same and len(pairs) == len(shards), f"the {split} shards here are other ones: no losses to compare")
     need(len(here) == count == len(there), f"{len(here)} losses of {count} steps")
     other = []
     try:

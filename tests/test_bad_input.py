@@ -172,7 +172,9 @@ def test_kernels_that_are_not_there(name, flag, data, records, refused):
 def test_records_is_a_file(script, data, tmp_path, refused):
     path = tmp_path / "records"
     path.write_text("a file, not a folder")
-    for records in (path, path / "deeper"):
+    nowhere = tmp_path / "nowhere"
+    nowhere.symlink_to(tmp_path / "not mounted")
+    for records in (path, path / "deeper", nowhere):
         refused(script, tiny(script, data, records), records, "--records")
     assert path.read_text() == "a file, not a folder"
 

@@ -304,19 +304,19 @@ def test_more_than_the_limit_is_refused(name, tmp_path, monkeypatch, capsys):
 
 def add_twice(optimizers, model):
     optimizers.append(torch.optim.SGD([model.blocks[1].att.output.weight], lr=1.0))
-    return "exactly one optimiser; not so: blocks.1.att.output.weight by 2"
+    return "in one optimiser, once: blocks.1.att.output.weight by 2"
 
 
 def leave_out(optimizers, model):
     key = model.blocks[0].att.key.weight
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["params"] = [p for p in group["params"] if p is not key]
-    return "exactly one optimiser; not so: blocks.0.att.key.weight by 0"
+    return "in one optimiser, once: blocks.0.att.key.weight by 0"
 
 
 def add_a_stranger(optimizers, model):
     optimizers.append(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0))
-    return "exactly one optimiser; not so: strangers"
+    return "in one optimiser, once: strangers"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

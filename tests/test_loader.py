@@ -183,12 +183,12 @@ def test_a_count_past_31_bits_of_bytes(tmp_path):
 
 def test_another_tokenizer_and_shards_not_in_the_manifest(folder):
     write_shard(folder / "toy_val_000000.bin", range(30))
-    args = settings(folder, track="tiny", bsz=1, seq_len=10, val_tokens=20, steps=1, vocab_size=21)
+    args = settings(folder, track="tiny", bsz=1, seq_len=10, val_tokens=20, steps=1, vocab_size=1037)
     facts = script.open_data(args)[2]
     assert facts["train"] == [dict(name="toy_train_000000.bin", tokens=SIZES[0], sha256=None)]
     assert (facts["val_tokens"], facts["text_bytes"], facts["manifest"]) == (20, None, {})
-    args.vocab_size = 20
-    refusal(lambda: script.open_data(args), folder, "an unknown tokenizer, 21 ids", "--vocab_size 20")
+    args.vocab_size = 1036
+    refusal(lambda: script.open_data(args), folder, "an unknown tokenizer, 1037 ids", "--vocab_size 1036")
     shards = [dict(name=path.name, tokens=(path.stat().st_size - 1024) // 2, sha256="f" * 64)
               for path in folder.glob("*.bin")]
     (folder / "manifest.json").write_text(json.dumps(dict(tokenizer="x", vocab_size=30, shards=shards)))

@@ -106,6 +106,9 @@ def test_a_run_in_three_parts_is_the_unbroken_run(script, go, tmp_path, capfd):
     status = verify.main([str(last), *(("--replay", "6") if script == GPT2 else ("--no-code",))])
     out = capfd.readouterr().out
     assert status == 0 and "resumed after step 3, resumed after step 8, nothing is missing" in out, out
+    report = load_program("records/report.py")
+    page = report.read_record(last)
+    assert page["end"] == "finished" and [point[0] for point in page["train"]] == [9, 10]
     assert script != GPT2 or "6 steps and 4 validations are equal bit for bit, on the same" in out, out
 
 
@@ -131,6 +134,9 @@ def test_what_a_resumed_record_says_is_checked(go, tmp_path, capsys):
     changes = {
         "nothing": (forge(lambda result: None), ""),
         "a step of the earlier part": (first_log(r"^(step:2/10 train_loss:)\d", r"\g<1>9"), "parts"),
+        "a step's line removed from it": (first_log(r"^step:2/10 train.*\n", ""), "parts"),
+        "its shards": (first_log(r'^(facts: .*"train": \[{"name": ")\w', r"\g<1>x"), "parts"),
+        "its time": (first_log(r"^(step:4/10 train.*train_time:)\d+", r"\g<1>99999"), "parts"),
         "a validation of it": (first_log(r"^(step:2/10 val_loss:)\d", r"\g<1>9"), "parts"),
         "its flags": (first_log(r'^(config: .*"muon_lr": )[\d.]+', r"\g<1>9"), "parts"),
         "its sources": (first_log(r'^(source: .*"sha256": ")\w', r"\g<1>x"), "parts"),
@@ -201,7 +207,7 @@ def test_refusals(go, tmp_path, monkeypatch, capsys):
     done, _, _ = go()
     refused(checkpoint(tmp_path, done, 10), says="its run is finished")
     export = tmp_path / "checkpoints" / "mine_step000002.safetensors"
-    assert load_program("export.py").main([str(path), "--to", "safetensors", "--out", str(export)]) == 0
+    assert load_program("inference/formats.py").main([str(path), "--to", "safetensors", "--out", str(export)]) == 0
     refused(export, says="is no whole checkpoint (an export)")
     go("--resume", "auto", "--random_seed", 7, "--stop_after", 1)
     assert f"{export} is no whole checkpoint (an export): passed over" in capsys.readouterr().out
@@ -367,6 +373,22 @@ def test_kill_9_at_random_moments(tmp_path):
     header = importlib.import_module(GPT2).header_of(checkpoint(tmp_path, resumed, reached + 2))
     assert parts >= 15 and len(header["parts"]) == parts + 1, f"seed {seed}"
     assert losses(log) == losses(only_record(tmp_path / "unbroken")[1]), f"seed {seed}"
+
+
+def test_a_result_that_was_lost_is_made_again(go, tmp_path, monkeypatch):
+    """No room for result.json after the last checkpoint: --resume auto goes on from the one before."""
+    module = importlib.import_module(GPT2)
+
+    def full(self, result):
+        raise OSError(28, "No space left on device", "result.json")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Record, "finish", full)
+        folder, _, none = go("--save_every", 4, ends=1)
+    assert none is None and sorted(whole(tmp_path, folder.name)) == [8, 10]
+    again, _, result = go("--resume", "auto")
+    assert [part["step"] for part in result["parts"]] == [8] and list(whole(tmp_path, again.name)) == [10]
+    assert go("--resume", "auto")[2]["parts"] == [], "now it is finished"
 
 
 @pytest.mark.parametrize("step", (8, 10))

@@ -12,12 +12,13 @@ import pytest
 from helpers import ROOT, environment, load_program
 
 SHARED = ("Muon optimizer", "Data loader", "Record", "Checkpoint", "Learning rate", "Command line", "Main")
-SCRIPT_LINES = {"train_gpt2.py": 1225, "train_rwkv6.py": 1421, "train_rwkv7.py": 1485}  # on the way to house size
+SCRIPT_LINES = {"train_gpt2.py": 1245, "train_rwkv6.py": 1441, "train_rwkv7.py": 1505}  # on the way to house size
 KERNEL_LINES = {".py": 445}  # a file under cuda/, else 400
 COLUMNS = {".py": 120, ".sh": 120, ".cpp": 140, ".cu": 140, ".cuh": 140, ".h": 140}  # C++ spells out its types
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
-SOURCES = sorted(path for folder in (".", "data", "dev", "tests", "records", "cuda", "cuda/wkv7", "cuda/wkv6")
-                 for path in (ROOT / folder).glob("*") if path.suffix in COLUMNS and path.is_file())
+FOLDERS = ".", "inference", "data", "dev", "tests", "records", "cuda", "cuda/wkv7", "cuda/wkv6"
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*")
+                 if path.suffix in COLUMNS and path.is_file())
 
 sections = load_program("dev/sections.py")
 

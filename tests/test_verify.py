@@ -200,6 +200,7 @@ TAMPERED = {  # what was done: (how, checks that must say FAILED)
     "the seed in the log only": (edit_log(r'"random_seed": 7', '"random_seed": 1'), "seal agreement"),
     "the machine in the log only": (edit_log(r'"memory_bytes": \d', '"memory_bytes": 9'), "seal agreement"),
     "a parameter's line edited": (edit_log(r'^(parameter: .*"mean": )', r"\g<1>1"), "seal"),
+    "losses that are no letters": (edit_log(r"^losses: \w", "losses: é"), "seal log"),
     "cut off in a line": (lambda record: write_log(record, log_of(record)[:-30]), "seal log"),
     "cut off after step 3": (edit_log(r"^step:4/6 train(.*\n)*", ""), "seal log"),
     "no end": (edit_log(r"^end: finished\n", ""), "seal log"),
@@ -293,6 +294,14 @@ def test_a_record_as_it_was_written(original, capsys):
     found = verdicts(original, capsys, "--no-code")
     unchecked = {name for name, (verdict, _) in found.items() if verdict == "not checked"}
     assert unchecked - {"commit"} == {"command", "model"}
+
+
+def test_a_contestant_of_ones_own_name(record, capsys):
+    """A copy of a script under another name, as one is made to try an idea."""
+    edit_log(r'^source: {"name": "train_rwkv7.py"', 'source: {"name": "train_mine.py"')(record)
+    forge(lambda result: (put("train_mine.py", "script")(result), put("train_mine.py", "sources", 0, "name")(result),
+                          put(lambda words: words.replace("train_rwkv7", "train_mine", 1), "command")(result)))(record)
+    assert {name for name, (verdict, _) in verdicts(record, capsys).items() if verdict != "ok"} <= {"commit"}
 
 
 def test_forging_nothing_leaves_a_good_record(record, capsys):
@@ -435,8 +444,10 @@ RUNS = {"a_seed1": ("1", "train_a.py --muon_lr 1 --random_seed 1"), "b_seed1": (
     ("other flags", lambda plan, runs: plan["contestants"][0].update(words=["--muon_lr", "2"]), "other flags"),
     ("another seed", lambda plan, runs: runs["a_seed1"].result["config"].update(random_seed=2), "other flags"),
     ("a run left out", lambda plan, runs: runs.pop("b_seed1"), "seed 1: 0 finished runs"),
-    ("one that failed", lambda plan, runs: runs.pop("b_seed1") and plan["runs"].append(dict(label="b", seed=1)),
-     "1 runs, of 2 contestants"),
+    ("one that failed", lambda plan, runs: runs.pop("b_seed1") and plan["runs"].append(
+        dict(label="b", seed=1, end="failed, exit status 1")), "1 runs, of 2 contestants"),
+    ("one that finished left out", lambda plan, runs: runs.pop("b_seed1") and plan["runs"].append(
+        dict(label="b", seed=1, end="finished")), "seed 1: 0 finished runs"),
     ("a run of no plan", lambda plan, runs: runs.update(c=types.SimpleNamespace()), "not in the plan: 2026_c")))
 def test_a_race_is_held_against_its_plan(what, change, said, tmp_path):
     runs = {}
