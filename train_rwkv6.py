@@ -37,7 +37,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends the program quietly
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: a quiet end
 
 import numpy as np
 import safetensors.torch
@@ -64,7 +64,7 @@ class Hyperparameters:
     checkpoints: str = "checkpoints"  # folder that receives the checkpoints
     # length and batch
     steps: int = 5100  # optimiser steps
-    stop_after: int = 0  # end after so many steps, without a result: to compare beginnings; 0: never
+    stop_after: int = 0  # end after so many steps, to compare beginnings, without a result; 0: no
     warmdown_steps: int = 1450  # last steps, over which every learning rate falls linearly to 0
     warmup_steps: int = 0  # first steps, over which every learning rate rises linearly
     bsz: int = 512  # sequences a step, over all devices and micro-batches
@@ -75,7 +75,7 @@ class Hyperparameters:
     val_every: int = 125  # steps between validations
     val_tokens: int = 10485760  # validation tokens, the first there are; tiny: at most
     save_every: int = 0  # steps between checkpoints; 0: only after the last step
-    resume: str = ""  # checkpoint to go on from: a file, or auto: the furthest unfinished run with these flags, if any
+    resume: str = ""  # checkpoint to go on from: a file, or auto: that of this run if any
     # model
     vocab_size: int = 50257  # token ids in use; tables are padded to a multiple of 128
     layers: int = 12  # blocks (L)
@@ -91,7 +91,7 @@ class Hyperparameters:
     adam_beta2: float = 0.95  # Adam: decay of the mean square
     # machine
     device: str = "auto"  # where to train: auto, cuda or cpu
-    dtype: str = "auto"  # bf16 (activations and products), mixed (products bf16, the rest fp32) or fp32
+    dtype: str = "auto"  # bf16 (activations, products), mixed (products bf16, the rest fp32), fp32
     compile: bool = True  # torch.compile the model on a GPU
     kernel: str = "auto"  # WKV-6: torch (anywhere), cpu (C++), cuda (exact) or auto (the device's, else torch)
     fast_cuda: bool = False  # WKV-6 on tensor cores, heads of 64 or 128
@@ -454,7 +454,7 @@ def build_optimizers(model, args):
             return muon
         if module in ("emb", "ln1", "ln2", "ln_x", "ln_out") or leaf in vectors:
             return adam
-        raise ValueError(f"parameter {name} belongs to no optimiser group: name it in build_optimizers")
+        raise ValueError(f"parameter {name} belongs to no optimiser group: see build_optimizers")
 
     for name, p in model.named_parameters():
         group = group_of(name)
@@ -639,16 +639,18 @@ def open_data(args):
     manifest, shards = read_manifest(args.data)
     vocab = manifest.get("vocab_size") or 1 + max(int(tokens.max()) for tokens in train.shards + val.shards)
     if vocab > args.vocab_size or manifest.get("vocab_size", args.vocab_size) != args.vocab_size:
-        raise ValueError(f"{args.data} holds tokens of {manifest.get('tokenizer', 'an unknown tokenizer')}, {vocab} "
-                         f"ids; the model has --vocab_size {args.vocab_size}. Use --vocab_size {vocab} or other data.")
-    facts = dict(folder=args.data, manifest=manifest, val_tokens=len(targets), text_bytes=text_bytes(args, targets))
+        tokenizer = manifest.get("tokenizer", "an unknown tokenizer")
+        raise ValueError(f"{args.data} holds tokens of {tokenizer}, {vocab} ids; the model has --vocab_size "
+                         f"{args.vocab_size}. Use --vocab_size {vocab} or other data.")
+    facts = dict(folder=args.data, manifest=manifest, val_tokens=len(targets))
+    facts["text_bytes"] = text_bytes(args, targets)
     for split, stream in (("train", train), ("val", val)):
         facts[split] = []
         for path, tokens in zip(stream.paths, stream.shards):
             listed = shards.get(path.name, {})
             if shards and listed.get("tokens") != len(tokens) or listed.get("mtime_ns") == 0:  # --check: damaged
-                raise ValueError(f"{path} is not what manifest.json lists: damaged, or of another tokenizer? Make the "
-                                 "data again, or delete manifest.json if you vouch for every shard.")
+                raise ValueError(f"{path} is not what manifest.json lists: damaged, or of another tokenizer? "
+                                 "Make the data again, or delete manifest.json if you vouch for every shard.")
             facts[split].append(dict(name=path.name, tokens=len(tokens), sha256=listed.get("sha256")))
     return train, val, facts
 
@@ -812,7 +814,7 @@ class Losses:
 
     def __init__(self, record, args):
         self.record, self.args, self.pending, self.stopping = record, args, collections.deque(), False
-        self.train, self.curve = [], []  # every training loss as it was; the validations, as result.json has them
+        self.train, self.curve = [], []  # every training loss as it was; result.json's validations
         self.last = math.nan
 
     def add(self, step, report, train_ms):
@@ -939,7 +941,7 @@ def find_checkpoint(args, sources, data):
             tqdm.write(f"--resume auto: {error}: passed over")
     unfinished = {header["run"] for header in headers.values() if not header["finished"]}
     for header in headers.values():
-        if header["finished"] and header["run"] not in unfinished:  # else it ended before its result was written
+        if header["finished"] and header["run"] not in unfinished:  # else its result was not written
             over.update(part["run"] for part in header["parts"])
     fit = [path for path, header in headers.items()
            if header["run"] not in over and not obstacle(header, sources, data, args)]
@@ -1031,7 +1033,7 @@ def parse(argv=None):
         if f.type in (int, float) and not least <= value <= most:  # nor is nan
             parser.error(f"--{f.name} {value} is not in the range from {least} to {most:.10g}")
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*|", args.name):
-        parser.error(f"--name {args.name!r}: letters, digits, '-', '_' and '.' only; it becomes a folder's name")
+        parser.error(f"--name {args.name!r}: letters, digits, '-', '_', '.' only; it names a folder")
     return args
 
 
@@ -1047,14 +1049,14 @@ def resolve(args):
     """Fix what "auto" means on this machine. Raises ValueError with the way out."""
     cuda = torch.cuda.is_available()
     if not cuda and (args.device == "cuda" or args.device == "auto" and args.track == "fineweb"):
-        raise ValueError(f"track {args.track} on --device {args.device} needs a CUDA device, and torch sees none. "
-                         "Try --track tiny --device cpu.")
+        raise ValueError(f"track {args.track} on --device {args.device} needs a CUDA device, and torch sees "
+                         "none. Try --track tiny --device cpu.")
     if args.device == "auto":
         args.device = "cuda" if cuda else "cpu"
     if args.dtype == "auto":
         args.dtype = ("bf16" if args.device == "cuda" else "mixed") if has_bf16(args.device) else "fp32"
     if args.order == "shuffled" and args.track == "fineweb":
-        raise ValueError("--order shuffled is for --track tiny; track fineweb reads every token once, in sequence.")
+        raise ValueError("--order shuffled: track fineweb reads every token once, in sequence.")
     if args.stop_after > args.steps:
         raise ValueError(f"--stop_after {args.stop_after} is more than --steps {args.steps}.")
     if args.val_tokens < args.seq_len:
@@ -1078,7 +1080,7 @@ class Signals:
         self.number, self.since, self.patient = 0, 0.0, False
 
     def __call__(self, number, frame):
-        if self.number and time.monotonic() - self.since < 10:  # a handler waits while Python waits for the device
+        if self.number and time.monotonic() - self.since < 10:
             return
         first, self.number, self.since = not self.number, self.number or number, time.monotonic()
         if not (first and self.patient):
@@ -1128,7 +1130,8 @@ def train_step(model, optimizers, inputs, targets, args):
 def validation_set(stream, args):
     """This rank's validation (inputs, targets) on the device, padded to whole micro-batches with targets -100."""
     first, last = share(min(args.val_tokens, len(stream) - 1) // args.seq_len)
-    inputs, targets = sequences(stream, range(first * args.seq_len, last * args.seq_len, args.seq_len), args.seq_len)
+    T = args.seq_len
+    inputs, targets = sequences(stream, range(first * T, last * T, T), T)
     pad = (0, 0, 0, -(last - first) % args.device_bsz)
     return F.pad(inputs, pad).to(args.device), F.pad(targets, pad, value=-100).to(args.device)
 
@@ -1136,7 +1139,7 @@ def validation_set(stream, args):
 @torch.no_grad()
 def validate(model, val, args):
     """Mean loss in nats a token over the validation sequences of all ranks; None when a rank was asked to stop."""
-    total = torch.zeros(3, dtype=torch.float64, device=args.device)  # sum of losses, number of targets, ranks asked
+    total = torch.zeros(3, dtype=torch.float64, device=args.device)  # losses, targets, ranks asked to stop
     for x, y in zip(*(t.split(args.device_bsz) for t in val)) if len(val[0]) else ():  # more ranks than sequences
         if signals.number:
             break

@@ -12,7 +12,7 @@ import pytest
 from helpers import ROOT, environment, load_program
 
 SHARED = ("Muon optimizer", "Data loader", "Record", "Checkpoint", "Learning rate", "Command line", "Main")
-SCRIPT_LINES = {"train_gpt2.py": 1245, "train_rwkv6.py": 1441, "train_rwkv7.py": 1505}  # on the way to house size
+SCRIPT_LINES = {"train_gpt2.py": 1248, "train_rwkv6.py": 1444, "train_rwkv7.py": 1508}  # on the way to house size
 KERNEL_LINES = {".py": 445}  # a file under cuda/, else 400
 COLUMNS = {".py": 120, ".sh": 120, ".cpp": 140, ".cu": 140, ".cuh": 140, ".h": 140}  # C++ spells out its types
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
@@ -143,9 +143,9 @@ def density(text):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_density(path):
-    """56 characters, a tenth above 100 columns (on the way there), 80 lines a function."""
+    """56 characters a line, a tenth of them above 100 columns, 80 lines a function."""
     mean, wide, nested, longest = density(path.read_text(encoding="utf-8"))
-    assert mean <= 56 and wide <= 0.11 and nested == 0 and longest <= 80, (mean, wide, nested, longest)
+    assert mean <= 56 and wide <= 0.10 and nested == 0 and longest <= 80, (mean, wide, nested, longest)
 
 
 WATCH = r"""
