@@ -119,59 +119,30 @@ def refusal(call, *parts):
     return message
 
 
-def damage_header_cut(path):
-    os.truncate(path, 1000)
-    return "no whole token shard of version 1", "data/README.md"
+def add_two_bytes(path):
+    with open(path, "ab") as file:
+        file.write(b"\0\0")
 
 
-def damage_no_bytes(path):
-    os.truncate(path, 0)
-    return "no whole token shard of version 1", "data/README.md"
+NO_SHARD = "no whole token shard of version 1", "data/README.md"
+DAMAGES = {  # how a shard of 100 tokens is damaged, and what the message must name
+    "header cut": (lambda path: os.truncate(path, 1000), NO_SHARD),
+    "no bytes": (lambda path: os.truncate(path, 0), NO_SHARD),
+    "tail cut": (lambda path: os.truncate(path, 1024 + 2 * 90), ("100", "90")),
+    "half a token": (lambda path: os.truncate(path, 1024 + 2 * 90 + 1), ("100", "90.5")),
+    "tail added": (add_two_bytes, ("100", "101")),
+    "no tokens": (lambda path: write_shard(path, []), ("0 tokens",)),
+    "negative count": (lambda path: write_shard(path, range(100), count=-100), ("-100", "100")),
+    "magic": (lambda path: write_shard(path, range(100), magic=20240801), NO_SHARD),
+    "version": (lambda path: write_shard(path, range(100), version=7), NO_SHARD)}
 
 
-def damage_tail_cut(path):
-    os.truncate(path, 1024 + 2 * 90)
-    return "100", "90"
-
-
-def damage_half_a_token(path):
-    os.truncate(path, 1024 + 2 * 90 + 1)
-    return "100", "90.5"
-
-
-def damage_tail_added(path):
-    with open(path, "ab") as f:
-        f.write(b"\0\0")
-    return "100", "101"
-
-
-def damage_magic(path):
-    write_shard(path, range(100), magic=20240801)
-    return "no whole token shard of version 1", "data/README.md"
-
-
-def damage_no_tokens(path):
-    write_shard(path, [])
-    return ["0 tokens"]
-
-
-def damage_negative(path):
-    write_shard(path, range(100), count=-100)
-    return "-100", "100"
-
-
-def damage_version(path):
-    write_shard(path, range(100), version=7)
-    return "no whole token shard of version 1", "data/README.md"
-
-
-@pytest.mark.parametrize("damage", (damage_header_cut, damage_no_bytes, damage_tail_cut, damage_half_a_token,
-                                    damage_tail_added, damage_no_tokens, damage_negative, damage_magic,
-                                    damage_version))
-def test_bad_shards(tmp_path, damage):
+@pytest.mark.parametrize("what", DAMAGES)
+def test_bad_shards(tmp_path, what):
     path = write_shard(tmp_path / "toy_train_000000.bin", range(100))
     assert len(script.open_shard(path)) == 100
-    named = damage(path)
+    damage, named = DAMAGES[what]
+    damage(path)
     refusal(lambda: script.TokenStream(tmp_path, "train", 10), path, *named)
 
 
