@@ -815,7 +815,6 @@ class Losses:
     def __init__(self, record, args):
         self.record, self.args, self.pending, self.stopping = record, args, collections.deque(), False
         self.train, self.curve = [], []  # every training loss as it was; result.json's validations
-        self.last = math.nan
 
     def add(self, step, report, train_ms):
         event = torch.cuda.Event() if report.is_cuda else None
@@ -835,7 +834,6 @@ class Losses:
             self.stopping |= asked > 0
             self.line(step, "train", loss, train_ms)
             self.train.append(loss)
-            self.last = loss
 
     def validated(self, step, loss, train_ms):
         self.line(step, "val", loss, train_ms)
@@ -885,11 +883,12 @@ def save(args, record, model, optimizers, header, losses):
             part.unlink()
         raise OSError(error.errno, f"{error.strerror} (saving a checkpoint)", str(path)) from error
     record.checkpoint, record.checkpoint_sha256 = path, sha256(data) if header["finished"] else None
-    remove_older(path, header["run"], keep=2)
+    remove_older(path, keep=2)
 
 
-def remove_older(last, run, keep):
-    """Remove a run's checkpoints but the newest ones. last: one of them."""
+def remove_older(last, keep):
+    """Remove the checkpoints of a run but its newest ones. last: one of them."""
+    run = last.stem.rpartition("_step")[0]
     all_steps = sorted(last.parent.glob(f"{run}_step*.safetensors"), key=lambda path: (len(path.name), path.name))
     for path in all_steps[:-keep]:
         path.unlink()
@@ -938,7 +937,7 @@ def find_checkpoint(args, sources, data):
         try:
             headers[path] = header_of(path)
         except ValueError as error:
-            tqdm.write(f"--resume auto: {error}: passed over")
+            say(f"--resume auto: {error}: passed over")
     unfinished = {header["run"] for header in headers.values() if not header["finished"]}
     for header in headers.values():
         if header["finished"] and header["run"] not in unfinished:  # else its result was not written
@@ -946,8 +945,8 @@ def find_checkpoint(args, sources, data):
     fit = [path for path, header in headers.items()
            if header["run"] not in over and not obstacle(header, sources, data, args)]
     if not fit:
-        tqdm.write(f"--resume auto: none of {len(headers)} checkpoints in {args.checkpoints} is of an unfinished run "
-                   "with these flags, sources and shards (--resume FILE says why): from the beginning")
+        say(f"--resume auto: none of {len(headers)} checkpoints in {args.checkpoints} is of an unfinished run with "
+            "these flags, sources and shards (--resume FILE says why): from the beginning")
         return None
     path = max(fit, key=lambda path: headers[path]["step"])
     return path, headers[path]
@@ -1129,8 +1128,8 @@ def train_step(model, optimizers, inputs, targets, args):
 
 def validation_set(stream, args):
     """This rank's validation (inputs, targets) on the device, padded to whole micro-batches with targets -100."""
-    first, last = share(min(args.val_tokens, len(stream) - 1) // args.seq_len)
     T = args.seq_len
+    first, last = share(min(args.val_tokens, len(stream) - 1) // T)
     inputs, targets = sequences(stream, range(first * T, last * T, T), T)
     pad = (0, 0, 0, -(last - first) % args.device_bsz)
     return F.pad(inputs, pad).to(args.device), F.pad(targets, pad, value=-100).to(args.device)
@@ -1331,7 +1330,8 @@ def run(args, record, clock, data, model, optimizers, start):
         schedule(optimizers, step, args)
         inputs, targets = batch(train, step, args)
         losses.add(step + 1, train_step(compiled, optimizers, inputs, targets, args), clock.train_ms())
-        bar.set_postfix_str(f"loss {losses.last:.3f}", refresh=False)
+        if losses.train:
+            bar.set_postfix_str(f"loss {losses.train[-1]:.3f}", refresh=False)
         bar.update()
     bar.close()
     clock.switch("rest")
@@ -1362,7 +1362,7 @@ def conclude(args, record, clock, losses, facts):
     record.finish(dict(facts, curve=losses.curve, final=final, clock=clock.seconds,
                        wall=dict(began=clock.began, ended=time.time()), checkpoint_sha256=record.checkpoint_sha256))
     if record.checkpoint_sha256:
-        remove_older(record.checkpoint, facts["run"], keep=1)
+        remove_older(record.checkpoint, keep=1)
     say(f"record: {record.path}/")
     summary = Path(__file__).parent / "records" / "report.py"
     if summary.exists():

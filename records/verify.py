@@ -335,7 +335,8 @@ def schedule(record):
 def clock(record):
     """The loss is the last of the curve, the training time that of all parts; this part's phases add up to the time
     between its begin and end by the system's clock."""
-    result, phases, wall, final = (record.result, *(record.result[key] for key in ("clock", "wall", "final")))
+    result = record.result
+    phases, wall, final = result["clock"], result["wall"], result["final"]
     need(final["val_loss"] == result["curve"][-1]["val_loss"],
          f"final.val_loss is {final['val_loss']}, the curve ends with {result['curve'][-1]['val_loss']}")
     need(final["devices"] == result["hardware"]["count"] and final["peak_memory_bytes"] > 0,
@@ -370,15 +371,15 @@ def earlier(record):
         path = record.folder.resolve().parent / part["run"] / "log.txt"
         if not path.exists():
             raise NotChecked(f"resumed after step {part['step']} of {part['run']}, whose log does not lie beside it")
-        digest, text = hashlib.sha256(), b""
-        for line in path.read_bytes().splitlines(keepends=True):
+        data, digest, end = path.read_bytes(), hashlib.sha256(), 0
+        for line in data.splitlines(keepends=True):
             digest.update(line)
-            text += line
+            end += len(line)
             if digest.hexdigest() == part["log_sha256"]:
                 break
         else:
             raise Failed(f"the log of {part['run']} is not the one that this run went on from")
-        logs.append(Log(text.decode()))
+        logs.append(Log(data[:end].decode()))
     return logs
 
 
@@ -560,8 +561,6 @@ def race(path, records):
 
 def judge(check, *what):
     """(verdict, text) of one check of one record, or of a race and its records."""
-    if check not in (log, seal, race) and what[0].trouble:
-        return "not checked", "the log cannot be taken apart"
     try:
         return "ok", check(*what)
     except Failed as error:
@@ -649,10 +648,10 @@ def compare(record, again, count):
         same = all(one == other or one["sha256"] is None and one["tokens"] == other["tokens"] for one, other in pairs)
         need(same and len(pairs) == len(shards), f"the {split} shards here are other ones: no losses to compare")
     need(len(here) == count == len(there), f"{len(here)} losses of {count} steps")
-    other = []
+    other, now = [], settings(again)
     try:
         for log in [*earlier(record), record.log]:
-            other += [key for key, value in settings(log).items() if settings(again).get(key) != value]
+            other += [key for key, value in settings(log).items() if now.get(key) != value]
     except NotChecked as why:
         other = [str(why)]
     where = f"another machine or other versions ({', '.join(other)})" if other else "the same machine and versions"
@@ -703,14 +702,18 @@ def main(argv=None):
             verdicts = [("files", "FAILED", str(record))]
         else:
             verdicts = [("files", "ok", f"log.txt and result.json, schema {SCHEMA}")]
-            verdicts += [(check.__name__, *judge(check, record)) for check in CHECKS]
+            for check in CHECKS:
+                readable = not record.trouble or check in (log, seal)
+                verdict = judge(check, record) if readable else ("not checked", "the log cannot be taken apart")
+                verdicts.append((check.__name__, *verdict))
+        for name, verdict, text in verdicts:
+            print(f"  {verdict:12} {name:10} {text}")
         if args.replay and isinstance(record, Record):
             try:
                 verdicts.append(("replay", *replay(record, args.replay, args.data, args.devices)))
             except (Failed, OSError, KeyError, TypeError, ValueError) as error:
                 verdicts.append(("replay", "FAILED", str(error)))
-        for name, verdict, text in verdicts:
-            print(f"  {verdict:12} {name:10} {text}")
+            print(f"  {verdicts[-1][1]:12} {'replay':10} {verdicts[-1][2]}")
         bad += any(verdict == "FAILED" for _, verdict, _ in verdicts)
     good = [record for record in records.values() if isinstance(record, Record)]
     races = [path for folder in args.record for path in sorted(Path(folder).rglob("race.json"))]
