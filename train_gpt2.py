@@ -15,7 +15,6 @@ import argparse
 import base64
 import collections
 import contextlib
-import copy
 import functools
 import gc
 import hashlib
@@ -32,7 +31,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -377,15 +375,14 @@ class TokenStream:
 
     def read(self, position, count):
         """Tokens [position, position + count) of the stream as int64 (count,)."""
-        out = np.empty(count, dtype=np.int64)
-        done = 0
-        while done < count:
-            at = (position + done) % len(self)
-            i = int(np.searchsorted(self.starts, at, side="right")) - 1
-            part = self.shards[i][at - self.starts[i]:][:count - done]
-            out[done:done + len(part)] = part
-            done += len(part)
-        return out
+        parts = []
+        while count > 0:
+            position %= len(self)
+            i = int(np.searchsorted(self.starts, position, side="right")) - 1
+            parts.append(self.shards[i][position - self.starts[i]:][:count])
+            position += len(parts[-1])
+            count -= len(parts[-1])
+        return np.concatenate(parts).astype(np.int64)
 
 
 @functools.lru_cache(maxsize=2)
@@ -414,9 +411,8 @@ def batch(stream, step, args):
     step s takes sequences [s bsz, (s + 1) bsz) of the run."""
     T, (first, last) = args.seq_len, share(args.bsz)
     numbers = range(step * args.bsz + first, step * args.bsz + last)
-    if args.order == "sequential":
-        starts = [k * T for k in numbers]
-    else:
+    starts = [k * T for k in numbers]
+    if args.order == "shuffled":
         count = (len(stream) - T) // T
         starts = [shuffled(len(stream), T, k // count)[k % count] for k in numbers]
     inputs, targets = sequences(stream, starts, T)
@@ -427,56 +423,41 @@ def batch(stream, step, args):
 
 def open_data(args):
     """(train stream, val stream, their facts for the record). Raises ValueError with the way out."""
-    T, steps = args.seq_len, args.stop_after or args.steps
+    T, steps, shuffle = args.seq_len, args.stop_after or args.steps, args.order == "shuffled"
     need = steps * args.bsz * T + 1
-    train = TokenStream(args.data, "train", need if args.order == "sequential" else math.inf)
+    train = TokenStream(args.data, "train", math.inf if shuffle else need)
     val = TokenStream(args.data, "val", args.val_tokens + 1)
-    readable = len(train) * args.epochs
-    if args.order == "shuffled":
-        readable = (len(train) - T) // T * args.epochs * T + 1
+    readable = (len(train) - T) // T * T * args.epochs + 1 if shuffle else len(train) * args.epochs
     val_need = args.val_tokens if args.track == "fineweb" else T
     for split, needed, count in (("train", need, readable), ("val", val_need + 1, len(val))):
         if needed > count:
             raise ValueError(f"{needed:,} {split} tokens are needed (--steps {steps}, --val_tokens {args.val_tokens}); "
                              f"{args.data} has {count:,} at --epochs {args.epochs}. {WHERE_FROM}")
-    targets = val.read(1, min(args.val_tokens, len(val) - 1) // T * T)
-    manifest, shards = read_manifest(args.data)
+    path = Path(args.data) / "manifest.json"  # what the data programs say of the folder
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        listed = {shard["name"]: shard for shard in manifest.pop("shards", ())}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Make the data again, or delete this file.") from error
     vocab = manifest.get("vocab_size") or 1 + max(int(tokens.max()) for tokens in train.shards + val.shards)
     if vocab > args.vocab_size or manifest.get("vocab_size", args.vocab_size) != args.vocab_size:
         tokenizer = manifest.get("tokenizer", "an unknown tokenizer")
         raise ValueError(f"{args.data} holds tokens of {tokenizer}, {vocab} ids; the model has --vocab_size "
                          f"{args.vocab_size}. Use --vocab_size {vocab} or other data.")
-    facts = dict(folder=args.data, manifest=manifest, val_tokens=len(targets))
-    facts["text_bytes"] = text_bytes(args, targets)
+    facts = dict(folder=args.data, manifest=manifest)
     for split, stream in (("train", train), ("val", val)):
         facts[split] = []
         for path, tokens in zip(stream.paths, stream.shards):
-            listed = shards.get(path.name, {})
-            if shards and listed.get("tokens") != len(tokens) or listed.get("mtime_ns") == 0:  # --check: damaged
+            shard = listed.get(path.name, {})
+            if listed and shard.get("tokens") != len(tokens) or shard.get("mtime_ns") == 0:  # --check: damaged
                 raise ValueError(f"{path} is not what manifest.json lists: damaged, or of another tokenizer? "
                                  "Make the data again, or delete manifest.json if you vouch for every shard.")
-            facts[split].append(dict(name=path.name, tokens=len(tokens), sha256=listed.get("sha256")))
-    return train, val, facts
-
-
-def read_manifest(folder):
-    """What the data programs say of a folder in manifest.json: facts, {name: facts} of the shards; {} without one."""
-    path = Path(folder) / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        shards = {shard["name"]: shard for shard in manifest.pop("shards", ())}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}). Make the data again, or delete this file.") from error
-    return manifest, shards
-
-
-def text_bytes(args, tokens):
-    """Bytes of text that tokens stand for, by token_bytes.bin in the data folder (a uint8 a token id), or None."""
-    path = Path(args.data) / "token_bytes.bin"
-    if not path.exists():
-        return None
-    lengths = np.fromfile(path, np.uint8)
-    return int(lengths[tokens[tokens < len(lengths)]].sum(dtype=np.int64)) or None
+            facts[split].append(dict(name=path.name, tokens=len(tokens), sha256=shard.get("sha256")))
+    targets = val.read(1, min(args.val_tokens, len(val) - 1) // T * T)
+    path = Path(args.data) / "token_bytes.bin"  # the bytes of text that an id stands for, a uint8 each
+    lengths = np.fromfile(path, np.uint8) if path.exists() else np.zeros(0, np.uint8)
+    text_bytes = int(lengths[targets[targets < len(lengths)]].sum(dtype=np.int64))
+    return train, val, dict(facts, val_tokens=len(targets), text_bytes=text_bytes or None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -484,16 +465,13 @@ def text_bytes(args, tokens):
 
 SCHEMA = 3  # of records and checkpoints
 RULE = "=" * 100
-IMAGE = Path("/etc/rwkv-speedrun-image")  # written by the Dockerfile
+IMAGE = "/etc/rwkv-speedrun-image"  # written by the Dockerfile
 
 
-def shell(*command):
+def shell(command):
     """Standard output of a command, stripped; "" when it is not there or fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True,
-                              cwd=Path(__file__).parent).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return "" if done.returncode else done.stdout.strip()
 
 
 def machine(device):
@@ -502,25 +480,22 @@ def machine(device):
     steering = ("OMP_", "GOMP_", "MALLOC_", "MKL_", "CUBLAS_", "NCCL_", "PYTORCH_", "NVIDIA_TF32_")
     environment = dict(
         python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda or "none",
-        nvcc=shell("nvcc", "--version").split("\n")[-1] or "none",
-        compiler=shell(os.environ.get("CXX", "c++"), "--version").split("\n")[0] or "none",
+        nvcc=shell("nvcc --version").split("\n")[-1] or "none",
+        compiler=shell("${CXX:-c++} --version").split("\n")[0] or "none",
         platform=platform.platform(), threads=torch.get_num_threads(),
-        instruction_set=torch.backends.cpu.get_cpu_capability(),
-        image=IMAGE.read_text(encoding="utf-8").strip() if IMAGE.exists() else "none",
+        instruction_set=torch.backends.cpu.get_cpu_capability(), image=shell(f"cat {IMAGE}") or "none",
         variables={name: value for name, value in sorted(os.environ.items()) if name.startswith(steering)})
     if device == "cuda":
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
         name, memory = gpu.name, gpu.total_memory
     else:
-        info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-        name = re.search(r"^model name\s*: (.*)|\Z", info, re.M)[1] or platform.processor() or platform.machine()
-        name = f"{name}, {torch.get_num_threads()} threads"
+        cpu = re.search(r"model name\s*: (.*)", shell("cat /proc/cpuinfo"))
+        name = f"{cpu[1] if cpu else platform.machine()}, {torch.get_num_threads()} threads"
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    driver = shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
-    return dict(environment=environment,
-                hardware=dict(name=name, count=WORLD_SIZE, memory_bytes=memory, driver=driver or "none"),
-                git=dict(commit=shell("git", "rev-parse", "HEAD") or "none",
-                         changed=shell("git", "diff", "--name-only", "HEAD").splitlines()))
+    driver = shell("nvidia-smi --query-gpu=driver_version --format=csv,noheader").split("\n")[0] or "none"
+    return dict(environment=environment, hardware=dict(name=name, count=WORLD_SIZE, memory_bytes=memory, driver=driver),
+                git=dict(commit=shell("git rev-parse HEAD") or "none",
+                         changed=shell("git diff --name-only HEAD").splitlines()))
 
 
 def sha256(data):
@@ -537,13 +512,33 @@ def read_sources(model):
     return sources
 
 
+def write_whole(path, data, ready=None):
+    """Write bytes beside their place, call ready(), and rename: the file is there as a whole or not at all. Raises
+    OSError."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        if ready:
+            ready()
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 class Record:
-    """The run's folder: log.txt, line by line as things happen, and result.json, written last. Only rank 0 writes.
-    A folder without result.json belongs to a run that did not finish. checkpoint: the file of the last one, and the
-    sha256 of a finished run's. Raises OSError."""
+    """What happens in a run: log.txt, line by line, and result.json, written last. Only rank 0 writes. A folder without
+    result.json belongs to a run that did not finish. Raises OSError, FloatingPointError when a loss is no number.
+
+    losses: of all steps, as they were. curve: the validations. stopping: a rank was asked to stop, which all learn
+    after the same step. checkpoint: the newest."""
 
     def __init__(self, args):
-        self.path = self.log = self.file = self.checkpoint = self.checkpoint_sha256 = None
+        self.args, self.losses, self.curve = args, [], []
+        self.pending, self.stopping = collections.deque(), False
+        self.path = self.file = self.checkpoint = None
         if RANK > 0:
             return
         stamp = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
@@ -554,39 +549,61 @@ class Record:
             with contextlib.suppress(FileExistsError):  # a run of this name began in the same second
                 self.path.mkdir()
                 break
-        self.log = self.path / "log.txt"
-        self.file = open(self.log, "x", encoding="utf-8", buffering=1, newline="\n")
+        self.file = open(self.path / "log.txt", "x", encoding="utf-8", buffering=1, newline="\n")
 
     def line(self, text):
         if self.file:
             self.file.write(text + "\n")
 
+    def step(self, step, report, train_ms):
+        """What a step reports (see train_step) stays on the device until its copy has arrived: the host runs ahead."""
+        event = torch.cuda.Event() if report.is_cuda else None
+        if event:
+            report = torch.empty_like(report, device="cpu", pin_memory=True).copy_(report, non_blocking=True)
+            event.record()
+        self.pending.append((step, report, event, train_ms))
+        self.flush(ahead=1 if event else 0)
+
+    def flush(self, ahead=0):
+        """Write the lines of all steps but the last `ahead`."""
+        while len(self.pending) > ahead:
+            step, report, event, train_ms = self.pending.popleft()
+            if event:
+                event.synchronize()
+            loss, asked = report.tolist()
+            self.stopping |= asked > 0
+            self.loss(step, "train", loss, train_ms)
+            self.losses.append(loss)
+
+    def validation(self, step, loss, train_ms):
+        self.loss(step, "val", loss, train_ms)
+        tokens = step * self.args.bsz * self.args.seq_len
+        self.curve.append(dict(step=step, tokens=tokens, val_loss=loss, train_ms=train_ms))
+
+    def loss(self, step, split, loss, train_ms):
+        self.line(f"step:{step}/{self.args.steps} {split}_loss:{loss:.4f} train_time:{train_ms:.0f}ms "
+                  f"step_avg:{train_ms / max(1, step):.2f}ms")
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {step} of {self.args.steps}: the {split} loss is {loss}")
+
     def digest(self, more=""):
         """sha256 of the log so far, and of a text after it."""
-        return sha256(self.log.read_bytes() + more.encode())
+        return sha256((self.path / "log.txt").read_bytes() + more.encode())
 
     def close(self, reason):
-        """The reason of the end, the log's last line. Returns its path."""
+        """The reason of the end is the log's last line."""
         with contextlib.suppress(OSError):  # a full disk is no error here
             self.line(f"end: {reason}")
         self.file = None
-        return self.log
 
     def finish(self, result):
-        """Close the log and write result.json atomically: the last act of a finished run. Each holds the other's
-        sha256, so that records/verify.py finds an edit in either. It proves no honesty: who edits can hash anew."""
+        """Close the log and write result.json, the last act of a finished run. Each holds the other's sha256, so that
+        records/verify.py finds an edit in either. It proves no honesty: who edits can hash anew."""
         self.line(f"result: {sha256(json.dumps(result, sort_keys=True).encode())}")
         result = dict(result, log_sha256=self.digest("end: finished\n"))
-        part = self.path / "result.json.part"
-        try:
-            part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            self.line("end: finished")
-        except OSError:
-            with contextlib.suppress(OSError):
-                part.unlink()
-            raise
+        data = json.dumps(result, indent=1, allow_nan=False) + "\n"
+        write_whole(self.path / "result.json", data.encode(), ready=functools.partial(self.line, "end: finished"))
         self.file = None
-        os.replace(part, self.path / "result.json")
 
 
 class Clock:
@@ -611,47 +628,6 @@ class Clock:
         return 1e3 * (self.earlier + self.seconds["train"] + running)
 
 
-class Losses:
-    """The log's line of each step and validation. What a step reports (see train_step) stays on the device until its
-    copy has arrived; the host runs one step ahead there. stopping: a rank was asked to stop, which all so learn after
-    the same step. Raises FloatingPointError when a loss is no number."""
-
-    def __init__(self, record, args):
-        self.record, self.args, self.pending, self.stopping = record, args, collections.deque(), False
-        self.train, self.curve = [], []  # every training loss as it was; result.json's validations
-
-    def add(self, step, report, train_ms):
-        event = torch.cuda.Event() if report.is_cuda else None
-        if event:
-            report = torch.empty_like(report, device="cpu", pin_memory=True).copy_(report, non_blocking=True)
-            event.record()
-        self.pending.append((step, report, event, train_ms))
-        self.flush(ahead=1 if event else 0)
-
-    def flush(self, ahead=0):
-        """Write the lines of all steps but the last `ahead`."""
-        while len(self.pending) > ahead:
-            step, report, event, train_ms = self.pending.popleft()
-            if event:
-                event.synchronize()
-            loss, asked = report.tolist()
-            self.stopping |= asked > 0
-            self.line(step, "train", loss, train_ms)
-            self.train.append(loss)
-
-    def validated(self, step, loss, train_ms):
-        self.line(step, "val", loss, train_ms)
-        tokens = step * self.args.bsz * self.args.seq_len
-        self.curve.append(dict(step=step, tokens=tokens, val_loss=loss, train_ms=train_ms))
-
-    def line(self, step, split, loss, train_ms):
-        average = train_ms / max(1, step)
-        self.record.line(f"step:{step}/{self.args.steps} {split}_loss:{loss:.4f} train_time:{train_ms:.0f}ms "
-                         f"step_avg:{average:.2f}ms")
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"step {step} of {self.args.steps}: the {split} loss is {loss}")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoint [shared]
 
@@ -661,41 +637,51 @@ FREE = ("device_bsz", "data", "records", "checkpoints", "name", "save_every", "r
         "check")  # flags that a resumed run may change
 
 
-def save(args, record, model, optimizers, header, losses):
-    """Write a checkpoint beside its place and rename it; of the run's older ones the newest stays, until the result is
-    written. losses: of all steps so far. Rank 0 calls it. Raises OSError."""
+def pack(args, record, model, optimizers, facts, train_seconds, step, finished):
+    """The bytes of a checkpoint. Raises FloatingPointError when a weight is not finite."""
+    part = dict(run=record.path.name, step=step, log_sha256=record.digest(), train_seconds=train_seconds)
+    header = {key: facts[key] for key in ("schema", "script", "run", "config", "sources", "data")}
+    header.update(step=step, finished=finished, curve=record.curve, parts=[*facts["parts"], part])
+    header.update({key: facts["data"]["manifest"].get(key) for key in ("tokenizer", "tokenizer_sha256")})
     tensors = dict(model.state_dict())
-    if not header["finished"]:
-        tensors.update(losses=torch.tensor(losses), random=torch.get_rng_state())
+    for name, t in tensors.items():
+        if not t.isfinite().all():
+            raise FloatingPointError(f"step {step} of {args.steps}: {name} is not finite")
+    if not finished:
+        tensors.update(losses=torch.tensor(record.losses), random=torch.get_rng_state())
         if args.device == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state()
         names = {p: name for name, p in model.named_parameters()}
         for optimizer in optimizers:
             for p, state in optimizer.state.items():
                 tensors.update({f"{names[p]}:{key}": t for key, t in state.items()})
-    data = safetensors.torch.save({name: t.cpu().contiguous() for name, t in tensors.items()},
-                                  metadata=dict(checkpoint=json.dumps(header)))
-    folder = Path(args.checkpoints)
-    path = folder / f"{header['run']}_step{header['step']:06d}.safetensors"
-    part = path.with_suffix(".part")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise OSError(error.errno, f"{error.strerror} (saving a checkpoint)", str(path)) from error
-    record.checkpoint, record.checkpoint_sha256 = path, sha256(data) if header["finished"] else None
-    remove_older(path, keep=2)
+    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    return safetensors.torch.save(tensors, metadata=dict(checkpoint=json.dumps(header)))
 
 
-def remove_older(last, keep):
-    """Remove the checkpoints of a run but its newest ones. last: one of them."""
-    run = last.stem.rpartition("_step")[0]
-    all_steps = sorted(last.parent.glob(f"{run}_step*.safetensors"), key=lambda path: (len(path.name), path.name))
-    for path in all_steps[:-keep]:
+def write(args, record, step, data, keep):
+    """Write a checkpoint; of this run's older ones keep - 1 stay. Raises OSError."""
+    path = Path(args.checkpoints) / f"{record.path.name}_step{step:06d}.safetensors"
+    write_whole(path, data)
+    record.checkpoint = path
+    older = sorted(path.parent.glob(f"{record.path.name}_step*.safetensors"), key=lambda path: (len(path.name), path))
+    for path in older[:-keep]:
         path.unlink()
+
+
+def save(args, record, model, optimizers, facts, clock, step):
+    """A checkpoint of an unfinished run. All ranks call it. Raises OSError, FloatingPointError."""
+    clock.switch("saving")
+    record.flush()
+    failure = None
+    if RANK == 0:
+        try:
+            data = pack(args, record, model, optimizers, facts, clock.seconds["train"], step, finished=False)
+            write(args, record, step, data, keep=2)
+        except (OSError, FloatingPointError) as error:
+            failure = error
+    if all_sum(torch.tensor(float(failure is not None), device=args.device)).item():
+        raise failure or OSError("rank 0 could not save a checkpoint")
 
 
 def header_of(path):
@@ -735,24 +721,23 @@ def find_checkpoint(args, sources, data):
         header = header_of(args.resume)
         if why := obstacle(header, sources, data, args):
             raise ValueError(f"--resume {args.resume} cannot go on: {why}.")
-        return Path(args.resume), header
+        return args.resume, header
     headers, over = {}, set()
     for path in sorted(Path(args.checkpoints).glob("*_step*.safetensors")):
         try:
-            headers[path] = header_of(path)
+            headers[str(path)] = header_of(path)
         except ValueError as error:
             say(f"--resume auto: {error}: passed over")
-    unfinished = {header["run"] for header in headers.values() if not header["finished"]}
     for header in headers.values():
-        if header["finished"] and header["run"] not in unfinished:  # else its result was not written
+        if header["finished"]:
             over.update(part["run"] for part in header["parts"])
-    fit = [path for path, header in headers.items()
+    fit = [(header["step"], path) for path, header in headers.items()
            if header["run"] not in over and not obstacle(header, sources, data, args)]
     if not fit:
         say(f"--resume auto: none of {len(headers)} checkpoints in {args.checkpoints} is of an unfinished run with "
             "these flags, sources and shards (--resume FILE says why): from the beginning")
         return None
-    path = max(fit, key=lambda path: headers[path]["step"])
+    path = max(fit)[1]
     return path, headers[path]
 
 
@@ -763,15 +748,15 @@ def restore(path, args, model, optimizers):
     torch.set_rng_state(tensors["random"])
     if args.device == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"])
-    owners, parameters = {}, dict(model.named_parameters())
+    parameters, owner = dict(model.named_parameters()), {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            owners.update(dict.fromkeys(group["params"], optimizer))
-    for name in tensors:
-        if ":" in name:
-            name, key = name.split(":")
+            owner.update(dict.fromkeys(group["params"], optimizer))
+    for name, t in tensors.items():
+        name, _, key = name.partition(":")
+        if key:
             p = parameters[name]
-            owners[p].state[p][key] = tensors[f"{name}:{key}"].to(args.device)
+            owner[p].state[p][key] = t.to(args.device)
     return tensors["losses"].tolist()
 
 
@@ -790,16 +775,12 @@ def groups_of(optimizers):
     return itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
 
 
-def momentum(step, args):
-    """Muon's momentum: from 0.85 to 0.95 over the first muon_warmup steps."""
-    return 0.85 + 0.10 * min(1.0, step / max(1, args.muon_warmup))
-
-
 def schedule(optimizers, step, args):
+    """Set the rates of a step, and Muon's momentum: it rises from 0.85 to 0.95 over the first muon_warmup steps."""
     for group in groups_of(optimizers):
         group["lr"] = group["initial_lr"] * rate(step, args)
         if "scale" in group:
-            group["momentum"] = momentum(step, args)
+            group["momentum"] = 0.85 + 0.10 * min(1.0, step / max(1, args.muon_warmup))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -808,10 +789,10 @@ def schedule(optimizers, step, args):
 CHOICES = dict(
     track=("fineweb", "tiny"), order=("sequential", "shuffled"), muon_scale=("spectral", "rms"),
     device=("auto", "cuda", "cpu"), dtype=("auto", "bf16", "mixed", "fp32"), kernel=("auto", "torch", "cpu", "cuda"))
-RANGES = {  # every other number: 0 to 2^31
-    (1, 2**31): "steps bsz device_bsz seq_len epochs val_every val_tokens vocab_size layers width headsz",
-    (0, 10): "muon_lr adam_lr ln_lr emb_lr head_lr lambda_lr", (0, 1 - 1e-9): "adam_beta2", (0.1, 2**31): "ffn_ratio",
-    (0, 2**63 - 1): "random_seed"}
+POSITIVE = "steps bsz device_bsz seq_len epochs val_every val_tokens vocab_size layers width headsz".split()
+RATES = "muon_lr adam_lr ln_lr emb_lr head_lr lambda_lr".split()
+RANGES = dict(adam_beta2=(0, 1 - 1e-9), ffn_ratio=(0.1, 2**31), random_seed=(0, 2**63 - 1),  # else 0 to 2^31
+              **dict.fromkeys(POSITIVE, (1, 2**31)), **dict.fromkeys(RATES, (0, 10)))
 
 
 def parse(argv=None):
@@ -828,11 +809,8 @@ def parse(argv=None):
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(argv))
     args = Hyperparameters(**{**(TINY if given.get("track") == "tiny" else {}), **given})
-    limits = {}
-    for pair, names in RANGES.items():
-        limits.update(dict.fromkeys(names.split(), pair))
     for f in fields(args):
-        value, (least, most) = getattr(args, f.name), limits.get(f.name, (0, 2**31))
+        value, (least, most) = getattr(args, f.name), RANGES.get(f.name, (0, 2**31))
         if f.type in (int, float) and not least <= value <= most:  # nor is nan
             parser.error(f"--{f.name} {value} is not in the range from {least} to {most:.10g}")
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*|", args.name):
@@ -875,22 +853,15 @@ def resolve(args):
 ACTIVE_LIMIT = 124_000_000  # parameters a token may use on track fineweb
 
 
-class Signals:
-    """SIGINT and SIGTERM: in the training loop the first asks for an end after the step; else the run ends at once.
-    What comes within ten seconds counts once, since a launcher passes on what the ranks have got already."""
-
-    def __init__(self):
-        self.number, self.since, self.patient = 0, 0.0, False
-
-    def __call__(self, number, frame):
-        if self.number and time.monotonic() - self.since < 10:
-            return
-        first, self.number, self.since = not self.number, self.number or number, time.monotonic()
-        if not (first and self.patient):
-            raise KeyboardInterrupt
+asked = []  # (signal, time) of what asked this rank to end its training
 
 
-signals = Signals()
+def ask(number, frame):
+    """SIGINT or SIGTERM in the loop: the first asks for an end after the step, one that comes more than ten seconds
+    after it ends the run at once. What comes between is a launcher that passes on what the ranks have got already."""
+    asked.append((number, time.monotonic()))
+    if time.monotonic() - asked[0][1] > 10:
+        raise KeyboardInterrupt
 
 
 def all_sum(tensor):
@@ -926,8 +897,7 @@ def train_step(model, optimizers, inputs, targets, args):
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)
-    asked = torch.full_like(total, float(signals.number > 0))
-    return all_sum(torch.stack([total, asked]))
+    return all_sum(torch.stack([total, torch.full_like(total, len(asked) > 0)]))
 
 
 def validation_set(stream, args):
@@ -944,13 +914,13 @@ def validate(model, val, args):
     """Mean loss in nats a token over the validation sequences of all ranks; None when a rank was asked to stop."""
     total = torch.zeros(3, dtype=torch.float64, device=args.device)  # losses, targets, ranks asked to stop
     for x, y in zip(*(t.split(args.device_bsz) for t in val)) if len(val[0]) else ():  # more ranks than sequences
-        if signals.number:
+        if asked:
             break
         count = (y >= 0).sum()
         total[:2] += torch.stack([model(x, y).double() * count, count.double()])
-    total[2] = float(signals.number > 0)
-    loss, count, asked = all_sum(total).tolist()
-    return None if asked else loss / count
+    total[2] = len(asked) > 0
+    loss, count, stopping = all_sum(total).tolist()
+    return None if stopping else loss / count
 
 
 def state_hash(model):
@@ -968,7 +938,6 @@ def warm_up(model, compiled, optimizers, val, args):
     first, last = share(args.bsz)
     before = state_hash(model)
     saved = {name: t.detach().clone() for name, t in model.state_dict().items()}
-    saved_optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
     generator = torch.Generator().manual_seed(args.random_seed)
     with torch.random.fork_rng([torch.cuda.current_device()] if args.device == "cuda" else []):
         validate(compiled, [torch.zeros_like(t[:args.device_bsz]) for t in val], args)
@@ -978,22 +947,12 @@ def warm_up(model, compiled, optimizers, val, args):
             inputs, targets = (t.contiguous().to(args.device) for t in (tokens[:, :-1], tokens[:, 1:]))
             train_step(compiled, optimizers, inputs, targets, args)
     model.load_state_dict(saved)
-    for optimizer, state in zip(optimizers, saved_optimizers):
-        optimizer.load_state_dict(state)
+    for optimizer in optimizers:
+        optimizer.state.clear()  # as it was: the rates are set anew each step
     after = state_hash(model)
-    if after != before or any(optimizer.state for optimizer in optimizers):
-        raise RuntimeError("the warm-up left a trace in the model or its optimisers; a run must not start from it")
+    if after != before:
+        raise RuntimeError("the warm-up left a trace in the model; a run must not start from it")
     return dict(before=before, after=after)
-
-
-def check_cover(model, optimizers):
-    """Every parameter in exactly one optimiser, or ValueError with its name."""
-    count = collections.Counter()
-    for group in groups_of(optimizers):
-        count.update(group["params"])
-    wrong = [f"{name} by {count[p]}" for name, p in model.named_parameters() if count[p] != 1]
-    if wrong or len(count) > len(list(model.parameters())):
-        raise ValueError(f"every parameter must be in one optimiser, once: {', '.join(wrong) or 'strangers'}")
 
 
 def size_of(model):
@@ -1006,39 +965,40 @@ def size_of(model):
 
 
 def set_up(args):
-    """Data, model and optimisers on the device, checked before anything is written or timed. Raises ValueError."""
+    """Data, model, optimisers on the device and the checkpoint to go on from, if any; checked before anything is
+    written or timed. Raises ValueError."""
     resolve(args)
-    backend, several = dict(backend="gloo"), WORLD_SIZE > 1 and not args.check
+    several = WORLD_SIZE > 1 and not args.check
+    backend = dict(backend="gloo")
     if args.device == "cuda":
         backend = dict(backend="nccl", device_id=torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
         torch.cuda.set_device(backend["device_id"])
     if several:
         dist.init_process_group(**backend)
     data = open_data(args)
-    for node, theirs in gather((platform.node(), data[2])) if several else ():
-        if theirs != data[2]:
-            raise ValueError(f"the shards of {args.data} on {node} are not those on {platform.node()}. Fetch or copy "
-                             "them again.")
     torch.manual_seed(args.random_seed)
     model = build_model(args).to(args.device)
     optimizers = build_optimizers(model, args)
-    check_cover(model, optimizers)
+    count = collections.Counter()
     for group in groups_of(optimizers):
         group["initial_lr"] = group["lr"]
+        count.update(group["params"])
+    wrong = [name for name, p in model.named_parameters() if count.pop(p, 0) != 1]
+    if wrong or count:
+        raise ValueError(f"every parameter must be in one optimiser, once: {', '.join(wrong) or 'strangers'}")
     active = size_of(model)["active"]
     if args.track == "fineweb" and active > ACTIVE_LIMIT:
         raise ValueError(f"{active:,} parameters are active per token; track fineweb allows {ACTIVE_LIMIT:,}. "
                          "Make --width, --layers or --ffn_ratio smaller.")
-    return data, model, optimizers
-
-
-def prepare(model, args):
-    """The model compiled on a GPU, and its gradients averaged over the ranks where there are several."""
-    if args.compile and args.device == "cuda" and getattr(args, "kernel", "") != "torch":  # its unrolled loop: minutes
-        model = torch.compile(model, fullgraph=True, dynamic=False)
-    if WORLD_SIZE > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return model
+    sources = [source for source, _ in read_sources(model)]
+    start = find_checkpoint(args, sources, data[2]) if args.resume else None
+    same = {f"the shards of {args.data}": data[2], "sources and kernel": sources, f"--resume {args.resume}": start}
+    for node, theirs in gather((platform.node(), same)) if several else ():
+        for what, value in same.items():
+            if theirs[what] != value:
+                raise ValueError(f"{what} differ between the ranks on {node} and on {platform.node()}. Copy them anew, "
+                                 "or name one --kernel.")
+    return data, model, optimizers, start
 
 
 def begin(args, record, data, model, optimizers):
@@ -1060,32 +1020,8 @@ def begin(args, record, data, model, optimizers):
                 sources=[source for source, _ in sources], parts=[])
 
 
-def save_all(args, record, model, optimizers, facts, clock, losses, step, finished):
-    """A checkpoint, for which the clock of the training stands. Of a run's last one a failure is returned, not raised:
-    the record is worth more."""
-    clock.switch("saving")
-    losses.flush()
-    for name, t in model.state_dict().items():
-        if not t.isfinite().all():
-            raise FloatingPointError(f"step {step} of {args.steps}: {name} is not finite")
-    failure = None
-    if RANK == 0:
-        part = dict(run=record.path.name, step=step, log_sha256=record.digest(), train_seconds=clock.seconds["train"])
-        header = {key: facts[key] for key in ("schema", "script", "run", "config", "sources", "data")}
-        header.update(step=step, finished=finished, curve=losses.curve, parts=[*facts["parts"], part])
-        header.update({key: facts["data"]["manifest"].get(key) for key in ("tokenizer", "tokenizer_sha256")})
-        try:
-            save(args, record, model, optimizers, header, losses.train)
-        except OSError as error:
-            failure = error
-    failed = all_sum(torch.tensor(float(failure is not None), device=args.device)).item()
-    if failed and not finished:
-        raise failure or OSError("rank 0 could not save a checkpoint")
-    return failure
-
-
 def run(args, record, clock, data, model, optimizers, start):
-    """Warm-up, training and validation, and the record of it. start: find_checkpoint's answer."""
+    """Warm-up, training and validation, and the record of it, from what set_up returns."""
     (train, val, data_facts), facts = data, {}
     if RANK == 0:
         facts = begin(args, record, data_facts, model, optimizers)
@@ -1093,13 +1029,17 @@ def run(args, record, clock, data, model, optimizers, start):
         f"{args.bsz * args.seq_len:,} tokens on {WORLD_SIZE} x {args.device} in {args.dtype}")
     clock.switch("warm-up")
     val_batches = validation_set(val, args)
-    compiled = prepare(model, args)
+    compiled = model
+    if args.compile and args.device == "cuda" and getattr(args, "kernel", "") != "torch":  # its unrolled loop: minutes
+        compiled = torch.compile(compiled, fullgraph=True, dynamic=False)
+    if WORLD_SIZE > 1:
+        compiled = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
     record.line(f"warm-up: {json.dumps(warm_up(model, compiled, optimizers, val_batches, args))}")
-    losses, done, failure = Losses(record, args), 0, None
+    done = 0
     if start:
         record.checkpoint, header = start
-        done, losses.curve, facts["parts"] = header["step"], header["curve"], header["parts"]
-        losses.train = restore(record.checkpoint, args, model, optimizers)
+        done, record.curve, facts["parts"] = header["step"], header["curve"], header["parts"]
+        record.losses = restore(record.checkpoint, args, model, optimizers)
         clock.earlier = sum(part["train_seconds"] for part in header["parts"])
         last = {key: header["parts"][-1][key] for key in ("run", "step", "log_sha256")}
         record.line(f"resumed: {json.dumps(last)}")
@@ -1107,25 +1047,26 @@ def run(args, record, clock, data, model, optimizers, start):
     gc.collect()
     clock.switch("rest")
     say(f"ready after {clock.seconds['rest'] + clock.seconds['warm-up']:.1f} s, none of them counted as training")
-    signals.patient = True
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask)
     bar = tqdm(total=args.steps, initial=done, unit="step", file=sys.stdout, disable=RANK > 0, dynamic_ncols=True,
                mininterval=0.2 if sys.stdout.isatty() else 10)
     for step in range(done, args.steps + 1):
         # the clock of the training stands: validation, checkpoint, end
-        validated = losses.curve and losses.curve[-1]["step"] == step  # before the run was interrupted
-        if not losses.stopping and not validated and (step % args.val_every == 0 or step == args.steps):
+        validated = record.curve and record.curve[-1]["step"] == step  # before the run was interrupted
+        if not record.stopping and not validated and (step % args.val_every == 0 or step == args.steps):
             clock.switch("validation")
-            losses.flush()
+            record.flush()
             loss = validate(compiled, val_batches, args)
             if loss is None:
-                losses.stopping = True
+                record.stopping = True
             else:
-                losses.validated(step, loss, clock.train_ms())
+                record.validation(step, loss, clock.train_ms())
                 say(f"step {step}/{args.steps}  validation loss {loss:.4f}  {clock.train_ms() / 1e3:.1f} s of training")
-        last = losses.stopping or step >= (args.stop_after or args.steps)
-        finished = step == args.steps and not losses.stopping
-        if finished or step > done and (last or args.save_every and step % args.save_every == 0):
-            failure = save_all(args, record, model, optimizers, facts, clock, losses, step, finished)
+        last = record.stopping or step >= (args.stop_after or args.steps)
+        finished = step == args.steps and not record.stopping
+        if step > done and not finished and (last or args.save_every and step % args.save_every == 0):
+            save(args, record, model, optimizers, facts, clock, step)
         if last:
             break
         # training
@@ -1133,87 +1074,89 @@ def run(args, record, clock, data, model, optimizers, start):
             clock.switch("train")
         schedule(optimizers, step, args)
         inputs, targets = batch(train, step, args)
-        losses.add(step + 1, train_step(compiled, optimizers, inputs, targets, args), clock.train_ms())
-        if losses.train:
-            bar.set_postfix_str(f"loss {losses.train[-1]:.3f}", refresh=False)
+        record.step(step + 1, train_step(compiled, optimizers, inputs, targets, args), clock.train_ms())
+        if record.losses:
+            bar.set_postfix_str(f"loss {record.losses[-1]:.3f}", refresh=False)
         bar.update()
     bar.close()
     clock.switch("rest")
-    signals.patient = False
-    record.line(f"losses: {base64.b64encode(np.array(losses.train, '<f4').tobytes()).decode()}")
-    if losses.stopping:
+    record.line(f"losses: {base64.b64encode(np.array(record.losses, '<f4').tobytes()).decode()}")
+    if record.stopping:
         raise KeyboardInterrupt(f" after step {step} of {args.steps}, checkpoint {record.checkpoint or 'none'}")
     if not finished:
-        log = record.close(f"stopped after step {step} of {args.steps}")
-        say(f"stopped after step {step} of {args.steps}: a beginning to compare with, not a result; the log: {log}")
+        record.close(f"stopped after step {step} of {args.steps}")
+        say(f"stopped after step {step} of {args.steps}: a beginning to compare with, not a result: {record.path}/")
     elif RANK == 0:
-        conclude(args, record, clock, losses, facts)
-    if failure:
-        leave_together()
-        stop(f"the record is whole, but there is no checkpoint of the last step: {failure}")
+        export = conclude(args, record, model, clock, facts)
+    leave_together()
+    if finished and RANK == 0:
+        try:
+            write(args, record, step, export, keep=1)
+        except OSError as error:
+            stop(f"the record is whole, but there is no checkpoint of the last step: {error}")
 
 
-def conclude(args, record, clock, losses, facts):
-    """Write result.json, and say what came out. Times in s, memory in bytes."""
+def conclude(args, record, model, clock, facts):
+    """Write result.json, times in s, memory in bytes, and say what came out. Returns the last checkpoint's bytes."""
+    clock.switch("saving")
+    export = pack(args, record, model, [], facts, clock.seconds["train"], args.steps, finished=True)
     if args.device == "cuda":
         memory = torch.cuda.max_memory_reserved()
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     final = dict(
-        val_loss=losses.curve[-1]["val_loss"], val_tokens=facts["data"]["val_tokens"],
-        text_bytes=facts["data"]["text_bytes"], steps=args.steps, tokens=losses.curve[-1]["tokens"],
+        val_loss=record.curve[-1]["val_loss"], val_tokens=facts["data"]["val_tokens"],
+        text_bytes=facts["data"]["text_bytes"], steps=args.steps, tokens=record.curve[-1]["tokens"],
         train_seconds=clock.earlier + clock.seconds["train"], peak_memory_bytes=memory, devices=WORLD_SIZE)
-    record.finish(dict(facts, curve=losses.curve, final=final, clock=clock.seconds,
-                       wall=dict(began=clock.began, ended=time.time()), checkpoint_sha256=record.checkpoint_sha256))
-    if record.checkpoint_sha256:
-        remove_older(record.checkpoint, keep=1)
+    clock.switch("rest")
+    record.finish(dict(facts, curve=record.curve, final=final, clock=clock.seconds, checkpoint_sha256=sha256(export),
+                       wall=dict(began=clock.began, ended=time.time())))
     say(f"record: {record.path}/")
     summary = Path(__file__).parent / "records" / "report.py"
     if summary.exists():
         subprocess.run([sys.executable, summary, "--summary", record.path])
+    return export
 
 
 def main(argv=None):
     """A run. What is foreseen to go wrong ends in a line on stderr and in the log, anything else in a traceback."""
-    signals.__init__()
-    signal.signal(signal.SIGINT, signals)
-    signal.signal(signal.SIGTERM, signals)
     clock, args, record = Clock(), parse(argv), None
+    asked.clear()
     try:
-        data, model, optimizers = set_up(args)
+        setup = set_up(args)
         if not args.check:
-            start = None
-            if args.resume and RANK == 0:
-                start = find_checkpoint(args, [source for source, _ in read_sources(model)], data[2])
-            if args.resume and WORLD_SIZE > 1:
-                start = gather(start)[0]
             record = Record(args)
-            run(args, record, clock, data, model, optimizers, start)
-            leave_together()
+            run(args, record, clock, *setup)
     except KeyboardInterrupt as interrupt:
-        number = signal.Signals(signals.number or signal.SIGTERM)  # the rank that the signal did not reach follows
-        log = record.close(f"interrupted by {number.name}{interrupt}") if record else None
+        number = signal.Signals(asked[0][0] if asked else signal.SIGINT)
+        if record:
+            record.close(f"interrupted by {number.name}{interrupt}")
         if RANK == 0:
-            print(f"\n{Path(__file__).name}: interrupted{interrupt}; the log: {log or 'not begun'}", file=sys.stderr)
+            where = f"{record.path}/log.txt" if record else "not begun"
+            print(f"\n{Path(__file__).name}: interrupted{interrupt}; the log: {where}", file=sys.stderr)
         if interrupt.args:  # all ranks ended after the same step
             leave_together()
-        raise SystemExit(128 + number)
+        end(128 + number)
     except Exception as error:
-        memory = isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))
-        foreseen = memory or isinstance(error, (OSError, FloatingPointError) if record else (OSError, ValueError))
-        why = str(error).removesuffix(".") if foreseen else f"{type(error).__name__}: {error}"
-        if memory:
-            n = min(args.device_bsz, -(-args.bsz // WORLD_SIZE))
-            why = f"out of memory with {n} x {args.seq_len} tokens at a time on a device; next to try: " + (
-                f"--device_bsz {n // 2} (the same losses)" if n > 1 else "a shorter --seq_len or a smaller model")
-        elif isinstance(error, FloatingPointError):
-            why += f". Last good checkpoint: {record.checkpoint or 'none (--save_every)'}"
-        elif isinstance(error, OSError):
-            why += ". Make room, set permissions or choose --records FOLDER or --checkpoints FOLDER"
-        log = record.close(f"failed: {why}") if record else None
-        if foreseen:
-            stop(f"{why}{f'; the log: {log}' if log else ''}.")
+        why = explain(error, args, record)
+        if record:
+            record.close(f"failed: {why or repr(error)}")
+        if why:
+            stop(f"{why}{f'; the log: {record.path}/log.txt' if record and record.path else ''}.")
         raise
+
+
+def explain(error, args, record):
+    """An error that was foreseen in one line, with the way out; "" for any other."""
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        n = min(args.device_bsz, -(-args.bsz // WORLD_SIZE))
+        way_out = f"--device_bsz {n // 2} (the same losses)" if n > 1 else "a shorter --seq_len or a smaller model"
+        return f"out of memory with {n} x {args.seq_len} tokens at a time on a device; next to try: {way_out}"
+    if isinstance(error, FloatingPointError):
+        return f"{error}. Last good checkpoint: {record.checkpoint or 'none (--save_every)'}"
+    if isinstance(error, OSError):
+        return f"{error}. Make room, set permissions or choose --records FOLDER or --checkpoints FOLDER"
+    return str(error).removesuffix(".") if isinstance(error, ValueError) and not record else ""
 
 
 def stop(message):
@@ -1222,7 +1165,16 @@ def stop(message):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(2)  # if rank 0 says the same, the launcher ends this rank meanwhile
     print(f"{Path(__file__).name}: {f'rank {RANK}: ' if RANK > 0 else ''}{message}", file=sys.stderr)
-    raise SystemExit(1)
+    end(1)
+
+
+def end(status):
+    """Leave with all written. Of several ranks at once: a thread of theirs can abort the interpreter's shutdown."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if WORLD_SIZE > 1:
+        os._exit(status)
+    sys.exit(status)
 
 
 def leave_together():
@@ -1233,16 +1185,5 @@ def leave_together():
 
 
 if __name__ == "__main__":
-    status = 0
-    try:
-        main()
-    except SystemExit as end:
-        status = end.code
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    if WORLD_SIZE > 1:  # all is written; a thread of the process group can abort the interpreter's shutdown
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    main()
+    end(0)

@@ -156,7 +156,7 @@ def test_data_of_another_machine(data, tmp_path):
     here = os.uname().nodename
     for status, _, err in done:
         assert status == 1 and any(re.fullmatch(
-            rf"train_gpt2.py: (rank 1: )?the shards of text on {here} are not those on {here}. .*", line)
+            rf"train_gpt2.py: (rank 1: )?the shards of text differ between the ranks on {here} and on {here}. .*", line)
             for line in said(err)), err
     assert not (tmp_path / "records").exists(), "nothing is written before all have checked"
 

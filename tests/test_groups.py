@@ -175,7 +175,6 @@ def test_names_shapes_optimisers_rates_and_counts(case):
     assert shapes == {name: row[0] for name, row in expected.items()}, sorted(shapes.keys() ^ expected.keys())
     assert not list(model.buffers()), "a buffer would be in the checkpoint and not in this table"
     adam, muon = optimizers = script.build_optimizers(model, args)
-    script.check_cover(model, optimizers)
     assert trained_by(model, optimizers) == {name: row[1:3] for name, row in expected.items()}
     names = {p: name for name, p in model.named_parameters()}
     for group in adam.param_groups:
@@ -304,14 +303,14 @@ def test_more_than_the_limit_is_refused(name, tmp_path, monkeypatch, capsys):
 
 def add_twice(optimizers, model):
     optimizers.append(torch.optim.SGD([model.blocks[1].att.output.weight], lr=1.0))
-    return "in one optimiser, once: blocks.1.att.output.weight by 2"
+    return "in one optimiser, once: blocks.1.att.output.weight"
 
 
 def leave_out(optimizers, model):
     key = model.blocks[0].att.key.weight
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["params"] = [p for p in group["params"] if p is not key]
-    return "in one optimiser, once: blocks.0.att.key.weight by 0"
+    return "in one optimiser, once: blocks.0.att.key.weight"
 
 
 def add_a_stranger(optimizers, model):

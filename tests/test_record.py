@@ -209,7 +209,7 @@ def test_checkpoints(finished):
     assert all(about[key] == finished.result["data"]["manifest"][key] for key in ("tokenizer", "tokenizer_sha256"))
     assert finished.result["checkpoint_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     part, = about["parts"]
-    end = finished.log.rindex("\nlosses: ") + 1
+    end = finished.log.rindex("\nresult: ") + 1
     assert part == dict(run=finished.path.name, step=6, train_seconds=finished.result["clock"]["train"],
                         log_sha256=hashlib.sha256(finished.log[:end].encode()).hexdigest())
     assert about["config"] == finished.result["config"] and about["run"] == finished.path.name

@@ -57,7 +57,7 @@ def test_same_seed_same_figures(script, data, tmp_path):
 def test_losses_are_the_means_over_all_tokens(script, data, tmp_path):
     """... and the gradient is the train loss's gradient, by hand and whatever the micro-batches."""
     for device_bsz in (4, 2, 1):
-        module, args, ((train, val, _), model, optimizers) = load(
+        module, args, ((train, val, _), model, optimizers, _) = load(
             script, *tiny(script, data, tmp_path, "--device_bsz", device_bsz))
         with torch.no_grad():
             for p in model.parameters():  # past the zeros of the start, or most gradients would be 0
@@ -91,7 +91,7 @@ def test_losses_are_the_means_over_all_tokens(script, data, tmp_path):
 @pytest.fixture(params=SCRIPTS)
 def warm(request, data, tmp_path):
     """What warm_up takes, with a call of it."""
-    script, args, ((_, val, _), model, optimizers) = load(request.param, *tiny(request.param, data, tmp_path))
+    script, args, ((_, val, _), model, optimizers, _) = load(request.param, *tiny(request.param, data, tmp_path))
     batches = script.validation_set(val, args)
     return script, model, optimizers, lambda: script.warm_up(model, model, optimizers, batches, args)
 
@@ -107,25 +107,20 @@ def test_warm_up_leaves_no_trace(warm, monkeypatch):
         return loss
 
     def snapshot():
-        groups = [group for optimizer in optimizers for group in optimizer.state_dict()["param_groups"]]
-        return [t.clone() for t in (*model.state_dict().values(), torch.get_rng_state())], groups
+        return [t.clone() for t in (*model.state_dict().values(), torch.get_rng_state())]
 
     monkeypatch.setattr(script, "train_step", careless)
-    (tensors, groups), digest = snapshot(), script.state_hash(model)
+    tensors, digest = snapshot(), script.state_hash(model)
     assert warm_up() == dict(before=digest, after=digest)
     assert len(set(hashes + [digest])) == 3, "the warm-up steps did not train"
-    after, groups_after = snapshot()
-    assert all(map(torch.equal, tensors, after)), "the weights or the random state have moved on"
-    assert groups == groups_after and not any(optimizer.state for optimizer in optimizers)
+    assert all(map(torch.equal, tensors, snapshot())), "the weights or the random state have moved on"
+    assert not any(optimizer.state for optimizer in optimizers)
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("forget", ("model", "Adam", "Muon"))
-def test_warm_up_notices_what_is_left(warm, forget, monkeypatch):
-    script, model, optimizers, warm_up = warm
-    for thing in (model, *optimizers):
-        if type(thing).__name__ == forget or (forget == "model" and thing is model):
-            monkeypatch.setattr(thing, "load_state_dict", lambda state: None)
+def test_warm_up_notices_what_is_left(warm, monkeypatch):
+    _, model, _, warm_up = warm
+    monkeypatch.setattr(model, "load_state_dict", lambda state: None)
     with pytest.raises(RuntimeError, match="warm-up left a trace"):
         warm_up()
 
@@ -141,17 +136,14 @@ def test_learning_rate_and_momentum():
     for warmdown, rates in ((0, [1, 1, 1, 1]), (1, [1, 1, 1, 1]), (9, [1, 0.75, 0.5, 0.25])):
         short = script.Hyperparameters(steps=4, warmdown_steps=warmdown, warmup_steps=0)
         assert [script.rate(step, short) for step in range(4)] == rates, warmdown
-    assert [script.momentum(step, args) for step in (0, 5, 20, 99)] == pytest.approx([0.85, 0.875, 0.95, 0.95],
-                                                                                     abs=1e-15)
-    assert script.momentum(250, no_rise) == pytest.approx(0.90, abs=1e-15), "500 steps on track fineweb"
     p = torch.nn.Parameter(torch.zeros(2, 2))
     optimizers = [torch.optim.Adam([p], lr=3.0), script.Muon([p], lr=0.5)]
     for group in (g for o in optimizers for g in o.param_groups):
         group["initial_lr"] = group["lr"]
-    for step in (80, 2, 80):
+    for step, momentum in ((80, 0.95), (5, 0.875), (0, 0.85), (80, 0.95)):
         script.schedule(optimizers, step, args)
         assert [o.param_groups[0]["lr"] for o in optimizers] == pytest.approx([3 * got[step], 0.5 * got[step]])
-        assert optimizers[1].param_groups[0]["momentum"] == script.momentum(step, args)
+        assert optimizers[1].param_groups[0]["momentum"] == pytest.approx(momentum, abs=1e-15)
     assert "momentum" not in optimizers[0].param_groups[0]
 
 
@@ -189,7 +181,7 @@ def test_every_kernel_and_precision(script, kernel, dtype, data, tmp_path):
 def test_compiles_in_one_graph(script, kernel, data, tmp_path):
     """fullgraph=True refuses any break; the compiled model gives the same loss and gradients."""
     flags = tiny(script, data, tmp_path, "--seq_len", 16, *(["--kernel", kernel] if kernel else []))
-    _, _, ((train, _, _), model, _) = load(script, *flags)
+    _, _, ((train, _, _), model, *_) = load(script, *flags)
     tokens = torch.from_numpy(train.read(0, 33))
     x, y = tokens[:-1].view(2, 16), tokens[1:].view(2, 16)
     torch.compiler.reset()
