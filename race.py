@@ -64,9 +64,9 @@ def contestant(label, text, args):
         raise ValueError(f"contestant {text!r}: {error}") from None
     path = next((path for path in (Path(words[0]), ROOT / words[0]) if path.is_file()), None) if words else None
     if path is None:
-        there = ", ".join(sorted(path.name for path in ROOT.glob("train_*.py")))
+        scripts = ", ".join(sorted(path.name for path in ROOT.glob("train_*.py")))
         raise ValueError(f"contestant {text!r}: no such script. A contestant is a script with its flags in quotes; "
-                         f"here are {there}")
+                         f"here are {scripts}")
     words = [*words[1:], *args.flags]
     for own in RACE_OWN:
         if has(words, own):
@@ -174,8 +174,8 @@ def check(plan):
         done = subprocess.run(launch(c, dict(nproc=1), "--check"), cwd=ROOT, capture_output=True, text=True,
                               env={**os.environ, "WORLD_SIZE": str(plan["nproc"])})
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
-            raise ValueError(f"contestant {c['command']!r} does not start: {said[-1]}")
+            messages = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+            raise ValueError(f"contestant {c['command']!r} does not start: {messages[-1]}")
 
 
 def run_folders(folder, label, seed):
@@ -191,10 +191,10 @@ def progress(folder):
     try:
         with open(folder / "log.txt", "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 2000))
-            found = re.findall(rb"^step:(\d+)/(\d+) ", file.read(), re.M)
+            steps = re.findall(rb"^step:(\d+)/(\d+) ", file.read(), re.M)
     except OSError:
         return None
-    return (int(found[-1][0]), int(found[-1][1])) if found else None
+    return (int(steps[-1][0]), int(steps[-1][1])) if steps else None
 
 
 def minutes(seconds):
@@ -241,7 +241,7 @@ def one_run(race, folder, c, seed, todo, held, place):
             interrupted = True
             stop(process)
         console.seek(0)
-        said = [line for line in re.split(r"[\r\n]+", console.read()) if line.strip()]
+        printed = [line for line in re.split(r"[\r\n]+", console.read()) if line.strip()]
     print("\r\033[K" if tty else "", end="")
     new = sorted(run_folders(folder, c["label"], seed) - before)
     code = process.returncode
@@ -251,8 +251,8 @@ def one_run(race, folder, c, seed, todo, held, place):
         end = "interrupted"
     else:
         why = f"killed by signal {-code}" if code < 0 else f"exit status {code}" if code else "no result.json"
-        end = f"failed, {why}: {said[-1][:300] if said else 'it said nothing'}"
-        text = "\n".join(said[-60:])[-20_000:] + "\n"
+        end = f"failed, {why}: {printed[-1][:300] if printed else 'it printed nothing'}"
+        text = "\n".join(printed[-60:])[-20_000:] + "\n"
         (folder / f"failed_{c['label']}_seed{seed}.txt").write_text(text, encoding="utf-8")
     return dict(label=c["label"], seed=seed, end=end, folder=new[-1].name if new else None,
                 seconds=round(time.monotonic() - start, 3))
@@ -329,14 +329,14 @@ def table(field, target, planned):
             "training s", "tokens/s", "peak memory, MB"]
     lines = [head, ["---"] * len(head)]
     for name, runs in field.items():
-        there = [at for at in (crossing(run, target) for run in runs) if at]
-        some = f" ({len(there)} of {len(runs)} runs)" if len(there) < len(runs) else ""
+        reached = [at for at in (crossing(run, target) for run in runs) if at]
+        some = f" ({len(reached)} of {len(runs)} runs)" if len(reached) < len(runs) else ""
         memory = [run["final"]["peak_memory_bytes"] / 1e6 for run in runs]
         final = lambda key: report.final(runs, key)
         count = f"{len(runs)}" + (f" of {planned}" if len(runs) < planned else "")
         lines.append([f"`{name}`".replace("|", "\\|"), count] + ([
-            stats.spread([steps for steps, _ in there], 0) + some if there else "not reached",
-            stats.spread([seconds for _, seconds in there], 1) + some if there else "not reached",
+            stats.spread([steps for steps, _ in reached], 0) + some if reached else "not reached",
+            stats.spread([seconds for _, seconds in reached], 1) + some if reached else "not reached",
             stats.spread(final("val_loss"), 4), stats.spread(final("train_seconds"), 1),
             stats.spread(final("tokens_per_second"), 0),
             stats.spread(memory, 0)] if runs else ["–"] * 6))
@@ -369,10 +369,10 @@ def verdict(field, target=None):
     pairs = list(itertools.combinations(runs, 2))
     ps, qs = ({frozenset(pair): p for pair, p in stats.holm(raw).items()} for raw in (
         {pair: stats.welch(figures[pair[0]], figures[pair[1]])[1] for pair in pairs} for figures in (values, seconds)))
-    ahead, level, found = [], [], {}
+    ahead, level, tests = [], [], {}
     for name in (name for name in runs if name != best):
         difference, _, low, high = stats.welch(values[name], values[best])
-        found[best, name] = p = ps[frozenset((best, name))]
+        tests[best, name] = p = ps[frozenset((best, name))]
         interval = f", {stats.CONFIDENCE:.0%} interval {low:+.{digits}f} to {high:+.{digits}f}"
         interval = interval if math.isfinite(low) else ""
         text = f"`{name}` (its {what}: {difference:+.{digits}f}{unit}{interval}, {stats.p_text(p)}"
@@ -380,16 +380,16 @@ def verdict(field, target=None):
             share = statistics.fmean(seconds[name]) / statistics.fmean(seconds[best]) - 1
             text += f"; its training time: {share:+.1%}, {stats.p_text(qs[frozenset((best, name))])}"
         (ahead if p < stats.ALPHA else level).append(text + ")")
-    if all(math.isnan(p) for p in found.values()):
-        return "No verdict: a test takes two finished runs or more of each contestant (--seeds).", found
-    said = [f"`{best}` is ahead of {' and of '.join(ahead)}"] if ahead else []
-    said += [f"{'no difference is shown from' if ahead else f'No difference is shown between `{best}` and'} "
+    if all(math.isnan(p) for p in tests.values()):
+        return "No verdict: a test takes two finished runs or more of each contestant (--seeds).", tests
+    parts = [f"`{best}` is ahead of {' and of '.join(ahead)}"] if ahead else []
+    parts += [f"{'no difference is shown from' if ahead else f'No difference is shown between `{best}` and'} "
              f"{' and '.join(level)}"] if level else []
     counts = " and ".join(str(len(some)) for some in runs.values())
     correction = f", p corrected for {len(pairs)} pairs (Holm)" if len(pairs) > 1 else ""
     tokens = len({result["final"]["tokens"] for result in results}) > 1 and not by_time
-    return (f"{'; '.join(said)}; Welch's t-test on {counts} runs{correction}, a difference is p < {stats.ALPHA}"
-            f"{'; the contestants read different numbers of tokens' if tokens else ''}."), found
+    return (f"{'; '.join(parts)}; Welch's t-test on {counts} runs{correction}, a difference is p < {stats.ALPHA}"
+            f"{'; the contestants read different numbers of tokens' if tokens else ''}."), tests
 
 
 def named(race):
@@ -454,10 +454,11 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds each contestant runs with [3]")
     parser.add_argument("--first_seed", type=int, default=1337, metavar="S", help="the seeds are S, S + 1, ... [1337]")
     parser.add_argument("--track", choices=("fineweb", "tiny"), help="track of all contestants [the scripts' own]")
-    parser.add_argument("--flags", default="", help="flags for all of them, in quotes: --flags=\"--steps 2000\"")
+    parser.add_argument("--flags", default="", help="flags for all of them, in quotes: --flags=\"--steps 2000\" [none]")
     parser.add_argument("--target", type=float, help="loss to reach [the track's; else the worst final loss]")
     parser.add_argument("--nproc", type=int, help="processes a run [one a GPU; tiny: one]")
-    parser.add_argument("--records", default=ROOT / "records", type=Path, help="folder that receives the race's")
+    parser.add_argument("--records", default=ROOT / "records", type=Path,
+                        help="folder that receives the race's [records]")
     parser.add_argument("--new", action="store_true", help="begin another race even if this one is unfinished")
     parser.add_argument("--retry", action="store_true", help="go on with the latest such race and repeat what failed")
     args = parser.parse_args(argv)

@@ -18,6 +18,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
 set -eu
+case "${1:-}" in -h | --help) sed -n 's/^# //p' "$0"; exit;; esac
 [ "$#" -gt 0 ] || { echo "usage: sbatch run_slurm.sh ./run_rwkv7.sh FLAGS..." >&2; exit 2; }
 cd -- "${SLURM_SUBMIT_DIR:?"start it with sbatch"}"
 [ -e setup.sh ] || { echo "run_slurm.sh: submit it from the folder of the repository, not from $PWD" >&2; exit 1; }

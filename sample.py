@@ -136,8 +136,8 @@ def choose(z, seen, count, how, u):
 
 def open_tokenizer(model, args):
     """The model's tokenizer, or that of --tokenizer if it can be the model's; saved states then name it."""
-    tokenizer = tokenizers.for_model(model.about, model.vocab_size, args.tokenizer)
-    model.about = dict(model.about, tokenizer=tokenizer.name, tokenizer_sha256=tokenizer.sha256)
+    tokenizer = tokenizers.for_model(model.header, model.vocab_size, args.tokenizer)
+    model.header = dict(model.header, tokenizer=tokenizer.name, tokenizer_sha256=tokenizer.sha256)
     return tokenizer
 
 
@@ -372,13 +372,13 @@ def read_tokens(model, path, limit, tokenizer=None):
         raise ValueError(f"no such data: {folder}. Give a folder of shards, a shard or a file of text.")
     manifest = (folder if folder.is_dir() else folder.parent) / "manifest.json"
     try:
-        about = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
-        theirs, ours = about.get("tokenizer_sha256"), model.about.get("tokenizer_sha256")
+        header = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
+        theirs, ours = header.get("tokenizer_sha256"), model.header.get("tokenizer_sha256")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{manifest} is damaged ({error}). Make the data again, or delete this file.") from None
     if theirs and ours and theirs != ours or tokens.max() >= model.vocab_size:
-        raise ValueError(f"{folder} holds tokens of {about.get('tokenizer') or 'another tokenizer'}, up to id "
-                         f"{tokens.max()}; the model reads {model.about.get('tokenizer') or 'others'}, "
+        raise ValueError(f"{folder} holds tokens of {header.get('tokenizer') or 'another tokenizer'}, up to id "
+                         f"{tokens.max()}; the model reads {model.header.get('tokenizer') or 'others'}, "
                          f"{model.vocab_size} ids. Give data of the model's tokenizer.")
     return tokens
 
@@ -480,28 +480,30 @@ def parse(argv):
     add("--start", default="", metavar="TEXT", help="the prompt, or FILE:its file; empty: the document mark alone")
     add("--num_samples", type=whole(1), default=1, metavar="N", help="texts from one prompt, which is read once [1]")
     add("--max_new_tokens", type=whole(0), default=200, metavar="N", help="tokens a sample at most [200]")
-    add("--seed", type=whole(0), default=1, metavar="N", help="of the random numbers [1]")
+    add("--seed", type=whole(0), default=1, metavar="N", help="seed of the random numbers [1]")
     add("--batch", type=whole(1), default=1, metavar="N", help="samples at once; rounding then depends on N [1]")
-    add("--temperature", type=at_least_0(1), default=1.0, metavar="T", help="see above [1]")
-    add("--top_k", type=whole(0, 0), default=0, metavar="K", help="[0]")
-    add("--top_p", type=share(1), default=1.0, metavar="P", help="[1]")
-    add("--top_p_x", type=share(1), default=1.0, metavar="X", help="[1]")
-    add("--min_p", type=share(0), default=0.0, metavar="M", help="[0]")
-    add("--top_a", type=at_least_0(0), default=0.0, metavar="A", help="[0]")
-    add("--repetition", type=above_0, default=1.0, metavar="R", help="[1]")
-    add("--presence", type=any_number, default=0.0, metavar="A", help="[0]")
-    add("--frequency", type=any_number, default=0.0, metavar="A", help="[0]")
+    add("--temperature", type=at_least_0(1), default=1.0, metavar="T", help="softmax(z / T); 0: the best token [1]")
+    add("--top_k", type=whole(0, 0), default=0, metavar="K", help="keep the K most probable tokens [0: all]")
+    add("--top_p", type=share(1), default=1.0, metavar="P", help="keep the fewest tokens that sum up to P [1: all]")
+    add("--top_p_x", type=share(1), default=1.0, metavar="X", help="keep tokens above X even so [1: none]")
+    add("--min_p", type=share(0), default=0.0, metavar="M", help="drop tokens below M times the best's probability [0]")
+    add("--top_a", type=at_least_0(0), default=0.0, metavar="A", help="drop tokens below A times its square [0]")
+    add("--repetition", type=above_0, default=1.0, metavar="R", help="divide logits of tokens that occurred by R [1]")
+    add("--presence", type=any_number, default=0.0, metavar="A", help="take A off logits of tokens in the text [0]")
+    add("--frequency", type=any_number, default=0.0, metavar="A", help="... and A more each time [0]")
     add("--go_on", action="store_true", help="do not stop at the document mark; --- stands for it in the text")
     add("--mark", action=argparse.BooleanOptionalAction, default=True, help="begin with the document mark [yes]")
     add("--save_state", metavar="F", help="write the state after the text, to go on from with --load_state")
     add("--load_state", metavar="F", help="go on from there; --start is then what comes next, without a mark")
-    add("--tokenizer", metavar="NAME", help="bytes, gpt2 or a vocabulary file (tiktoken's form, or RWKV's own)")
+    add("--tokenizer", metavar="NAME", help="bytes, gpt2 or a vocabulary file, tiktoken's form or RWKV's [the model's]")
     add("--text", metavar="FILE", help="--check: on this text or shard, not the run's held-out data")
-    add("--tokens", type=whole(2), default=256, metavar="N", help="--check: so many [256]")
+    add("--tokens", type=whole(2), default=256, metavar="N", help="--check: so many tokens [256]")
     add("--eval_tokens", type=whole(1), metavar="N", help="--eval: the first there are [the run's --val_tokens]")
     add("--context", type=whole(0), metavar="N", help="--eval: tokens a sequence; 0: documents [the run's --seq_len]")
-    add("--dtype", choices=(*recurrent.DTYPES, "int8"), default="fp32", help="int8: the weights. --check: both others")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
+    add("--dtype", choices=(*recurrent.DTYPES, "int8"), default="fp32",
+        help="int8: the weights. --check: both others [fp32]")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="where to compute: a GPU if there is one [auto]")
     args = parser.parse_args(argv)
     if args.save_state and args.num_samples > 1:
         parser.error("--save_state keeps one state: take --num_samples 1 (with --max_new_tokens 0 it is the prompt's)")

@@ -3,6 +3,7 @@
 #   ./test.sh --fast     those that take no build, no launcher and no second process: under a minute
 set -eu
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null
+case "${1:-}" in -h | --help) sed -n 's/^# //p' "$0"; exit;; esac
 . ./setup.sh
 setup_python requirements.txt data/requirements.txt records/requirements.txt tests/requirements.txt
 fast=""

@@ -1001,6 +1001,15 @@ def set_up(args):
     return data, model, optimizers, start
 
 
+def prepare(model, args):
+    """The model compiled on a GPU, and its gradients averaged over the ranks where there are several."""
+    if args.compile and args.device == "cuda" and getattr(args, "kernel", "") != "torch":  # its unrolled loop: minutes
+        model = torch.compile(model, fullgraph=True, dynamic=False)
+    if WORLD_SIZE > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return model
+
+
 def begin(args, record, data, model, optimizers):
     """Write the head of the log. Returns the facts of the run that its result repeats."""
     sources, command = read_sources(model), shlex.join([Path(__file__).name, *sys.argv[1:]])
@@ -1029,11 +1038,7 @@ def run(args, record, clock, data, model, optimizers, start):
         f"{args.bsz * args.seq_len:,} tokens on {WORLD_SIZE} x {args.device} in {args.dtype}")
     clock.switch("warm-up")
     val_batches = validation_set(val, args)
-    compiled = model
-    if args.compile and args.device == "cuda" and getattr(args, "kernel", "") != "torch":  # its unrolled loop: minutes
-        compiled = torch.compile(compiled, fullgraph=True, dynamic=False)
-    if WORLD_SIZE > 1:
-        compiled = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
+    compiled = prepare(model, args)
     record.line(f"warm-up: {json.dumps(warm_up(model, compiled, optimizers, val_batches, args))}")
     done = 0
     if start:

@@ -180,8 +180,8 @@ def wkv6_chunked(r, k, v, w, u, S=None):
 
 def empty(what, r):
     """An empty tensor like a state, or like what the forward of a kernel keeps for its backward, at inputs like r."""
-    (B, T, H, N), wide = r.shape, torch.promote_types(r.dtype, torch.float32)
-    shape, dtype = dict(state=((B, H, N, N), wide), none=((0,), wide), cpu=((0,), wide),
+    (B, T, H, N), acc_dtype = r.shape, torch.promote_types(r.dtype, torch.float32)
+    shape, dtype = dict(state=((B, H, N, N), acc_dtype), none=((0,), acc_dtype), cpu=((0,), acc_dtype),
                         cuda=((B, H, -(-T // 32), N, N), torch.float32),
                         fast=((B, H, -(-T // 64), N, N), torch.bfloat16))[what]
     return r.new_empty(shape, dtype=dtype)
@@ -255,15 +255,15 @@ def wkv6(r, k, v, w, u, kernel="torch", state=None, final=False):
         y, state = wkv6_chunked(r, k, v, w, u, state)
         return (y, state) if final else y
     T, dtype = r.size(1), dict(cpu=torch.float32, fast=torch.bfloat16).get(kernel, r.dtype)
-    wide, forward = torch.promote_types(dtype, torch.float32), getattr(torch.ops.wkv6, f"{kernel}_forward")
-    inputs, u = [x.to(dtype).contiguous() for x in (r, k, v, w)], u.to(wide).contiguous()
+    acc_dtype, forward = torch.promote_types(dtype, torch.float32), getattr(torch.ops.wkv6, f"{kernel}_forward")
+    inputs, u = [x.to(dtype).contiguous() for x in (r, k, v, w)], u.to(acc_dtype).contiguous()
     if kernel == "cpu":
         if final or state is not None:
             raise ValueError("wkv6: --kernel cpu starts from the zero state and gives no final one; use torch")
         return forward(*inputs, u)[0].to(r.dtype)
     if T % 16:  # padding: d = 1 and the rest 0 leave the state as it is
         inputs = [F.pad(x, (0, 0, 0, 0, 0, -T % 16), value=-torch.inf if i == 3 else 0) for i, x in enumerate(inputs)]
-    y, _, sT = forward(*inputs, u, state if state is None else state.to(wide).contiguous())
+    y, _, sT = forward(*inputs, u, state if state is None else state.to(acc_dtype).contiguous())
     y = y[:, :T].to(r.dtype)
     return (y, sT) if final else y
 
@@ -1193,6 +1193,15 @@ def set_up(args):
     return data, model, optimizers, start
 
 
+def prepare(model, args):
+    """The model compiled on a GPU, and its gradients averaged over the ranks where there are several."""
+    if args.compile and args.device == "cuda" and getattr(args, "kernel", "") != "torch":  # its unrolled loop: minutes
+        model = torch.compile(model, fullgraph=True, dynamic=False)
+    if WORLD_SIZE > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return model
+
+
 def begin(args, record, data, model, optimizers):
     """Write the head of the log. Returns the facts of the run that its result repeats."""
     sources, command = read_sources(model), shlex.join([Path(__file__).name, *sys.argv[1:]])
@@ -1221,11 +1230,7 @@ def run(args, record, clock, data, model, optimizers, start):
         f"{args.bsz * args.seq_len:,} tokens on {WORLD_SIZE} x {args.device} in {args.dtype}")
     clock.switch("warm-up")
     val_batches = validation_set(val, args)
-    compiled = model
-    if args.compile and args.device == "cuda" and getattr(args, "kernel", "") != "torch":  # its unrolled loop: minutes
-        compiled = torch.compile(compiled, fullgraph=True, dynamic=False)
-    if WORLD_SIZE > 1:
-        compiled = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
+    compiled = prepare(model, args)
     record.line(f"warm-up: {json.dumps(warm_up(model, compiled, optimizers, val_batches, args))}")
     done = 0
     if start:

@@ -171,8 +171,8 @@ def wkv7_chunked(r, w, k, v, a, b, S=None):
 
 def empty(what, r):
     """An empty tensor like a state, or like what the forward of a kernel keeps for its backward, at inputs like r."""
-    (B, T, H, N), wide = r.shape, torch.promote_types(r.dtype, torch.float32)
-    shape, dtype = dict(state=((B, H, N, N), wide), none=((0,), wide),
+    (B, T, H, N), acc_dtype = r.shape, torch.promote_types(r.dtype, torch.float32)
+    shape, dtype = dict(state=((B, H, N, N), acc_dtype), none=((0,), acc_dtype),
                         cpu=(r.shape, r.dtype), cuda=((B, H, -(-T // 16), N + 16, N), torch.float32),
                         fast=((B, H, -(-T // 64), N, N), torch.bfloat16),
                         wind=((B, H, -(-T // 64), N, N), torch.bfloat16))[what]
@@ -283,8 +283,8 @@ def time_mix(r, w, k, v, a, g, parameters, kernel="torch"):
         return torch.ops.wkv7.wind_forward(*inputs, torch.stack(parameters).float())[0][:, :T].to(r.dtype)
     w0, a0, k_k, k_a, r_k, ln_w, ln_b = (p.to(r.dtype) for p in parameters)
     alpha = torch.sigmoid(a0 + a)
-    wide = torch.promote_types(r.dtype, torch.float32)
-    kappa = F.normalize((k * k_k).to(wide), dim=-1, eps=1e-12).to(r.dtype)
+    acc_dtype = torch.promote_types(r.dtype, torch.float32)
+    kappa = F.normalize((k * k_k).to(acc_dtype), dim=-1, eps=1e-12).to(r.dtype)
     k = k * (1 + (alpha - 1) * k_a)
     y = wkv7(r, w0 + w, k, v, -kappa, kappa * alpha, kernel)
     y = F.group_norm(y.reshape(B * T, H * N), H, ln_w.flatten(), ln_b.flatten(), eps=64e-5).view(B, T, H, N)
@@ -1257,6 +1257,15 @@ def set_up(args):
     return data, model, optimizers, start
 
 
+def prepare(model, args):
+    """The model compiled on a GPU, and its gradients averaged over the ranks where there are several."""
+    if args.compile and args.device == "cuda" and getattr(args, "kernel", "") != "torch":  # its unrolled loop: minutes
+        model = torch.compile(model, fullgraph=True, dynamic=False)
+    if WORLD_SIZE > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return model
+
+
 def begin(args, record, data, model, optimizers):
     """Write the head of the log. Returns the facts of the run that its result repeats."""
     sources, command = read_sources(model), shlex.join([Path(__file__).name, *sys.argv[1:]])
@@ -1285,11 +1294,7 @@ def run(args, record, clock, data, model, optimizers, start):
         f"{args.bsz * args.seq_len:,} tokens on {WORLD_SIZE} x {args.device} in {args.dtype}")
     clock.switch("warm-up")
     val_batches = validation_set(val, args)
-    compiled = model
-    if args.compile and args.device == "cuda" and getattr(args, "kernel", "") != "torch":  # its unrolled loop: minutes
-        compiled = torch.compile(compiled, fullgraph=True, dynamic=False)
-    if WORLD_SIZE > 1:
-        compiled = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
+    compiled = prepare(model, args)
     record.line(f"warm-up: {json.dumps(warm_up(model, compiled, optimizers, val_batches, args))}")
     done = 0
     if start:

@@ -76,10 +76,10 @@ def check_family(operator, kernel, family, shape, device, dtype):
 
 def check(operator, kernel, N, device, dtype):
     """{family: {tensor: relative L2 error}} and "" or why the kernel must not be timed."""
-    found = {family: check_family(operator, kernel, family, (*CHECK_SHAPE[device], N), device, dtype)
+    results = {family: check_family(operator, kernel, family, (*CHECK_SHAPE[device], N), device, dtype)
              for family in FAMILIES}
-    wrong = [text for _, some in found.values() for text in some]
-    errors = {family: errors for family, (errors, _) in found.items()}
+    wrong = [text for _, some in results.values() for text in some]
+    errors = {family: errors for family, (errors, _) in results.items()}
     return errors, ("wrong results: " if kernel.peer and wrong else "") + "; ".join(wrong)
 
 
@@ -262,13 +262,13 @@ def describe(device):
 
 
 def peer_versions():
-    found = {}
+    versions = {}
     for package in ("flash-linear-attention", "triton"):
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             pass
-    return ", ".join(f"{package} {version}" for package, version in found.items()) or "none"
+    return ", ".join(f"{package} {version}" for package, version in versions.items()) or "none"
 
 
 def cells(row, machine):
@@ -290,9 +290,9 @@ def write_readme(operator, device, machine, header, rows, readme):
     """The rows of this device in place of its older ones, between the markers; those of other devices stay."""
     begin, end = f"<!-- bench {operator} {device}: begin -->\n", f"<!-- bench {operator} {device}: end -->"
     page = readme.read_text(encoding="utf-8")
-    before, found, rest = page.partition(begin)
+    before, marker, rest = page.partition(begin)
     inside, found_end, after = rest.partition(end)
-    if not (found and found_end):
+    if not (marker and found_end):
         raise ValueError(f"{readme}: the markers {begin.strip()} and {end} are missing")
     others = [old for old in inside.splitlines(True)
               if not old.startswith((f"| {machine['device']} |", f"- {machine['device']},"))]
@@ -311,13 +311,14 @@ def parse_shape(text):
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("operator", choices=OPERATORS, help="what to time")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="where (default: cuda where there is one, else cpu)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="where to time [cuda where there is one, else cpu]")
     parser.add_argument("--peers", action="store_true", help="also flash-linear-attention, where it is installed")
-    parser.add_argument("--kernels", nargs="+", metavar="KERNEL", help="only these (default: all)")
+    parser.add_argument("--kernels", nargs="+", metavar="KERNEL", help="only these [all]")
     parser.add_argument("--shape", type=parse_shape, nargs="+", action="extend", metavar="B,T,H,N",
-                        help="shapes to time (default: the operator's for the device)")
-    parser.add_argument("--repeats", type=int, help=f"timed repeats of each kernel (default: {REPEATS})")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s, as torch")
+                        help="shapes to time [the operator's for the device]")
+    parser.add_argument("--repeats", type=int, help="timed repeats of each kernel [100 on a GPU, 50 on a CPU]")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(),
+                        help="threads of a CPU [%(default)s, as torch]")
     parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
     parser.add_argument("--write", action="store_true", help="also write the table into cuda/README.md")
     arguments = parser.parse_args(argv)

@@ -82,14 +82,14 @@ class KernelError(Exception):
 
 def sources(operator, kernel):
     """What makes the library, as paths: this file, the reference, the units and every header that they include."""
-    found = [CUDA / unit for unit in KERNELS[operator, kernel].units]
-    for path in found:
+    files = [CUDA / unit for unit in KERNELS[operator, kernel].units]
+    for path in files:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         for name in re.findall(r'^#include "(.*)"', text, re.MULTILINE):
             header = (path.parent / name).resolve()
-            if header not in found:
-                found.append(header)
-    return [CUDA / "build.py", CUDA / operator / "reference.py", *found]
+            if header not in files:
+                files.append(header)
+    return [CUDA / "build.py", CUDA / operator / "reference.py", *files]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -119,9 +119,9 @@ def torch_facts():
 @functools.cache
 def gpus():
     """[(name, architecture as a number: 90 for sm_90)] of the NVIDIA GPUs here, by nvidia-smi."""
-    said = output("nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader")
-    found = re.findall(r"^(.+), (\d+)\.(\d+)$", said, re.MULTILINE)
-    return [(name, 10 * int(major) + int(minor)) for name, major, minor in found]
+    listed = output("nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader")
+    rows = re.findall(r"^(.+), (\d+)\.(\d+)$", listed, re.MULTILINE)
+    return [(name, 10 * int(major) + int(minor)) for name, major, minor in rows]
 
 
 def processor():
@@ -147,8 +147,8 @@ def nvcc():
 
 def release(path):
     """nvcc's version as text, "13.0"."""
-    found = re.search(r"release (\d+\.\d+)", output(path, "--version"))
-    return found[1] if found else "unknown"
+    version = re.search(r"release (\d+\.\d+)", output(path, "--version"))
+    return version[1] if version else "unknown"
 
 
 def head_sizes(form):
@@ -187,12 +187,12 @@ def obstacle(operator, kernel):
 
 
 def gpu_obstacle():
-    torch, found, path = torch_facts(), gpus(), nvcc()
+    torch, cards, path = torch_facts(), gpus(), nvcc()
     if not torch["cuda"]:
         return f"torch {torch['version']} was built without CUDA.", "For an NVIDIA GPU install one that was."
-    if not found:
+    if not cards:
         return "nvidia-smi shows no GPU.", "Run it where there is one."
-    name, arch = min(found, key=lambda gpu: gpu[1])
+    name, arch = min(cards, key=lambda gpu: gpu[1])
     if arch < 80:
         return (f"{name} (sm_{arch}) has no bf16; the kernel needs sm_80 or newer.",
                 "Take another machine, or train here with --kernel torch --dtype fp32 (slow).")
@@ -309,9 +309,9 @@ def build(operator, kernel, library):
             os.replace(made, library)
             log.unlink(missing_ok=True)
         except subprocess.CalledProcessError as error:
-            said = error.stdout + error.stderr
-            log.write_text(f"{shlex.join(error.cmd)}\n{said}", encoding="utf-8")
-            first = re.search(r".*(?:\berror\b|\bfatal\b|undefined reference|cannot find).*", said)
+            messages = error.stdout + error.stderr
+            log.write_text(f"{shlex.join(error.cmd)}\n{messages}", encoding="utf-8")
+            first = re.search(r".*(?:\berror\b|\bfatal\b|undefined reference|cannot find).*", messages)
             first = first[0].strip() if first else f"the compiler failed with status {error.returncode}"
             raise KernelError(first, f"Mend that; all that was said: {log}") from error
         finally:
@@ -359,20 +359,20 @@ def judge(operator, kernel, library, device=None):
         try:
             on_device = [x.to(device or form.device) for x in inputs]
             y, kept, *_ = forward(*on_device, *state)
-            found = [y, *backward(*on_device, *state, kept, dy.to(y.device), *state)]
-            found = [x.double().cpu() for x in found]
+            results = [y, *backward(*on_device, *state, kept, dy.to(y.device), *state)]
+            results = [x.double().cpu() for x in results]
         except RuntimeError as error:  # a launch that failed, or CUDA
             raise KernelError(f"it failed: {str(error).splitlines()[0]}", report) from error
         for i in range(len(names)):
-            wrong[i] += (found[i] - right[i].detach()).square().sum()
+            wrong[i] += (results[i] - right[i].detach()).square().sum()
             size[i] += right[i].detach().square().sum()
     errors = dict(zip(names, (wrong / size).sqrt().tolist()))
     over = [name for (name, error), limit in zip(errors.items(), form.limits) if not error <= limit]
-    said = "against float64 " + ", ".join(f"{name} {x:.1e}" for name, x in errors.items())
-    said = f"{said} (limits {min(form.limits):.1e} to {max(form.limits):.1e})".replace("e-0", "e-")
+    verdict = "against float64 " + ", ".join(f"{name} {x:.1e}" for name, x in errors.items())
+    verdict = f"{verdict} (limits {min(form.limits):.1e} to {max(form.limits):.1e})".replace("e-0", "e-")
     if over:
-        raise KernelError(f"{said}: {', '.join(over)} wrong, it is refused.", report)
-    print(f"{operator} {kernel} built; {said} ok", file=sys.stderr)
+        raise KernelError(f"{verdict}: {', '.join(over)} wrong, it is refused.", report)
+    print(f"{operator} {kernel} built; {verdict} ok", file=sys.stderr)
     return errors
 
 
@@ -401,12 +401,12 @@ def listing(operators):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("operator", nargs="?", choices=("wkv7", "wkv6"))
-    parser.add_argument("kernel", nargs="?", help="cpu, cuda, fast or, for wkv7, wind")
+    parser.add_argument("operator", nargs="?", choices=("wkv7", "wkv6"), help="the operator [all]")
+    parser.add_argument("kernel", nargs="?", help="cpu, cuda, fast or, for wkv7, wind [list them all]")
     parser.add_argument("--json", action="store_true", help="one line of JSON on stdout")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="that of the run")
-    parser.add_argument("--headsz", type=int, help="channels a head of the run")
-    parser.add_argument("--dtype", choices=("bf16", "mixed", "fp32"), help="that of the run")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="device of the run [the kernel's]")
+    parser.add_argument("--headsz", type=int, help="channels a head of the run [any that fits]")
+    parser.add_argument("--dtype", choices=("bf16", "mixed", "fp32"), help="dtype of the run [any that fits]")
     args = parser.parse_args(argv)
     operator, kernel = args.operator, args.kernel
     if kernel and (operator, kernel) not in KERNELS:

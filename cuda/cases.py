@@ -75,12 +75,12 @@ def why_not(script, kernel):
 
 def own_kernels(operator, script, call, device):
     """The torch form and the kernels of an operator that run on a device, built if need be. call(kernel): y by it."""
-    found = {"torch": Kernel(call("torch"), head_sizes=ANY_SIZE)}
+    kernels = {"torch": Kernel(call("torch"), head_sizes=ANY_SIZE)}
     for (of, name), form in KERNELS.items():
         if of == operator and form.device == device and not form.fused:
-            found[name] = Kernel(call(name), why_not(script, name), head_sizes=tuple(build.head_sizes(form)),
+            kernels[name] = Kernel(call(name), why_not(script, name), head_sizes=tuple(build.head_sizes(form)),
                                  rounds="fp32" if "fp32" in form.dtypes else "bf16")
-    return found
+    return kernels
 
 
 def peer(package, module, name):
@@ -168,10 +168,10 @@ def wkv7_gates(rounds, dtype, family):
 
 
 def wkv7_kernels(device, peers):
-    found = own_kernels("wkv7", train_rwkv7, lambda name: functools.partial(train_rwkv7.wkv7, kernel=name), device)
+    kernels = own_kernels("wkv7", train_rwkv7, lambda name: functools.partial(train_rwkv7.wkv7, kernel=name), device)
     if peers:
-        found.update({"fla": fla_wkv7(), "fla, more saved": fla_wkv7(disable_recompute=True)})
-    return found
+        kernels.update({"fla": fla_wkv7(), "fla, more saved": fla_wkv7(disable_recompute=True)})
+    return kernels
 
 
 def fla_wkv7(**settings):
@@ -307,8 +307,8 @@ def wkv6_gates(rounds, dtype, family):
 
 
 def wkv6_kernels(device, peers):
-    found = own_kernels("wkv6", train_rwkv6, lambda name: functools.partial(train_rwkv6.wkv6, kernel=name), device)
-    return {**found, "fla": fla_wkv6()} if peers else found
+    kernels = own_kernels("wkv6", train_rwkv6, lambda name: functools.partial(train_rwkv6.wkv6, kernel=name), device)
+    return {**kernels, "fla": fla_wkv6()} if peers else kernels
 
 
 def fla_wkv6():
@@ -350,10 +350,10 @@ def with_states(operator, name):
         return x.unflatten(-1, (like.size(-1), like.size(-1)))
 
     def kernels(device, peers):
-        def call(about):
-            return lambda *x: join(*about.call(*x[:-1], state=start(x[-1], x[0]), final=True))
-        return {kernel: dataclasses.replace(about, call=call(about))
-                for kernel, about in operator.kernels(device, False).items()
+        def call(form):
+            return lambda *x: join(*form.call(*x[:-1], state=start(x[-1], x[0]), final=True))
+        return {kernel: dataclasses.replace(form, call=call(form))
+                for kernel, form in operator.kernels(device, False).items()
                 if kernel == "torch" or KERNELS[name, kernel].states}
 
     def gates(rounds, dtype, family):

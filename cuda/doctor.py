@@ -66,14 +66,14 @@ def tools():
 
 def packages():
     """{name: version, or why it cannot be imported}, and the modules that could."""
-    found, modules = {}, {}
+    versions, modules = {}, {}
     for name in PACKAGES:
         try:
             modules[name] = importlib.import_module(name)
-            found[name] = getattr(modules[name], "__version__", "version unknown")
+            versions[name] = getattr(modules[name], "__version__", "version unknown")
         except Exception as error:  # a broken installation raises whatever it likes
-            found[name] = f"cannot be imported ({first_line(error)})"
-    return found, modules
+            versions[name] = f"cannot be imported ({first_line(error)})"
+    return versions, modules
 
 
 def memory():
@@ -88,9 +88,9 @@ def memory():
 
 def driver():
     """What the NVIDIA driver says, without torch: {version, cuda, gpus: [{name, sm, total, free}]}, or {}."""
-    said = shell("nvidia-smi", "--query-gpu=driver_version,name,compute_cap,memory.total,memory.free",
+    listed = shell("nvidia-smi", "--query-gpu=driver_version,name,compute_cap,memory.total,memory.free",
                  "--format=csv,noheader,nounits")
-    rows = [row for row in (line.split(", ") for line in said.splitlines()) if len(row) == 5]
+    rows = [row for row in (line.split(", ") for line in listed.splitlines()) if len(row) == 5]
     if not rows:
         return {}
     newest = re.search(r"CUDA Version: ([\d.]+)", shell("nvidia-smi"))
@@ -207,12 +207,12 @@ def writable(folder):
 
 def examine():
     """All facts as one dict that json can hold."""
-    found, modules = packages()
+    versions, modules = packages()
     usage = shutil.disk_usage(ROOT)
     return cleaned(dict(
         date=datetime.date.today().isoformat(), commit=shell("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
         platform=platform.platform(), python=platform.python_version(), cores=os.cpu_count(), memory=memory(),
-        disk=dict(total=usage.total, free=usage.free), packages=found, tools=tools(), driver=driver(),
+        disk=dict(total=usage.total, free=usage.free), packages=versions, tools=tools(), driver=driver(),
         torch=torch_facts(modules["torch"]) if "torch" in modules else None, kernels=kernels(),
         data=[data(track, given) for track, given in defaults().items()],
         writable={folder: writable(folder) for folder in ("cuda/build", "records")},
@@ -284,8 +284,8 @@ def page(facts):
     for name, version in facts["packages"].items():
         say(name, version + (f", built for {facts['torch']['built_for']}, sees {len(facts['torch']['sees'])} GPUs"
                              if name == "torch" and facts["torch"] else ""))
-    for name, found in facts["tools"].items():
-        say(name, f"{found['version']} ({found['path']})" if found else "not found")
+    for name, tool in facts["tools"].items():
+        say(name, f"{tool['version']} ({tool['path']})" if tool else "not found")
     say("driver", f"{facts['driver']['version']}, for CUDA up to {facts['driver']['cuda']}" if facts["driver"] else
         "none (nvidia-smi is not there or fails)")
     for i, gpu in enumerate(facts["driver"].get("gpus", facts["torch"]["sees"] if facts["torch"] else [])):

@@ -13,7 +13,6 @@ document and the number of pieces (int64). .bin holds the tokens and nothing els
 """
 
 import argparse
-import json
 import os
 import pathlib
 import shutil
@@ -24,9 +23,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from text import (HEADER_INTS, MAGIC, MANIFEST, SHARD_SIZE, VERSION, OneLineParser, Shards, check_place, deal,
-                  put_in_place, stage)
-from tokenizer import GPT2_SHA256, LARGEST_ID, Bytes, Failure, write_lengths
+from shards import (HEADER_BYTES, LARGEST_ID, SHARD_TOKENS, Damaged, Failure, OneLineParser, count_tokens,
+                    read_manifest, write_manifest, write_token_bytes)
+from text import Shards, check_place, deal, put_in_place, stage
+from tokenizer import GPT2_SHA256, Bytes
 
 IDX_MAGIC, IDX_VERSION = b"MMIDIDX\0\0", 1
 TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats, no tokens
@@ -55,9 +55,11 @@ def open_shards(folder, split):
     """[path] of the shards of a split, in the order of training."""
     paths = sorted(folder.glob(f"*_{split}_*.bin"))
     for path in paths:
-        header, size = np.fromfile(path, "<i4", HEADER_INTS).tolist(), path.stat().st_size
-        if header[:2] != [MAGIC, VERSION] or size != 4 * HEADER_INTS + 2 * (header + [0])[2] or size == 4 * HEADER_INTS:
-            raise Failure(f"{path} is no whole shard (format: data/README.md)")
+        with open(path, "rb") as file:
+            try:
+                count_tokens(file.read(HEADER_BYTES), path.stat().st_size)
+            except Damaged as error:
+                raise Failure(f"{path} {error} (format: data/README.md)") from None
     return paths
 
 
@@ -69,7 +71,7 @@ def write_pair(paths, prefix, mark):
     documents = position = start = 0
     with open(f"{prefix}.bin", "wb") as bin, tempfile.TemporaryFile(dir=os.path.dirname(prefix)) as sizes:
         for path in paths:
-            for part in numbers(path, "<u2", 4 * HEADER_INTS):
+            for part in numbers(path, "<u2", HEADER_BYTES):
                 if position == 0:
                     if part[0] != mark:
                         raise Failure(f"{path} does not begin with the document mark {mark}: give the right "
@@ -170,28 +172,28 @@ class Pair:
                 begins = ends
 
 
-def read_pairs(inputs, staging, about, val_share):
+def read_pairs(inputs, staging, facts, val_share):
     """Shards and manifest of a train and a val pair, or of one, of which some documents are held out. -> manifest"""
     with ThreadPoolExecutor(1) as pool:
         pairs = [Pair(prefix) for prefix in inputs]
-        streams = [pair.stream(about["document_mark"], about["vocab_size"]) for pair in pairs]
-        train, val = Shards(staging, "train", 1, SHARD_SIZE, pool), Shards(staging, "val", 0, SHARD_SIZE, pool)
+        streams = [pair.stream(facts["document_mark"], facts["vocab_size"]) for pair in pairs]
+        train, val = Shards(staging, "train", 1, SHARD_TOKENS, pool), Shards(staging, "val", 0, SHARD_TOKENS, pool)
         if len(pairs) == 2:
             for shards, stream in zip((train, val), streams):
                 for part, _ in stream:
                     shards.write(part)
         else:
             split = argparse.Namespace(by="document", dedup=False, val=val_share)
-            deal(((part, end, b"text") for part, end in streams[0]), train, val, split, about["document_mark"])
+            deal(((part, end, b"text") for part, end in streams[0]), train, val, split, facts["document_mark"])
         shards = train.described() + val.described()
     if not train.total or not val.total:
         raise Failure(f"{', '.join(inputs)}: {sum(pair.documents for pair in pairs)} documents, too few for train and "
                       "val. Give a train and a val pair, or a larger --val")
-    if about["tokenizer"] == "bytes":  # of others there is no vocabulary here
-        write_lengths(staging, Bytes().lengths())
-    manifest = dict(dataset="text", **about, documents=sum(pair.documents for pair in pairs), shards=shards)
-    (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return manifest
+    if facts["tokenizer"] == "bytes":  # of others there is no vocabulary here
+        write_token_bytes(staging, Bytes().lengths().tolist())
+    facts = dict(dataset="text", **facts, documents=sum(pair.documents for pair in pairs))
+    write_manifest(staging, facts, shards)
+    return dict(facts, shards=shards)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -201,33 +203,33 @@ def describe(args, folder):
     """{tokenizer, tokenizer_sha256, vocab_size, document_mark} by the manifest of a folder, if any, or the flags."""
     keys = ("tokenizer", "tokenizer_sha256", "vocab_size", "document_mark")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8")) if folder else {}
-        about = {key: manifest.get(key) for key in keys}
+        facts = read_manifest(folder)[0] if folder else {}
     except FileNotFoundError:
-        about = dict.fromkeys(keys)
-    except (ValueError, AttributeError) as error:
-        raise Failure(f"{folder / MANIFEST} is damaged ({error}): make the data again") from None
+        facts = {}
+    except Damaged as error:
+        raise Failure(f"{error}: make the data again") from None
+    facts = {key: facts.get(key) for key in keys}
     given = dict(zip(keys, (args.tokenizer, *KNOWN.get(args.tokenizer, (None, args.vocab_size, args.document_mark)))))
-    wrong = [key for key in keys if None not in (about[key], given[key]) and about[key] != given[key]]
+    wrong = [key for key in keys if None not in (facts[key], given[key]) and facts[key] != given[key]]
     if wrong:
-        raise Failure(f"{folder} has {wrong[0]} {about[wrong[0]]} by its manifest, not {given[wrong[0]]}")
-    about = {key: given[key] if about[key] is None else about[key] for key in keys}
-    if not about["tokenizer"]:
+        raise Failure(f"{folder} has {wrong[0]} {facts[wrong[0]]} by its manifest, not {given[wrong[0]]}")
+    facts = {key: given[key] if facts[key] is None else facts[key] for key in keys}
+    if not facts["tokenizer"]:
         raise Failure("say of which tokenizer these tokens are: --tokenizer bytes, gpt2, or another name")
-    if about["vocab_size"] is None or about["document_mark"] is None:
-        raise Failure(f"--tokenizer {about['tokenizer']} needs --vocab_size N (ids are below N) and --document_mark ID")
-    if not 0 <= about["document_mark"] < about["vocab_size"] <= LARGEST_ID + 1:
-        raise Failure(f"--document_mark {about['document_mark']} and --vocab_size {about['vocab_size']}: the mark must "
+    if facts["vocab_size"] is None or facts["document_mark"] is None:
+        raise Failure(f"--tokenizer {facts['tokenizer']} needs --vocab_size N (ids are below N) and --document_mark ID")
+    if not 0 <= facts["document_mark"] < facts["vocab_size"] <= LARGEST_ID + 1:
+        raise Failure(f"--document_mark {facts['document_mark']} and --vocab_size {facts['vocab_size']}: the mark must "
                       f"be below the size, and that at most {LARGEST_ID + 1} (shards are uint16)")
-    return about
+    return facts
 
 
 def to_pairs(args, folder, staging):
     """-> the line that says what was done"""
-    about, out, done = describe(args, folder), pathlib.Path(args.out), []
+    facts, out, done = describe(args, folder), pathlib.Path(args.out), []
     for split in ("train", "val"):
         if paths := open_shards(folder, split):
-            documents = write_pair(paths, str(staging / f"{out.name}_{split}"), about["document_mark"])
+            documents = write_pair(paths, str(staging / f"{out.name}_{split}"), facts["document_mark"])
             done.append(f"{documents} documents in {out}_{split}.bin and .idx")
     if not done:
         raise Failure(f"no shards (*_train_*.bin, *_val_*.bin) in {folder}")
@@ -236,27 +238,30 @@ def to_pairs(args, folder, staging):
             raise Failure(f"{out.parent / path.name} exists: choose another --out, or --overwrite")
     for path in sorted(staging.iterdir()):
         os.replace(path, out.parent / path.name)
-    return f"{', '.join(done)}; document mark {about['document_mark']}, --vocab_size {about['vocab_size']}"
+    return f"{', '.join(done)}; document mark {facts['document_mark']}, --vocab_size {facts['vocab_size']}"
 
 
 def to_shards(args, staging):
-    out, about = pathlib.Path(args.out).resolve(), describe(args, None)
+    out, facts = pathlib.Path(args.out).resolve(), describe(args, None)
     check_place(out, args.overwrite)
-    manifest = read_pairs(args.inputs, staging, about, args.val)
+    manifest = read_pairs(args.inputs, staging, facts, args.val)
     put_in_place(staging, out, args.overwrite)
     tokens = [sum(s["tokens"] for s in manifest["shards"] if s["split"] == split) for split in ("train", "val")]
     return f"{manifest['documents']} documents, {tokens[0]} train and {tokens[1]} val tokens in {args.out}"
 
 
 def main(argv=None):
-    parser = OneLineParser(prog="binidx.py", description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser("binidx.py", __doc__)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a folder of shards, or one or two pairs")
     parser.add_argument("--out", required=True, metavar="PATH", help="start of the pairs' names, or folder of shards")
-    parser.add_argument("--tokenizer", metavar="NAME", help="of the tokens; a folder's manifest.json says it")
-    parser.add_argument("--vocab_size", type=int, metavar="N", help="of another tokenizer than bytes and gpt2")
-    parser.add_argument("--document_mark", type=int, metavar="ID", help="of another tokenizer than bytes and gpt2")
-    parser.add_argument("--val", type=float, default=0.05, metavar="SHARE", help="of the documents of one pair, 0.05")
+    parser.add_argument("--tokenizer", metavar="NAME",
+                        help="whose tokens they are [as the folder's manifest.json says]")
+    parser.add_argument("--vocab_size", type=int, metavar="N",
+                        help="ids of a tokenizer that is neither bytes nor gpt2")
+    parser.add_argument("--document_mark", type=int, metavar="ID",
+                        help="id that begins a document, of a tokenizer that is neither")
+    parser.add_argument("--val", type=float, default=0.05, metavar="SHARE",
+                        help="held out of the documents of one pair [0.05]")
     parser.add_argument("--overwrite", action="store_true", help="replace pairs, or a folder that text.py or this made")
     args, staging = parser.parse_args(argv), None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -16,12 +16,14 @@ import argparse
 import concurrent.futures
 import functools
 import hashlib
-import json
 import os
 import shutil
 import sys
 import threading
 import time
+
+from shards import (HEADER_BYTES, MANIFEST, SHARD_TOKENS, Damaged, Failure, OneLineParser, count_tokens, entry_of,
+                    read_manifest, write_manifest, write_token_bytes)
 
 try:
     import fcntl
@@ -31,48 +33,28 @@ except ImportError:  # Windows
 # --------------------------------------------------------------------------------------------------------------------
 # Shards
 
-MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 VOCAB_SIZE, DOCUMENT_MARK = 50257, 50256
-SHARD_TOKENS = 100_000_000  # of a train shard; the last of a dataset is shorter
-MANIFEST = "manifest.json"
-
-
-class Failure(Exception):
-    """A cause and its way round, in one line for the user."""
-
-
-class Damaged(Exception):
-    """What is wrong with the bytes of a shard."""
 
 
 def file_name(number):
     return f"fineweb_train_{number:06d}.bin" if number else "fineweb_val_000000.bin"
 
 
-def scan(path):
-    """Reads every byte. -> the shard's entry in the manifest. Raises Damaged."""
+def scan(path, name=None):
+    """Reads every byte. -> the entry of the shard (called `name`) in the manifest. Raises Damaged."""
     import numpy as np
     digest, top = hashlib.sha256(), -1
     with open(path, "rb") as f:
         stat = os.fstat(f.fileno())
-        header = f.read(HEADER_BYTES)
-        digest.update(header)
-        if len(header) < HEADER_BYTES:
-            raise Damaged(f"is no shard: {stat.st_size} bytes, less than a header")
-        magic, version, tokens = np.frombuffer(header, "<i4", 3).tolist()
-        if (magic, version) != (MAGIC, VERSION):
-            raise Damaged(f"is no shard: it begins with {magic} and {version}, not with {MAGIC} and {VERSION}")
-        if tokens < 1 or HEADER_BYTES + 2 * tokens != stat.st_size:
-            raise Damaged(f"is damaged: {tokens} tokens by its header, {(stat.st_size - HEADER_BYTES) / 2:.12g} by its "
-                          "size")
+        head = f.read(HEADER_BYTES)
+        digest.update(head)
+        tokens = count_tokens(head, stat.st_size)
         while block := f.read(1 << 22):
             digest.update(block)
             top = max(top, int(np.frombuffer(block, "<u2").max()))
     if top >= VOCAB_SIZE:
         raise Damaged(f"is damaged: it holds token id {top}, the vocabulary ends at {VOCAB_SIZE - 1}")
-    name = os.path.basename(path)
-    return dict(name=name, tokens=tokens, bytes=stat.st_size, sha256=digest.hexdigest(),
-                split="val" if "_val_" in name else "train", top_id=top, mtime_ns=stat.st_mtime_ns)
+    return entry_of(name or os.path.basename(path), tokens, digest.hexdigest(), mtime_ns=stat.st_mtime_ns)
 
 
 def unchanged(path, entry):
@@ -84,43 +66,29 @@ def unchanged(path, entry):
         return False
 
 
-def write(path, data):
-    """Whole or not at all: a reader never sees half a file. One process at a time: alone() sees to that."""
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
 class Manifest:
     """manifest.json: what the shards beside it are. One process and one thread write it."""
 
-    def __init__(self, folder, about):
-        self.path, self.about, self.shards, self.damaged = os.path.join(folder, MANIFEST), about, {}, False
+    def __init__(self, folder, facts):
+        self.folder, self.path, self.facts = folder, os.path.join(folder, MANIFEST), facts
+        self.shards, self.damaged = {}, False
         try:
-            with open(self.path, encoding="utf-8") as f:
-                data = json.load(f)
-            shards = {entry["name"]: entry for entry in data["shards"]}
-            assert all(isinstance(entry["sha256"], str) for entry in shards.values())
+            known, shards = read_manifest(folder)
         except FileNotFoundError:
             return
-        except (ValueError, KeyError, TypeError, AssertionError):
+        except Damaged:
             self.damaged = True
             return
-        for key in about:
-            if data.get(key) != about[key]:
-                raise Failure(f"{folder} holds other shards: {key} is {data.get(key)} there, {about[key]} here. "
+        for key in facts:
+            if known.get(key) != facts[key]:
+                raise Failure(f"{folder} holds other shards: {key} is {known.get(key)} there, {facts[key]} here. "
                               "Name another folder with --out DIR, or delete that one.")
         self.shards = shards
 
     def add(self, entry):
         self.shards[entry["name"]] = entry
-        shards = [self.shards[name] for name in sorted(self.shards, key=lambda name: ("_val_" not in name, name))]
-        write(self.path, (json.dumps(dict(self.about, shards=shards), indent=1) + "\n").encode())
+        names = sorted(self.shards, key=lambda name: ("_val_" not in name, name))
+        write_manifest(self.folder, self.facts, [self.shards[name] for name in names], part=f"{self.path}.part")
 
 
 def alone(folder):
@@ -209,11 +177,11 @@ class Source:
 
     def locate(self, name):
         """-> dict(name, url, size, sha256, commit, cached): where a shard lies and what it must be, as far as known."""
-        found, tries = dict(name=name, url=None, size=None, sha256=None, commit=None, cached=None), 0
+        remote, tries = dict(name=name, url=None, size=None, sha256=None, commit=None, cached=None), 0
         while not self.offline:
             tries += 1
             try:
-                about = self.hub.get_hf_file_metadata(self.url(name))
+                metadata = self.hub.get_hf_file_metadata(self.url(name))
             except Exception as error:
                 if not transport(error):
                     raise
@@ -222,57 +190,57 @@ class Source:
                 self.again(name, error, tries)
                 continue
             self.answered = True
-            if not about.commit_hash or not about.etag:
+            if not metadata.commit_hash or not metadata.etag:
                 raise Failure(f"{self.endpoint} does not answer as the hub does (no X-Repo-Commit or ETag for {name}): "
                               "check HF_ENDPOINT and the proxy.")
-            etag = about.etag.lower()
-            found.update(url=self.url(name, about.commit_hash), size=about.size, commit=about.commit_hash,
+            etag = metadata.etag.lower()
+            remote.update(url=self.url(name, metadata.commit_hash), size=metadata.size, commit=metadata.commit_hash,
                          sha256=etag if len(etag) == 64 and not etag.strip("0123456789abcdef") else None)
             break
-        found["cached"] = path = self.cached(name, found["commit"] or "main")
-        if not found["url"]:
+        remote["cached"] = path = self.cached(name, remote["commit"] or "main")
+        if not remote["url"]:
             if not path:
                 raise Failure(f"HF_HUB_OFFLINE is set, and {name} is not in the hub's cache "
                               f"{self.hub.constants.HF_HUB_CACHE}. Unset it, or copy the shards here by hand.")
             blob = os.path.basename(os.path.realpath(path))  # the cache calls it by its checksum
-            found.update(size=os.path.getsize(path), sha256=blob if len(blob) == 64 else None,
+            remote.update(size=os.path.getsize(path), sha256=blob if len(blob) == 64 else None,
                          commit=os.path.basename(os.path.dirname(path)))
-        return found
+        return remote
 
     def cached(self, name, revision):
         path = self.hub.try_to_load_from_cache(self.repo, name, repo_type="dataset", revision=revision)
         return path if isinstance(path, str) else None
 
-    def fetch(self, found, folder, arrived):
+    def fetch(self, remote, folder, arrived):
         """Brings one shard to its place. arrived(n): n more bytes are there (n < 0: they are gone). -> its entry."""
-        name, tries = found["name"], 0
-        path, part = os.path.join(folder, name), Part(part_path(found, folder), arrived, self.stopped)
+        name, tries = remote["name"], 0
+        path, part = os.path.join(folder, name), Part(part_path(remote, folder), arrived, self.stopped)
         try:
             while True:
                 before = part.size
                 try:
-                    if found["cached"]:
+                    if remote["cached"]:
                         part.restart()
-                        with open(found["cached"], "rb") as f:
+                        with open(remote["cached"], "rb") as f:
                             shutil.copyfileobj(f, part, CHUNK)
                     else:
                         headers = dict(self.hub.utils.build_hf_headers(), **{"Accept-Encoding": "identity"})
                         self.hub.file_download.http_get(
-                            found["url"], part, resume_size=part.size, headers=headers, expected_size=found["size"],
+                            remote["url"], part, resume_size=part.size, headers=headers, expected_size=remote["size"],
                             displayed_filename=name)
-                    entry = verified(part.path, name, found["sha256"])
+                    entry = verified(part.path, name, remote["sha256"])
                     break
                 except Damaged as error:
                     before = part.size
                     part.restart()
-                    if not found["cached"]:
+                    if not remote["cached"]:
                         tries += 1
                         if tries > min(2, self.retries):
-                            raise Failure(f"{found['url']} {error}, {tries} times over. A proxy or the disk alters the "
-                                          "bytes, or HF_ENDPOINT is no mirror of the hub.") from None
-                    elif not found["url"]:
-                        raise Failure(f"{found['cached']} in the hub's cache {error}. Delete it.") from None
-                    found["cached"] = None
+                            raise Failure(f"{remote['url']} {error}, {tries} times over. A proxy or the disk alters "
+                                          "the bytes, or HF_ENDPOINT is no mirror of the hub.") from None
+                    elif not remote["url"]:
+                        raise Failure(f"{remote['cached']} in the hub's cache {error}. Delete it.") from None
+                    remote["cached"] = None
                     self.say(f"{name} {error}; fetching it again")
                 except Exception as error:
                     if not transport(error):
@@ -287,20 +255,20 @@ class Source:
             if not os.path.getsize(part.path):
                 os.remove(part.path)
         os.replace(part.path, path)
-        return dict(entry, mtime_ns=os.stat(path).st_mtime_ns, commit=found["commit"],
-                    hub_checksum=bool(found["sha256"]))
+        return dict(entry, mtime_ns=os.stat(path).st_mtime_ns, commit=remote["commit"],
+                    hub_checksum=bool(remote["sha256"]))
 
 
-def part_path(found, folder):
+def part_path(remote, folder):
     """The part file names the checksum: parts of another version of the shard are never gone on with."""
-    return os.path.join(folder, f".{found['name']}.{(found['sha256'] or 'unknown')[:16]}.part")
+    return os.path.join(folder, f".{remote['name']}.{(remote['sha256'] or 'unknown')[:16]}.part")
 
 
 def verified(path, name, sha256):
-    entry = dict(scan(path), name=name, split="val" if "_val_" in name else "train")
-    if sha256 and entry["sha256"] != sha256:
-        raise Damaged(f"is damaged: sha256 {entry['sha256'][:12]}…, by the hub {sha256[:12]}…")
-    return entry
+    shard = scan(path, name)
+    if sha256 and shard["sha256"] != sha256:
+        raise Damaged(f"is damaged: sha256 {shard['sha256'][:12]}…, by the hub {sha256[:12]}…")
+    return shard
 
 
 class Part:
@@ -347,11 +315,6 @@ class Part:
 # --------------------------------------------------------------------------------------------------------------------
 # Main
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (all flags: python data/{self.prog} --help)\n")
-
-
 def parse(script, dataset, train_shards, doc, argv):
     def count(low, high, what):
         def convert(text):
@@ -365,7 +328,7 @@ def parse(script, dataset, train_shards, doc, argv):
             return number
         return convert
 
-    parser = OneLineParser(prog=script, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(script, doc)
     parser.add_argument("count", nargs="?", type=count(1, train_shards, "train shards"),
                         help=f"train shards to have, from the first on [all {train_shards}]")
     parser.add_argument("--steps", type=count(1, None, "steps"), help="work the count out: for this many steps")
@@ -427,7 +390,7 @@ def check(args, dataset, manifest, say):
     stranger = f"; {strangers} not in {MANIFEST}, so not held against a checksum" if strangers else ""
     if wrong:
         with alone(args.out):
-            manifest = Manifest(args.out, manifest.about)
+            manifest = Manifest(args.out, manifest.facts)
             for name in set(wrong) & set(manifest.shards):  # no longer trusted for its size and time
                 manifest.add(dict(manifest.shards[name], mtime_ns=0))
         raise Failure(f"{len(wrong)} of {len(names)} shards missing or damaged{stranger}. Without --check they are "
@@ -469,43 +432,43 @@ def locate_all(source, names, pool):
     return [source.locate(names[0]), *pool.map(source.locate, names[1:])] if names else []
 
 
-def download(args, dataset, source, found, manifest, pool, tqdm):
+def download(args, dataset, source, remotes, manifest, pool, tqdm):
     """Fetches the shards, several at once, under one bar."""
     def part_size(one):
         path = part_path(one, args.out)
         return os.path.getsize(path) if os.path.exists(path) and not one["cached"] else 0
 
-    total, have = sum(one["size"] or 0 for one in found), sum(map(part_size, found))
+    total, have = sum(one["size"] or 0 for one in remotes), sum(map(part_size, remotes))
     free = shutil.disk_usage(args.out).free
     if total - have > free:
         room, fit = free + have, 0
-        while fit < len(found) and (room := room - (found[fit]["size"] or 0)) >= 0:
+        while fit < len(remotes) and (room := room - (remotes[fit]["size"] or 0)) >= 0:
             fit += 1
-        fewer = f"fetch fewer (there is room for {fit} of these {len(found)} files)" if fit > 1 else "make room"
+        fewer = f"fetch fewer (there is room for {fit} of these {len(remotes)} files)" if fit > 1 else "make room"
         raise Failure(f"{(total - have) / 1e9:.2f} GB to fetch, {free / 1e9:.2f} GB free in {args.out}: {fewer}, or "
                       "name a folder on a larger disk with --out DIR.")
-    stale = {f".{one['name']}.": os.path.basename(part_path(one, args.out)) for one in found}
+    stale = {f".{one['name']}.": os.path.basename(part_path(one, args.out)) for one in remotes}
     for other in os.listdir(args.out):  # parts of another version of the shard
         if other.endswith(".part") and stale.get(other[:other.index(".bin.") + 5] if ".bin." in other else "",
                                                  other) != other:
             os.remove(os.path.join(args.out, other))
-    cached = sum(bool(one["cached"]) for one in found)
-    whence = source.endpoint if cached < len(found) else "the hub's cache"
-    print(f"{dataset}: fetching {len(found)} files, {total / 1e9:.2f} GB, from {whence}"
+    cached = sum(bool(one["cached"]) for one in remotes)
+    whence = source.endpoint if cached < len(remotes) else "the hub's cache"
+    print(f"{dataset}: fetching {len(remotes)} files, {total / 1e9:.2f} GB, from {whence}"
           f"{f', {have / 1e6:.1f} MB of it here from an earlier try' if have else ''}", flush=True)
     bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, unit_divisor=1000, dynamic_ncols=True,
-               mininterval=0.2 if sys.stderr.isatty() else 10, postfix=f"0/{len(found)} files")
+               mininterval=0.2 if sys.stderr.isatty() else 10, postfix=f"0/{len(remotes)} files")
     lock = threading.Lock()
 
     def arrived(n):
         with lock:
             bar.update(n)
 
-    pending = {pool.submit(source.fetch, one, args.out, arrived) for one in found}
+    pending = {pool.submit(source.fetch, one, args.out, arrived) for one in remotes}
     try:
         for done, future in enumerate(concurrent.futures.as_completed(pending), 1):
             manifest.add(future.result())
-            bar.set_postfix_str(f"{done}/{len(found)} files")
+            bar.set_postfix_str(f"{done}/{len(remotes)} files")
     finally:
         bar.close()
 
@@ -527,15 +490,15 @@ def fetch(args, dataset, repo, train_shards, manifest, say):
         if missing or strangers:
             source = Source(repo, args.retries, say)
         for name, entry in strangers:  # copied here by hand
-            found = source.locate(name) if not source.offline else dict(sha256=None, commit=None)
-            if found["sha256"] in (None, entry["sha256"]):
-                manifest.add(dict(entry, commit=found["commit"], hub_checksum=bool(found["sha256"])))
+            remote = source.locate(name) if not source.offline else dict(sha256=None, commit=None)
+            if remote["sha256"] in (None, entry["sha256"]):
+                manifest.add(dict(entry, commit=remote["commit"], hub_checksum=bool(remote["sha256"])))
             else:
                 say(f"{name} is not the hub's (another sha256): fetching it again")
                 missing.append(name)
         if missing:
-            found = locate_all(source, sorted(missing, key=names.index), pool)
-            download(args, dataset, source, found, manifest, pool, tqdm)
+            remotes = locate_all(source, sorted(missing, key=names.index), pool)
+            download(args, dataset, source, remotes, manifest, pool, tqdm)
     finally:
         if source:
             source.stopped.set()
@@ -548,22 +511,22 @@ def fetch(args, dataset, repo, train_shards, manifest, say):
 
 
 def main(dataset, repo, train_shards, doc, argv=None):
-    script, here = f"cached_{dataset}.py", os.path.dirname(os.path.abspath(__file__))
+    script, folder = f"cached_{dataset}.py", os.path.dirname(os.path.abspath(__file__))
     args = parse(script, dataset, train_shards, doc, argv)
     try:
         try:
-            from tokenizer import GPT2_SHA256, write_lengths
+            from tokenizer import GPT2_SHA256
             from tqdm import tqdm
             say = functools.partial(tqdm.write, file=sys.stderr)
-            about = dict(dataset=dataset, source=repo, tokenizer="gpt2", tokenizer_sha256=GPT2_SHA256,
+            facts = dict(dataset=dataset, source=repo, tokenizer="gpt2", tokenizer_sha256=GPT2_SHA256,
                          vocab_size=VOCAB_SIZE, document_mark=DOCUMENT_MARK)
             if args.check:
-                return check(args, dataset, Manifest(args.out, about), say)
+                return check(args, dataset, Manifest(args.out, facts), say)
             os.makedirs(args.out, exist_ok=True)
             with alone(args.out):
-                fetch(args, dataset, repo, train_shards, Manifest(args.out, about), say)
-                with open(os.path.join(here, "gpt2_token_bytes.u8"), "rb") as f:
-                    write_lengths(args.out, list(f.read()))
+                fetch(args, dataset, repo, train_shards, Manifest(args.out, facts), say)
+                with open(os.path.join(folder, "gpt2_token_bytes.u8"), "rb") as f:
+                    write_token_bytes(args.out, f.read())
                 return 0
         except ImportError as error:
             raise Failure(f"{error.name or error} is missing in {sys.executable}. Call .venv/bin/python instead "

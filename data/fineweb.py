@@ -28,8 +28,8 @@ try:
     from tqdm import tqdm
 
     import tokenizer
-    from cached_fineweb10B import (MAGIC, MANIFEST, VERSION, Damaged, Failure, Manifest, OneLineParser, alone, explain,
-                                   file_name, scan, unchanged)
+    from cached_fineweb10B import Manifest, alone, explain, file_name, scan, unchanged
+    from shards import (MANIFEST, SHARD_TOKENS, Damaged, Failure, OneLineParser, entry_of, header, write_token_bytes)
 except ImportError as error:
     sys.exit(f"fineweb.py: {error.name} is missing in {sys.executable}. Call .venv/bin/python instead, or: pip install "
              "-r requirements.txt -r data/requirements.txt")
@@ -107,20 +107,17 @@ def place(folder, manifest, name, tokens, following):
 
     The manifest knows it first: killed in between, a file is missing, which is seen, and none is unknown.
     """
-    header = np.zeros(256, "<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
-    part, digest = os.path.join(folder, f".{name}.part"), hashlib.sha256(header)
+    head = header(len(tokens))
+    part, digest = os.path.join(folder, f".{name}.part"), hashlib.sha256(head)
     digest.update(tokens)
     try:
         with open(part, "wb") as f:
-            f.write(header)
+            f.write(head)
             f.write(tokens)
             f.flush()
             os.fsync(f.fileno())
-        stat = os.stat(part)
-        manifest.add(dict(name=name, tokens=len(tokens), bytes=stat.st_size, sha256=digest.hexdigest(),
-                          split="val" if "_val_" in name else "train", top_id=int(tokens.max()),
-                          mtime_ns=stat.st_mtime_ns, next=following))
+        changed = os.stat(part).st_mtime_ns
+        manifest.add(entry_of(name, len(tokens), digest.hexdigest(), mtime_ns=changed, next=following))
         os.replace(part, os.path.join(folder, name))
     finally:
         if os.path.exists(part):
@@ -130,16 +127,16 @@ def place(folder, manifest, name, tokens, following):
 def finished(folder, manifest):
     """-> (number of shards that are whole, [document, token] where the one after them begins)"""
     number, following = 0, [0, 0]
-    while entry := manifest.shards.get(file_name(number)):
-        path = os.path.join(folder, entry["name"])
+    while shard := manifest.shards.get(file_name(number)):
+        path = os.path.join(folder, shard["name"])
         try:
-            if not unchanged(path, entry):
-                if scan(path)["sha256"] != entry["sha256"]:
+            if not unchanged(path, shard):
+                if scan(path)["sha256"] != shard["sha256"]:
                     break
-                manifest.add(dict(entry, mtime_ns=os.stat(path).st_mtime_ns))
+                manifest.add(dict(shard, mtime_ns=os.stat(path).st_mtime_ns))
         except (OSError, Damaged):
             break
-        number, following = number + 1, entry["next"]
+        number, following = number + 1, shard["next"]
     return number, following
 
 
@@ -202,9 +199,9 @@ def parse(argv):
         return number
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parser = OneLineParser(prog="fineweb.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser("fineweb.py", __doc__)
     parser.add_argument("--version", choices=("10B", "100B"), required=True, help="which sample of FineWeb")
-    parser.add_argument("--shard_size", type=whole(1, 2**31 - 1), default=100_000_000, help="tokens a shard [10^8]")
+    parser.add_argument("--shard_size", type=whole(1, 2**31 - 1), default=SHARD_TOKENS, help="tokens a shard [10^8]")
     parser.add_argument("--input", nargs="+", metavar="PATH", help="parquet files or folders of them in place of the "
                                                                    "hub's; a column `text` is all they need")
     parser.add_argument("--vocab", metavar="FILE", help="GPT-2's ranks in tiktoken's form (r50k_base.tiktoken), for a "
@@ -222,17 +219,17 @@ def run(args):
     dataset, source = open_dataset(args)
     if "text" not in dataset.column_names:
         raise Failure(f"{source} has no column `text`; it has {', '.join(dataset.column_names)}")
-    about = dict(dataset=f"fineweb{args.version}", source=source, tokenizer=bpe.name, tokenizer_sha256=bpe.sha256,
+    facts = dict(dataset=f"fineweb{args.version}", source=source, tokenizer=bpe.name, tokenizer_sha256=bpe.sha256,
                  vocab_size=bpe.vocab_size, document_mark=bpe.document_mark, shard_size=args.shard_size,
                  documents=len(dataset))
     os.makedirs(args.out, exist_ok=True)
     with alone(args.out):
-        manifest = Manifest(args.out, about)
+        manifest = Manifest(args.out, facts)
         if manifest.damaged:
             raise Failure(f"{manifest.path} is damaged. Delete the folder and begin anew, or name another with --out "
                           "DIR.")
         made = make(args, dataset, manifest, lambda text: tqdm.write(text, file=sys.stderr))
-        tokenizer.write_lengths(args.out, bpe.lengths())
+        write_token_bytes(args.out, bpe.lengths().tolist())
     tokens = sum(entry["tokens"] for entry in manifest.shards.values())
     what = f"{made} of them made in {time.perf_counter() - start:.0f} s" if made else "intact, nothing to make"
     print(f"fineweb{args.version}: {len(manifest.shards)} shards, {tokens:,} tokens of {len(dataset):,} documents in "
@@ -247,7 +244,7 @@ def main(argv=None):
             return run(args)
         except OSError as error:
             raise explain(error, args.out) from None
-    except (Failure, tokenizer.Failure) as failure:
+    except Failure as failure:
         print(f"fineweb.py: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -9,19 +9,19 @@ is imported or executed. Needs Python 3.10 or newer and no package, so it runs b
 The text differs a little between Python versions: compare losses only between runs on one fingerprint (manifest.json).
 """
 
-import argparse
 import array
 import hashlib
-import json
 import os
 import sys
 import sysconfig
 import time
 
-# --------------------------------------------------------------------------------------------------------------------
-# Format and choices
+from shards import (HEADER_BYTES, TOKEN_BYTES, Damaged, Failure, OneLineParser, entry_of, header, read_manifest,
+                    sha256_of, write, write_manifest, write_token_bytes)
 
-MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256  # header: 256 int32; [0] magic, [1] version, [2] tokens, rest 0
+# --------------------------------------------------------------------------------------------------------------------
+# Choices
+
 DOCUMENT_MARK = 256         # first token of every document; tokens 0..255 are the bytes of the text in UTF-8
 TOKENIZER_SHA256 = "e66088df4cdb28fbad3c55ac5a7ae741bc402e732ed948eb096a8ed6f852768f"  # tokenizer.py says of what
 MIN_DOCSTRING = 32          # characters; what is shorter ("Return the name.") is mostly boilerplate
@@ -31,12 +31,7 @@ MIN_TEXT = 500_000          # bytes; less means that this Python came without it
 MIN_VAL = 64 * 1024         # tokens
 VAL_FRACTION = 0.1
 SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
-TRAIN, VAL, MANIFEST = "pydocs_train_000001.bin", "pydocs_val_000000.bin", "manifest.json"
-TOKEN_BYTES = "token_bytes.bin"
-
-
-class Failure(Exception):
-    """A cause and its way round, in one line for the user."""
+TRAIN, VAL = "pydocs_train_000001.bin", "pydocs_val_000000.bin"
 
 
 def python_version():
@@ -52,14 +47,14 @@ def sha256(data):
 
 def source_files(stdlib):
     """[(name with forward slashes, path)] in one order on every file system."""
-    found = []
+    files = []
     for folder, folders, names in os.walk(stdlib):
         folders[:] = [f for f in folders if f not in SKIP]
         for name in names:
             if name.endswith(".py"):
                 path = os.path.join(folder, name)
-                found.append((os.path.relpath(path, stdlib).replace(os.sep, "/"), path))
-    return sorted(found)
+                files.append((os.path.relpath(path, stdlib).replace(os.sep, "/"), path))
+    return sorted(files)
 
 
 def docstrings(tree):
@@ -121,10 +116,10 @@ def documents(stdlib):
             except (OSError, SyntaxError, ValueError):
                 continue  # unreadable, or not this Python's syntax
             if name == "pydoc_data/topics.py":
-                found = raw = {f"topic {key}": [text] for key, text in topics(tree).items()}
+                texts = raw = {f"topic {key}": [text] for key, text in topics(tree).items()}
             else:
-                found = modules[f"module {name}"] = [text for text in docstrings(tree) if len(text) >= MIN_DOCSTRING]
-            if found:
+                texts = modules[f"module {name}"] = [text for text in docstrings(tree) if len(text) >= MIN_DOCSTRING]
+            if texts:
                 files += 1
                 fingerprint.update(f"{name} {len(source)}\n".encode() + source)
     order = sorted(raw, key=lambda name: (-len(raw[name][0]), name)) + list(modules)
@@ -165,29 +160,15 @@ def split(docs):
 
 
 def shard(texts):
-    """-> (bytes of the file, tokens)"""
+    """The bytes of a shard of these documents."""
     tokens = array.array("H")
     for text in texts:
         tokens.append(DOCUMENT_MARK)
         tokens.extend(text.encode())
-    header = array.array("i", [MAGIC, VERSION, len(tokens)] + [0] * (HEADER_INTS - 3))
-    assert tokens.itemsize == 2 and header.itemsize == 4
+    count = len(tokens)
     if sys.byteorder == "big":
         tokens.byteswap()
-        header.byteswap()
-    return header.tobytes() + tokens.tobytes(), len(tokens)
-
-
-def write(path, data):
-    """Whole or not at all: a reader never sees half a file."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    return header(count) + tokens.tobytes()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -200,82 +181,76 @@ def builder():
 
 
 def stale(out):
-    """-> (why the corpus in `out` must be made, or "" if it is intact; its manifest)"""
+    """Why the corpus in `out` must be made, or "" if it is intact; its facts, its shards (None without a manifest)."""
     try:
-        with open(os.path.join(out, MANIFEST), encoding="utf-8") as f:
-            manifest = json.load(f)
-        if manifest["python"] != python_version():
-            return f"was made by Python {manifest['python']}, this is {python_version()}", manifest
-        if manifest["builder"] != builder():
-            return "was made by another version of pydocs.py", manifest
-        if not os.path.exists(os.path.join(out, TOKEN_BYTES)):
-            return f"lacks {TOKEN_BYTES}", manifest
-        if [s["name"] for s in manifest["shards"]] != [TRAIN, VAL]:
-            return "has a manifest of other shards", manifest
-        for entry in manifest["shards"]:
-            path = os.path.join(out, entry["name"])
-            if not os.path.exists(path):
-                return f"lacks {entry['name']}", manifest
-            with open(path, "rb") as f:
-                data = f.read()
-            if len(data) != entry["bytes"] or sha256(data) != entry["sha256"]:
-                return f"is damaged: {entry['name']} is not what the manifest says", manifest
+        facts, listed = read_manifest(out)
+        if facts["python"] != python_version():
+            return f"was made by Python {facts['python']}, this is {python_version()}", facts, listed
+        if facts["builder"] != builder():
+            return "was made by another version of pydocs.py", facts, listed
+        if list(listed) != [TRAIN, VAL]:
+            return "has a manifest of other shards", facts, listed
+        for name in (TOKEN_BYTES, TRAIN, VAL):
+            if not os.path.exists(os.path.join(out, name)):
+                return f"lacks {name}", facts, listed
+        for name, shard in listed.items():
+            if sha256_of(os.path.join(out, name)) != shard["sha256"]:
+                return f"is damaged: {name} is not what the manifest says", facts, listed
     except FileNotFoundError:
-        return "is not there yet", None
-    except (OSError, ValueError, KeyError, TypeError):
-        return "has no readable manifest", None
-    return "", manifest
+        return "is not there yet", None, None
+    except (OSError, Damaged, KeyError):
+        return "has no readable manifest", None, None
+    return "", facts, listed
 
 
 def build(stdlib, out):
-    """Reads the library, writes the two shards and, last, the manifest. -> manifest"""
+    """Reads the library, writes the two shards and, last, the manifest. -> (facts, {name: entry}) of it"""
     docs, files, fingerprint = documents(stdlib)
     parts = split(docs)
-    shards = {name: (part, *shard(parts[part])) for name, part in ((TRAIN, "train"), (VAL, "val"))}
-    text = sum(tokens for _, _, tokens in shards.values()) - len(docs)
-    if text < MIN_TEXT or shards[VAL][2] < MIN_VAL:
+    shards = {TRAIN: shard(parts["train"]), VAL: shard(parts["val"])}
+    listed = {}
+    for name, data in shards.items():
+        listed[name] = entry_of(name, (len(data) - HEADER_BYTES) // 2, sha256(data))
+    text = sum(shard["tokens"] for shard in listed.values()) - len(docs)
+    if text < MIN_TEXT or listed[VAL]["tokens"] < MIN_VAL:
         raise Failure(f"only {text} bytes of text in {stdlib}, {MIN_TEXT} needed: this Python lacks its sources. "
                       "Install its full standard library (Debian: libpython3-stdlib) or use another Python.")
-    manifest = {
-        "dataset": "pydocs", "tokenizer": "bytes", "tokenizer_sha256": TOKENIZER_SHA256, "vocab_size": 257,
-        "document_mark": DOCUMENT_MARK,
-        "python": python_version(), "files": files, "documents": len(docs),
-        "fingerprint": fingerprint, "builder": builder(),
-        "shards": [{"name": name, "tokens": tokens, "bytes": len(data), "sha256": sha256(data), "split": part}
-                   for name, (part, data, tokens) in shards.items()],
-    }
+    facts = dict(
+        dataset="pydocs", tokenizer="bytes", tokenizer_sha256=TOKENIZER_SHA256, vocab_size=257,
+        document_mark=DOCUMENT_MARK, python=python_version(), files=files, documents=len(docs),
+        fingerprint=fingerprint, builder=builder())
     try:
         os.makedirs(out, exist_ok=True)
-        for name, (_, data, _) in shards.items():
+        for name, data in shards.items():
             write(os.path.join(out, name), data)
-        write(os.path.join(out, TOKEN_BYTES), bytes([1] * 256 + [0]))  # of text, by token id
-        write(os.path.join(out, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
+        write_token_bytes(out, [1] * 256 + [0])
+        write_manifest(out, facts, list(listed.values()))
     except OSError as error:
         reason = error.strerror or error
         raise Failure(f"cannot write {out}: {reason}. Name a writable folder with --out DIR.") from None
-    return manifest
+    return facts, listed
 
 
 def main():
-    here = os.path.dirname(os.path.abspath(__file__))
-    parser = argparse.ArgumentParser(description="Makes the offline corpus from the text inside Python.")
-    parser.add_argument("--out", default=os.path.join(here, "pydocs"), metavar="DIR", help="default: data/pydocs")
+    folder = os.path.dirname(os.path.abspath(__file__))
+    parser = OneLineParser("pydocs.py", __doc__)
+    parser.add_argument("--out", default=os.path.join(folder, "pydocs"), metavar="DIR", help="its folder [data/pydocs]")
     parser.add_argument("--force", action="store_true", help="build even if everything is intact")
     args = parser.parse_args()
     start = time.perf_counter()
-    why, manifest = stale(args.out)
+    why, facts, listed = stale(args.out)
     if why or args.force:
-        if manifest and why:
+        if facts and why:
             print(f"pydocs: {args.out} {why}: making it anew", flush=True)
         try:
-            manifest = build(sysconfig.get_path("stdlib"), args.out)
+            facts, listed = build(sysconfig.get_path("stdlib"), args.out)
         except Failure as failure:
             print(f"pydocs: {failure}", file=sys.stderr)
             return 1
-    train, val = (entry["tokens"] for entry in manifest["shards"])
+    train, val = (shard["tokens"] for shard in listed.values())
     done = f"{time.perf_counter() - start:.1f} s" if why or args.force else "intact"
-    print(f"pydocs: {manifest['documents']} documents, {train} train and {val} val tokens (bytes), "
-          f"Python {manifest['python']}, {done}")
+    print(f"pydocs: {facts['documents']} documents, {train} train and {val} val tokens (bytes), "
+          f"Python {facts['python']}, {done}")
     return 0
 
 

@@ -10,7 +10,6 @@ memory stays under 500 MB for any length of text, if no line of .jsonl is longer
 The same input gives the same shards. The folder appears whole, at the end; manifest.json in it says what it holds.
 """
 
-import argparse
 import codecs
 import gzip
 import hashlib
@@ -30,20 +29,19 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import TOKEN_BYTES, Failure, load, need, write_lengths
+from shards import (HEADER_BYTES, MANIFEST, SHARD_TOKENS, TOKEN_BYTES, Damaged, Failure, OneLineParser, entry_of,
+                    header, read_manifest, sha256_of, write_manifest, write_token_bytes)
+from tokenizer import load, need
 
 # --------------------------------------------------------------------------------------------------------------------
-# Format and choices
+# Choices
 
-MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256  # header: 256 int32; [0] magic, [1] version, [2] tokens, rest 0
 SEPARATOR = b"<|endoftext|>"  # between documents in a .txt file
 BLOCK = 1 << 16             # bytes read at once; larger ones leave the processor's cache while they are checked
 LARGEST_ROW = 1 << 25       # bytes; a line or row must be in memory as a whole, several times over
 IN_MEMORY = 1 << 23         # tokens; a longer document waits on the disk until its end is known
 KINDS = (".txt", ".jsonl", ".parquet")
 PACKED = (".gz", ".zst")
-MANIFEST = "manifest.json"
-SHARD_SIZE = 100_000_000    # tokens
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -51,21 +49,21 @@ SHARD_SIZE = 100_000_000    # tokens
 
 def find_files(inputs):
     """[path] in the order of the arguments, folders by the names in them; what else is in a folder is left alone."""
-    found = []
+    files = []
     for path in map(pathlib.Path, inputs):
         if path.is_dir():
             names = sorted(p for p in path.rglob("*") if p.is_file() and kind(p)
                            and not any(part.startswith(".") for part in p.relative_to(path).parts))
             if not names:
                 raise Failure(f"no {', '.join(KINDS)} (or those in {', '.join(PACKED)}) in the folder {path}")
-            found += names
+            files += names
         elif not path.exists():
             raise Failure(f"{path} does not exist")
         elif not kind(path):
             raise Failure(f"{path}: its name must end in {', '.join(KINDS)}, plain or with {', '.join(PACKED)}")
         else:
-            found.append(path)
-    return list(dict.fromkeys(found))
+            files.append(path)
+    return list(dict.fromkeys(files))
 
 
 def kind(path):
@@ -233,7 +231,7 @@ def tokens(pieces, tokenizer):
             body = np.frombuffer(piece, np.uint8)
         else:
             text = rest + piece.decode()
-            cut = None if end or not (found := CUT.match(text)) else found.end()
+            cut = None if end or not (match := CUT.match(text)) else match.end()
             text, rest = text[:cut], "" if cut is None else text[cut:]
             body = tokenizer.encode(text)
         yield np.concatenate((mark, body), dtype="<u2") if start else body.astype("<u2", copy=False), end, piece
@@ -257,7 +255,7 @@ class Shards:
         while len(tokens):
             if self.file is None:
                 self.file = open(self.path(len(self.counts)), "wb", buffering=1 << 18)
-                self.file.write(bytes(4 * HEADER_INTS))
+                self.file.write(bytes(HEADER_BYTES))
                 self.counts.append(0)
             part = tokens[:self.size - self.counts[-1]]
             self.file.write(part)
@@ -270,13 +268,11 @@ class Shards:
     def close(self):
         """Finish the last shard: header, and its sha256 in the background."""
         if self.file:
-            header = np.zeros(HEADER_INTS, "<i4")
-            header[:3] = MAGIC, VERSION, self.counts[-1]
             self.file.seek(0)
-            self.file.write(header)
+            self.file.write(header(self.counts[-1]))
             self.file.close()
             self.file = None
-            self.digests.append(self.pool.submit(sha256, self.path(len(self.counts) - 1)))
+            self.digests.append(self.pool.submit(sha256_of, self.path(len(self.counts) - 1)))
 
     def move_tail(self, count, to, mark):
         """Move the last `count` tokens to other shards, which begin with the mark like every stream."""
@@ -286,7 +282,7 @@ class Shards:
         for i in range(first, len(self.counts)):
             self.digests[i].result()  # until now it may have been reading this file
             with open(self.path(i), "rb") as file:
-                file.seek(4 * HEADER_INTS + (2 * keep if i == first else 0))
+                file.seek(HEADER_BYTES + (2 * keep if i == first else 0))
                 while len(part := np.frombuffer(file.read(1 << 20), "<u2")):
                     if not to.total and part[0] != mark:
                         to.write(np.array([mark], "<u2"))
@@ -295,7 +291,7 @@ class Shards:
                 self.path(i).unlink()
         del self.counts[first:], self.digests[first:]
         if keep:
-            os.truncate(self.path(first), 4 * HEADER_INTS + 2 * keep)
+            os.truncate(self.path(first), HEADER_BYTES + 2 * keep)
             self.counts.append(keep)
             self.file = open(self.path(first), "r+b")
             self.close()
@@ -303,16 +299,8 @@ class Shards:
     def described(self):
         """[entry of the manifest] of the finished shards."""
         self.close()
-        return [dict(name=self.path(i).name, tokens=count, bytes=4 * HEADER_INTS + 2 * count, sha256=digest.result(),
-                     split=self.split) for i, (count, digest) in enumerate(zip(self.counts, self.digests))]
-
-
-def sha256(path):
-    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 22))  # large: each costs a wait for the interpreter
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-    return digest.hexdigest()
+        return [entry_of(self.path(i).name, count, digest.result())
+                for i, (count, digest) in enumerate(zip(self.counts, self.digests))]
 
 
 class Seen:
@@ -387,10 +375,9 @@ def check_place(out, overwrite):
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
         return
     try:
-        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        ours = {MANIFEST, TOKEN_BYTES, *(shard["name"] for shard in manifest["shards"])}
-        ours = ours if manifest["dataset"] == "text" else set()
-    except (OSError, ValueError, KeyError, TypeError):
+        facts, shards = read_manifest(out)
+        ours = {MANIFEST, TOKEN_BYTES, *shards} if facts.get("dataset") == "text" else set()
+    except (OSError, Damaged):
         ours = set()
     strange = sorted({path.name for path in out.iterdir()} - ours) if out.is_dir() else [out.name]
     if strange:
@@ -438,37 +425,30 @@ def build(args, staging, bar):
         way = "--by tail cuts within a document" if args.by == "document" else "give more text"
         raise Failure(f"{counts['documents']} document(s), {train.total + val.total} tokens: too little to hold out "
                       f"{args.val:g} of it by {args.by}. {way[0].upper()}{way[1:]}, or a larger --val holds out more")
-    with open(__file__, "rb") as source:
-        builder = hashlib.sha256(source.read().replace(b"\r\n", b"\n")).hexdigest()
-    manifest = dict(
+    facts = dict(
         dataset="text", tokenizer=tokenizer.name, tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size,
         document_mark=tokenizer.document_mark, files=len(files), **counts, replaced=cleaner.replaced, val=args.val,
-        by=args.by, dedup=args.dedup, builder=builder, shards=shards)
-    write_lengths(staging, tokenizer.lengths())
-    (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return manifest
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (all flags: python data/{self.prog} --help)\n")
+        by=args.by, dedup=args.dedup, builder=sha256_of(__file__))
+    write_token_bytes(staging, tokenizer.lengths().tolist())
+    write_manifest(staging, facts, shards)
+    return dict(facts, shards=shards)
 
 
 def parse(argv):
-    parser = OneLineParser(prog="text.py", description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser("text.py", __doc__)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file or folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the shards, such as data/mine")
-    parser.add_argument("--tokenizer", default="bytes", choices=("bytes", "gpt2"), help="default: bytes")
+    parser.add_argument("--tokenizer", default="bytes", choices=("bytes", "gpt2"),
+                        help="how text becomes tokens [bytes]")
     parser.add_argument("--vocab", metavar="FILE", help="gpt2: ranks in tiktoken's form, where there is no network")
-    parser.add_argument("--val", type=float, default=0.05, metavar="SHARE", help="share held out, default 0.05")
+    parser.add_argument("--val", type=float, default=0.05, metavar="SHARE", help="share held out [0.05]")
     parser.add_argument("--by", default="document", choices=("document", "tail"),
-                        help="hold out whole documents, evenly (default), or the end of the text")
+                        help="hold out whole documents, evenly, or the end of the text [document]")
     parser.add_argument("--dedup", action="store_true", help="keep a document that occurs again only once")
-    parser.add_argument("--field", default="text", metavar="NAME", help="of .jsonl and .parquet, default text")
-    parser.add_argument("--shard_size", type=int, default=SHARD_SIZE, metavar="TOKENS", help=f"default {SHARD_SIZE}")
+    parser.add_argument("--field", default="text", metavar="NAME",
+                        help="where .jsonl and .parquet have the text [text]")
+    parser.add_argument("--shard_size", type=int, default=SHARD_TOKENS, metavar="TOKENS",
+                        help="tokens a shard [10^8]")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that this program made")
     args = parser.parse_args(argv)
     if not 0 < args.val < 1:

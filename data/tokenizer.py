@@ -18,7 +18,6 @@ import binascii
 import hashlib
 import itertools
 import math
-import os
 import pathlib
 import re
 import sys
@@ -26,19 +25,11 @@ import unicodedata
 
 import numpy as np
 
+from shards import LARGEST_ID, Failure
+
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # of r50k_base.tiktoken
 GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
-LARGEST_ID = 65535  # shards hold uint16
-TOKEN_BYTES = "token_bytes.bin"
 BY_SIZE = {257: "bytes", 50257: "gpt2"}  # the tokenizer of a model that names none
-
-
-class Failure(Exception):
-    """A cause and its way round, in one line for the user."""
-
-    def __str__(self):
-        message = super().__str__()
-        return message if message[-1:] in ".?" else f"{message}."
 
 
 def need(module):
@@ -47,16 +38,6 @@ def need(module):
         return __import__(module)
     except ImportError:
         raise Failure(f"{module} is not installed: pip install -r data/requirements.txt") from None
-
-
-def write_lengths(folder, lengths):
-    """token_bytes.bin beside shards: a uint8 a token id, the bytes of text that it stands for; 0 for the document mark.
-    By it the training scripts count the text of what they validate. One that is the same is left alone."""
-    path, data = pathlib.Path(folder) / TOKEN_BYTES, np.asarray(lengths, np.uint8).tobytes()
-    if not path.exists() or path.read_bytes() != data:
-        part = path.with_suffix(".part")
-        part.write_bytes(data)
-        os.replace(part, path)
 
 
 def canonical(tokens):
@@ -258,10 +239,10 @@ def load(name="bytes", vocab=None):
     return BytePairs(sorted(ranks, key=ranks.get), "gpt2")
 
 
-def for_model(about, size, wanted=None):
+def for_model(header, size, wanted=None):
     """The tokenizer of a model with `size` ids, about: {tokenizer, tokenizer_sha256} as far as known; or the one wanted
     (bytes, gpt2 or a vocabulary file), if it can be the model's."""
-    name = wanted or about.get("tokenizer") or BY_SIZE.get(size)
+    name = wanted or header.get("tokenizer") or BY_SIZE.get(size)
     if not wanted and name not in BY_SIZE.values():
         raise Failure(f"the model's tokenizer{f', {name},' if name else ''} is not known here. Give its vocabulary "
                       "file with --tokenizer FILE, or bytes, or gpt2")
@@ -270,13 +251,13 @@ def for_model(about, size, wanted=None):
     except Failure as failure:
         if name != "gpt2":
             raise
-        said = str(failure).replace("--vocab", "--tokenizer").rstrip(".")
-        if "--tokenizer" not in said:
-            said += ", or give GPT-2's vocabulary, r50k_base.tiktoken, with --tokenizer FILE"
-        raise Failure(said) from None
-    theirs = about.get("tokenizer_sha256")
+        message = str(failure).replace("--vocab", "--tokenizer").rstrip(".")
+        if "--tokenizer" not in message:
+            message += ", or give GPT-2's vocabulary, r50k_base.tiktoken, with --tokenizer FILE"
+        raise Failure(message) from None
+    theirs = header.get("tokenizer_sha256")
     if theirs not in (None, tokenizer.sha256) or not size - 128 < tokenizer.vocab_size <= size:  # tables are padded
-        was = f"{about.get('tokenizer')}, sha256 {theirs[:12]}" if theirs else f"{size} ids"
+        was = f"{header.get('tokenizer')}, sha256 {theirs[:12]}" if theirs else f"{size} ids"
         raise Failure(f"wrong tokenizer: {name} has {tokenizer.vocab_size} ids, sha256 {tokenizer.sha256[:12]}; the "
                       f"model was trained with another ({was}). Give its vocabulary file with --tokenizer FILE")
     return tokenizer

@@ -43,9 +43,9 @@ def bare(path, vocab):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=pathlib.Path)
-    parser.add_argument("--vocab", help="measure gpt2 instead of bytes")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("file", type=pathlib.Path, help="text to read, some 100 MB")
+    parser.add_argument("--vocab", help="measure gpt2 with this vocabulary file instead of bytes")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of all contestants [5]")
     args = parser.parse_args()
     times, names = {}, ("tiktoken alone", "text.py gpt2") if args.vocab else ("cat", "cat | cat", "text.py bytes")
     if args.vocab:

@@ -100,8 +100,8 @@ def lines(command, limit, **env):
 
 def call(command, limit, **env):
     """(status, what the command printed)."""
-    *said, status = lines(command, limit, **env)
-    return status, "".join(said)
+    *printed, status = lines(command, limit, **env)
+    return status, "".join(printed)
 
 
 def work(day, stage, jobs, seconds, **env):
@@ -113,7 +113,7 @@ def work(day, stage, jobs, seconds, **env):
             for job in jobs:
                 day.add(stage, **job, skipped="no time left")
             return
-        done, said = 0, "no output"
+        done, latest = 0, "no output"
         task = json.dumps(dict(stage=stage, device=day.device, jobs=jobs))
         for line in lines([sys.executable, Path(__file__).resolve(), "--worker", task], end - time.monotonic(), **env):
             if isinstance(line, int):
@@ -124,9 +124,9 @@ def work(day, stage, jobs, seconds, **env):
                 done += 1
             else:
                 day.log(line)
-                said = line.strip() or said
+                latest = line.strip() or latest
         if done < len(jobs):
-            why = "its time was up" if status == 124 else f"status {status}: {said[:200]}"
+            why = "its time was up" if status == 124 else f"status {status}: {latest[:200]}"
             day.add(stage, **jobs[done], failed=why)
         jobs = jobs[done + 1:]
 
@@ -148,9 +148,9 @@ def build(day):
         started = time.monotonic()
         status, output = call([sys.executable, "cuda/build.py", *pair], limit)
         day.log(f"--- {pair}: status {status}\n{output}")
-        said = [line.strip() for line in output.splitlines() if " built; " in line or "cannot be had" in line]
+        verdicts = [line.strip() for line in output.splitlines() if " built; " in line or "cannot be had" in line]
         day.add("build", operator=pair[0], kernel=pair[1], seconds=round(time.monotonic() - started, 1),
-                **{"said" if status == 0 else "failed": (said or output.splitlines()[-1:] or ["no output"])[0]})
+                **{"verdict" if status == 0 else "failed": (verdicts or output.splitlines()[-1:] or ["no output"])[0]})
     limit = day.left(0.2)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(one, kernels(day.device)))
@@ -229,8 +229,8 @@ def text(day):
                 final = json.loads(path.read_text())["final"]
                 row |= {name: final[name] for name in ("val_loss", "train_seconds", "tokens")}
                 shutil.copytree(path.parent, day.out / f"record_{script}", dirs_exist_ok=True)
-        said = (output.strip().splitlines() or ["no output"])[-1]
-        day.add("text", **row, **({} if status == 0 else dict(failed=f"status {status}: {said[:200]}")))
+        latest = (output.strip().splitlines() or ["no output"])[-1]
+        day.add("text", **row, **({} if status == 0 else dict(failed=f"status {status}: {latest[:200]}")))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -323,9 +323,9 @@ def only_load(wanted):
 def kernels_of(operator, device, states=False):
     """An operator of cuda/cases.py and its kernels, {name: Kernel}."""
     import cases
-    found = getattr(cases, operator)()
-    found = cases.with_states(found, operator) if states else found
-    return found, found.kernels(device, True)
+    chosen = getattr(cases, operator)()
+    chosen = cases.with_states(chosen, operator) if states else chosen
+    return chosen, chosen.kernels(device, True)
 
 
 def test_kernel(job, device):
@@ -413,7 +413,7 @@ def time_steps(job, device):
     import report
     script, cuda = importlib.import_module(job["script"]), device == "cuda"
     args = script.parse([*run_flags(job, device, all_steps()), "--val_tokens=1024"])
-    (stream, _, _), model, optimizers = script.set_up(args)
+    (stream, _, _), model, optimizers, _ = script.set_up(args)
     compiled = script.prepare(model, args)
     numbers, losses = iter(range(args.steps)), []
     wait = torch.cuda.synchronize if cuda else lambda: None
@@ -494,7 +494,7 @@ def profile(step, count, wait, cuda):
 # Report
 
 COLUMNS = {  # stage: titles, and a row's cells as far as it has them
-    "build": ("kernel s said", lambda r: (f"{r['operator']} {r['kernel']}", r["seconds"], r["said"])),
+    "build": ("kernel s verdict", lambda r: (f"{r['operator']} {r['kernel']}", r["seconds"], r["verdict"])),
     "accuracy": ("kernel N family B,T,H,N of_gate worst", lambda r: (
         f"{r['operator']} {r['kernel']}", r["N"], r["family"], tuple(r["shape"]), number(r.get("of_gate"), ".0%"),
         number(max(r.get("errors", {}).values(), default=None), ".1e"))),
@@ -525,9 +525,9 @@ def line_of(row):
     if row["stage"] == "machine" and "failed" not in row:
         return f"{row['date']}, commit {row['commit']}, {row['gpu'] or row['device']}, device_bsz {row['device_bsz']}"
     if why := row.get("failed") or row.get("skipped"):
-        about = [str(row[name]) for name in ("operator", "kernel", "N", "family", "shape", "script", "flags")
+        facts = [str(row[name]) for name in ("operator", "kernel", "N", "family", "shape", "script", "flags")
                  if name in row]
-        cells = [" ".join(about), f"{'FAILED' if 'failed' in row else 'not here'}: {why}"]
+        cells = [" ".join(facts), f"{'FAILED' if 'failed' in row else 'not here'}: {why}"]
     else:
         cells = COLUMNS[row["stage"]][1](row)
     return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"
@@ -563,19 +563,19 @@ def tables(folder, root=ROOT):
     done = [row for row in rows if not row.keys() & {"failed", "skipped"}]
     timed = [row for row in done if row["stage"] == "bench"]
     for row in timed:
-        found = [one for one in done if one["stage"] == "accuracy" and one["N"] == row["shape"][3] and "errors" in one
+        judged = [one for one in done if one["stage"] == "accuracy" and one["N"] == row["shape"][3] and "errors" in one
                  and (one["operator"], one["kernel"]) == (row["operator"], row["kernel"])]
-        row["errors"] = row["errors"] or {one["family"]: one["errors"] for one in reversed(found)}
+        row["errors"] = row["errors"] or {one["family"]: one["errors"] for one in reversed(judged)}
         base = [one for one in timed if one["shape"] == row["shape"] and one["kernel"] == "torch"
                 and one["operator"] == row["operator"]]
         row |= dict(refused="", **({"speed_up": base[0]["both_ms"] / row["both_ms"]} if base else {}))
     for name in ("wkv7", "wkv6"):
-        mine = [row for row in timed if row["operator"].replace("time_mixing", "wkv7") == name]
-        if mine:
-            machine = mine[0]["machine"]
+        operator_rows = [row for row in timed if row["operator"].replace("time_mixing", "wkv7") == name]
+        if operator_rows:
+            machine = operator_rows[0]["machine"]
             facts = [f"{name} {value}" for name, value in machine.items() if name not in ("device", "date")]
             header = ", ".join((machine["device"], machine["date"], *facts))
-            bench.write_readme(name, "cuda", machine, header, mine, root / "cuda" / "README.md")
+            bench.write_readme(name, "cuda", machine, header, operator_rows, root / "cuda" / "README.md")
     readme = root / "README.md"
     before, begin, rest = readme.read_text(encoding="utf-8").partition("<!-- gpu_day: begin -->\n")
     end = "<!-- gpu_day: end -->"
@@ -590,10 +590,11 @@ def tables(folder, root=ROOT):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results, made if need be")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial with toy sizes")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default: %(default)s)")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="shards of real text, for the last stage")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="only these (default: all)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial with toy sizes [cuda]")
+    parser.add_argument("--minutes", type=float, default=8.0, help="minutes for everything [%(default)s]")
+    parser.add_argument("--data", type=Path, metavar="DIR",
+                        help="shards of real text, for the last stage [none: it is left out]")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="only these [all]")
     parser.add_argument("--tables", type=Path, metavar="DIR", help="write the READMEs' tables from DIR/result.jsonl")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -24,12 +24,12 @@ def sections(text):
     """{title: text from its rule line on} in order; the part above the first rule line is "". Raises ValueError."""
     heads = list(HEAD.finditer(text))
     ends = [head.start() for head in heads[1:]] + [len(text)]
-    found = {"": text[:heads[0].start()] if heads else text}
+    parts = {"": text[:heads[0].start()] if heads else text}
     for head, end in zip(heads, ends):
-        if head["title"] in found:
+        if head["title"] in parts:
             raise ValueError(f"two sections are called {head['title']!r}")
-        found[head["title"]] = text[head.start():end]
-    return found
+        parts[head["title"]] = text[head.start():end]
+    return parts
 
 
 def shared(text):
@@ -68,6 +68,9 @@ def copy(source, paths):
 
 def main():
     try:
+        if sys.argv[1:] in (["-h"], ["--help"]):
+            print(__doc__.strip())
+            return 0
         if sys.argv[1:] == ["check"]:
             complaints = check(scripts())
             print("\n".join(complaints) or f"{len(scripts())} scripts, shared sections identical")

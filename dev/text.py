@@ -33,12 +33,12 @@ def worst(page):
     its limit."""
     script, rows = page.split(",")[0], []
     for dtype in ("fp32", "bf16"):
-        found = {line[6:17].strip(): line[17:].split()[1:5] for line in page.splitlines() if line.startswith(dtype)}
+        rows = {line[6:17].strip(): line[17:].split()[1:5] for line in page.splitlines() if line.startswith(dtype)}
         cells = []
         for i in range(4):
-            values = [found[form][i] for form in ("odd pieces", "one by one")]
+            values = [rows[form][i] for form in ("odd pieces", "one by one")]
             number = lambda text: float(text.rstrip("%"))
-            cells.append(f"{(min if i == 2 else max)(values, key=number)} ({found['limit'][i]})")
+            cells.append(f"{(min if i == 2 else max)(values, key=number)} ({rows['limit'][i]})")
         rows.append([dtype, *cells])
     return script, rows
 
@@ -57,15 +57,15 @@ def page(checkpoints):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="of a finished run")
+    parser.add_argument("--write", action="store_true", help="write them into inference/README.md")
     args = parser.parse_args()
     text, readme = page(args.checkpoints), ROOT / "inference" / "README.md"
     if not args.write:
         return print(text)
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
+    _, marker, after = rest.partition(END)
+    if not marker:
         sys.exit(f"dev/text.py: {readme} lacks the lines {BEGIN} and {END}")
     readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 

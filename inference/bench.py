@@ -62,7 +62,7 @@ def random_model(name, track):
 def validation(model, count):
     """Tokens of the run's validation data (at most count) and None, or random ones and the reason."""
     try:
-        if not model.about.get("run"):
+        if not model.header.get("run"):
             raise ValueError("the model does not tell its data")
         data = Path(model.config.data)
         data = data if data.exists() else ROOT / data
@@ -87,7 +87,7 @@ def free():
 
 def states(model, text, args, say):
     """[(position, state, its bytes)], the state that all of them run in, and tokens/s of prefill."""
-    name, work, state, found, done, seconds = names(model), model.new_state(), model.new_state(), [], 0, 0.0
+    name, work, state, measured, done, seconds = names(model), model.new_state(), model.new_state(), [], 0, 0.0
     grows = "k" in state.tensors
     pieces = text.repeat(-(-args.positions[-1] // len(text)))[None]
     for position in args.positions[:1] if grows else args.positions:
@@ -96,18 +96,18 @@ def states(model, text, args, say):
             piece = pieces[:, done:min(position, done + args.chunk)]
             model(piece, state, last=True)
             seconds, done = seconds + time.perf_counter() - start, done + piece.size(1)
-        found.append((position, state.clone(), state.bytes()))
+        measured.append((position, state.clone(), state.bytes()))
     if grows:
         size = 2 * model.L * model.C * 4  # bytes of a token
         fit = [p for p in args.positions if p in args.positions[:2] or p * size < free() / 2]
         room = lambda t: (*t.shape[:3], fit[-1] + ROOM, model.N)
         work.tensors = {key: torch.randn(room(t)) for key, t in work.tensors.items()}
-        found = [(position, work, position * size) for position in fit]
+        measured = [(position, work, position * size) for position in fit]
         if len(fit) < len(args.positions):
             say(f"{name}: no memory for a cache of {', '.join(map(str, args.positions[len(fit):]))} tokens.")
     elif done < args.positions[-1]:
         say(f"{name} read {done:,} tokens in {seconds:.0f} s; that state stands in for longer contexts.")
-    return found, work, done / seconds
+    return measured, work, done / seconds
 
 
 def error_of(values):
@@ -133,12 +133,12 @@ def verdict(slope, error, ms):
 
 def measure(jobs, rounds):
     """{name: [of every round]} for jobs {name: function that returns a measurement}, in random order each round."""
-    found, order, dice = {name: [] for name in jobs}, list(jobs), random.Random(0)
+    times, order, dice = {name: [] for name in jobs}, list(jobs), random.Random(0)
     for _ in range(rounds):
         dice.shuffle(order)
         for name in order:
-            found[name].append(jobs[name]())
-    return found
+            times[name].append(jobs[name]())
+    return times
 
 
 def token_ms(model, state, kept, position):
@@ -166,13 +166,13 @@ def bandwidth():
 
     @torch.inference_mode()
     def job():
-        found = []
+        speeds = []
         for product in (lambda W: torch.mv(W, x), lambda W: recurrent.linear(x[None], W)):
             start = time.perf_counter()
             for W in matrices.unbind():
                 product(W)
-            found.append(matrices.nbytes / (time.perf_counter() - start))
-        return found
+            speeds.append(matrices.nbytes / (time.perf_counter() - start))
+        return speeds
     return job
 
 
@@ -200,16 +200,16 @@ def bench(models, trained, args, say):
         if why:
             say(f"Random tokens stand in for the text, loss is not measured: {why}")
         else:
-            model = f"{names(trained)}, {trained.about['run']}, step {trained.step}"
+            model = f"{names(trained)}, {trained.header['run']}, step {trained.step}"
             loss = dict(losses([trained, trained.quantize()], text), model=model)
     for model in models:
         name, (text, _) = names(model), validation(model, 20000)
-        found, work, rate = states(model, text, args, say)
-        for position, state, size in found:
+        measured, work, rate = states(model, text, args, say)
+        for position, state, size in measured:
             jobs[name, position] = token_ms(model, work, state, position)
             lines.append(dict(model=name, dtype="fp32", position=position, state_bytes=size))
         small = model.quantize()
-        three = rates, *(token_ms(m, work, *found[0][1::-1]) for m in (model, small))
+        three = rates, *(token_ms(m, work, *measured[0][1::-1]) for m in (model, small))
         jobs[name, "speed"] = lambda three=three: [job() for job in three]
         for m in (model, small):
             speeds.append(dict(model=name, dtype=m.dtype, weight_bytes=m.weight_bytes(),
@@ -263,11 +263,11 @@ def table(result):
         rate = f"{row['prefill_tokens_per_s']:,.0f}" if row["prefill_tokens_per_s"] else ""
         out.append(f"| {row['model']} {row['dtype']} | {mb(row['weight_bytes'])} | {mb(row['bytes_read'])} | "
                    f"{row['ms']:.2f} | {row['tokens_per_s']:.1f} | {share} | {row['times_fp32']:.2f} | {rate} |")
-    said = "not measured, for want of a trained model and its validation data"
+    verdict = "not measured, for want of a trained model and its validation data"
     if loss := result["loss"]:
-        said = (f"{loss['model']}: fp32 {loss['fp32']:.4f}, int8 {loss['int8']:.4f}, change {loss['change']:+.5f} ± "
-                f"{loss['change_error']:.5f} nats per token")
-    return "\n".join([*out, "", f"Validation loss: {said}."])
+        verdict = (f"{loss['model']}: fp32 {loss['fp32']:.4f}, int8 {loss['int8']:.4f}, "
+                   f"change {loss['change']:+.5f} ± {loss['change_error']:.5f} nats per token")
+    return "\n".join([*out, "", f"Validation loss: {verdict}."])
 
 
 def plot(result, path):
@@ -328,21 +328,22 @@ def parse(argv):
         return int(word)
 
     def positions(words):
-        found = [count(word) for word in words.split(",")]
-        if len(found) < 2 or found != sorted(set(found)):
+        contexts = [count(word) for word in words.split(",")]
+        if len(contexts) < 2 or contexts != sorted(set(contexts)):
             raise argparse.ArgumentTypeError(f"{words} is not a rising list such as 1024,4096")
-        return found
+        return contexts
 
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"bench.py: {message} (all flags: --help)\n")
-    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT")
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="of a model to time")
     parser.add_argument("--shape", choices=("124m",), help="time the fineweb models, random weights")
-    parser.add_argument("--positions", type=positions, default=POSITIONS, help="tokens [1024,4096,16384,65536]")
+    parser.add_argument("--positions", type=positions, default=POSITIONS,
+                        help="contexts, in tokens [1024,4096,16384,65536]")
     parser.add_argument("--rounds", type=count, default=20, help="measurements of everything [20]")
     parser.add_argument("--chunk", type=count, default=512, help="tokens a piece of prefill [512]")
-    parser.add_argument("--read_seconds", type=count, default=60, help="of prefill, at most, a model [60]")
-    parser.add_argument("--threads", type=count, help="of torch [its own choice]")
+    parser.add_argument("--read_seconds", type=count, default=60, help="seconds of prefill a model, at most [60]")
+    parser.add_argument("--threads", type=count, help="threads of torch [its own choice]")
     parser.add_argument("--out", type=Path, help="folder of table.md, bench.csv, .json, .png [bench/<run or shape>]")
     parser.add_argument("--write", type=Path, metavar="FILE", help="also put the table between its markers there")
     args = parser.parse_args(argv)
@@ -357,14 +358,14 @@ def main(argv=None):
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads or threads)
     try:
-        mine = recurrent.load(args.checkpoint) if args.checkpoint else None
+        trained = recurrent.load(args.checkpoint) if args.checkpoint else None
         if args.shape:
             models = [random_model(name, "fineweb") for name in NAMES]
         else:
-            other = "train_rwkv7" if mine.script.__name__ == "train_gpt2" else "train_gpt2"
-            models = [mine, random_model(other, mine.config.track)]
-        result = bench(models, mine, args, say)
-        run = args.shape or mine.about.get("run") or Path(args.checkpoint).stem
+            other = "train_rwkv7" if trained.script.__name__ == "train_gpt2" else "train_gpt2"
+            models = [trained, random_model(other, trained.config.track)]
+        result = bench(models, trained, args, say)
+        run = args.shape or trained.header.get("run") or Path(args.checkpoint).stem
         show(result, args.out or Path("bench") / run, say)
         if args.write:
             into(args.write, table(result))

@@ -74,8 +74,8 @@ def export(checkpoint, to, out, dtype="fp32", force=False):
     if to == "rwkv":
         write(out, force, lambda path: torch.save(weights, path))
     else:
-        about = {key: model.about.get(key) for key in KEPT}
-        header = dict(format="pt", checkpoint=json.dumps(dict(about, schema=3)))
+        facts = {key: model.header.get(key) for key in KEPT}
+        header = dict(format="pt", checkpoint=json.dumps(dict(facts, schema=3)))
         write(out, force, lambda path: safetensors.torch.save_file(weights, path, metadata=header))
     rows = next(t for name, t in weights.items() if name in ("emb.weight", "wte.weight")).size(0)
     padding = f" of which ids from {config.vocab_size} on are padding" if rows > config.vocab_size else ""

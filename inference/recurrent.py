@@ -75,8 +75,8 @@ def write(file, writer):
             os.fsync(opened.fileno())
         os.replace(part, file)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # a full disk in Python's, torch's, its words
-        said = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise ValueError(f"cannot write {file}: {said}. Make room, set permissions or name another file.") from None
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ValueError(f"cannot write {file}: {reason}. Make room, set permissions or name another file.") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -95,8 +95,8 @@ def rms(x):
 class Model:
     """A trained model for generation: self(tokens, state). weights: {plain name: tensor}."""
 
-    def __init__(self, config, weights, dtype="fp32", device="cpu", about=None, script=None):
-        self.config, self.about, self.script = config, about or {}, script
+    def __init__(self, config, weights, dtype="fp32", device="cpu", header=None, script=None):
+        self.config, self.header, self.script = config, header or {}, script
         self.dtype, self.device, self.trained = dtype, torch.device(device), weights
         self.activations = DTYPES.get(dtype, torch.float32)
         self.C, self.N, self.L = config.width, config.headsz, config.layers
@@ -130,7 +130,7 @@ class Model:
 
     def quantize(self):
         """This model with its matrices in int8, a scale for each output channel; vectors, embeddings, state in fp32."""
-        return type(self)(self.config, self.trained, "int8", self.device, self.about, self.script)
+        return type(self)(self.config, self.trained, "int8", self.device, self.header, self.script)
 
     def weight_bytes(self, read=False):
         """Memory of the weights as they are kept here; read: of those that every token reads, not the look-up's."""
@@ -144,7 +144,7 @@ class Model:
 
     @property
     def step(self):
-        return self.about.get("step")
+        return self.header.get("step")
 
     @functools.cached_property
     def hash(self):
@@ -154,7 +154,7 @@ class Model:
     def identity(self):
         """What a saved state must agree in."""
         return dict(script=self.script.__name__, model_sha256=self.hash, dtype=self.dtype,
-                    tokenizer_sha256=self.about.get("tokenizer_sha256"))
+                    tokenizer_sha256=self.header.get("tokenizer_sha256"))
 
     def parallel(self):
         """The training script's own module with these weights and dtype: logits(tokens), (B, T) -> (B, T, V)."""
@@ -187,18 +187,18 @@ class Model:
             if type(position) is not int or position < 0:
                 raise ValueError(f"its position is {position}")
         except (OSError, ValueError, KeyError, AttributeError, TypeError, safetensors.SafetensorError) as error:
-            said = f"no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{file} is no saved state ({said}). Make one: sample.py --save_state FILE.") from None
-        for key, mine in self.identity().items():
-            if theirs[key] != mine:
-                raise ValueError(f"{file} is a state of another model: its {key} is {theirs[key]}, this one's {mine}.")
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{file} is no saved state ({reason}). Make one: sample.py --save_state FILE.") from None
+        for key, value in self.identity().items():
+            if theirs[key] != value:
+                raise ValueError(f"{file} is a state of another model: its {key} is {theirs[key]}, this one's {value}.")
         fresh = self.new_state(1).tensors
         for name in {*fresh, *tensors}:
-            mine, its = (t[name].shape if name in t else None for t in (fresh, tensors))
-            there = mine is not None and its is not None and len(mine) == len(its)
-            if not there or self.shape_key(mine) != self.shape_key(its):
-                raise ValueError(f"{file} does not fit: its tensor {name} is {its and tuple(its)}, "
-                                 f"here {mine and tuple(mine)}.")
+            ours, saved = (t[name].shape if name in t else None for t in (fresh, tensors))
+            comparable = ours is not None and saved is not None and len(ours) == len(saved)
+            if not comparable or self.shape_key(ours) != self.shape_key(saved):
+                raise ValueError(f"{file} does not fit: its tensor {name} is {saved and tuple(saved)}, the model's is "
+                                 f"{ours and tuple(ours)}.")
         if len(batches := {t.size(1) for t in tensors.values()}) > 1:
             raise ValueError(f"{file} does not fit: its tensors are of batches {', '.join(map(str, sorted(batches)))}.")
         if "k" in tensors and not position <= tensors["k"].size(3) == tensors["v"].size(3):
@@ -487,17 +487,17 @@ def find(path):
     if path.is_file():
         return path
     if str(path) == "latest":
-        found = sorted(CHECKPOINTS.glob("*_step*.safetensors"), key=lambda file: file.stat().st_mtime)
-        if not found:
+        files = sorted(CHECKPOINTS.glob("*_step*.safetensors"), key=lambda file: file.stat().st_mtime)
+        if not files:
             raise ValueError(f"no checkpoint in {CHECKPOINTS.absolute()}. Train one: ./run_rwkv7.sh --track tiny")
     else:
         run = re.escape(path.absolute().name)
-        found = [file for file in CHECKPOINTS.glob("*.safetensors") if re.fullmatch(rf"{run}_step\d+", file.stem)]
-        found.sort(key=lambda file: (len(file.name), file.name))
-        if not found:
+        files = [file for file in CHECKPOINTS.glob("*.safetensors") if re.fullmatch(rf"{run}_step\d+", file.stem)]
+        files.sort(key=lambda file: (len(file.name), file.name))
+        if not files:
             raise ValueError(f"{path}: no such file, nor a checkpoint of that name in {CHECKPOINTS}/. Give a file, a "
                              "run's name, its record's folder or the word latest.")
-    return found[-1]
+    return files[-1]
 
 
 def read(path):
@@ -519,21 +519,21 @@ def read(path):
                          "tensors are read. Save its state_dict() alone." if strange else
                          f"{path} is damaged, or no file of tensors. Fetch or export it again.") from None
     except Exception as error:  # torch meets damage with whatever it leads to
-        said = f"{type(error).__name__} {error}".splitlines()[0][:120]
-        raise ValueError(f"{path} is damaged, or no file of tensors ({said}). Fetch or export it again.") from None
+        reason = f"{type(error).__name__} {error}".splitlines()[0][:120]
+        raise ValueError(f"{path} is damaged, or no file of tensors ({reason}). Fetch or export it again.") from None
     if "checkpoint" not in facts:
         config, weights = official(path, weights)
         return dict(script="train_rwkv7.py", config=asdict(config), step=None), weights
     try:
-        about = json.loads(facts["checkpoint"])
-        if about["schema"] != 3 or about["script"] not in (f"{name}.py" for name in FAMILIES):
-            raise ValueError(f"schema {about['schema']}, script {about['script']}")
-        if not isinstance(about["config"], dict) or not isinstance(about["step"], (int, type(None))):
+        header = json.loads(facts["checkpoint"])
+        if header["schema"] != 3 or header["script"] not in (f"{name}.py" for name in FAMILIES):
+            raise ValueError(f"schema {header['schema']}, script {header['script']}")
+        if not isinstance(header["config"], dict) or not isinstance(header["step"], (int, type(None))):
             raise ValueError("its config or step is none")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        said = f"no {error} in its header" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is damaged: {said}. Take another step of the run, or export it again.") from None
-    return about, weights
+        reason = f"no {error} in its header" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is damaged: {reason}. Take another step of the run, or export it again.") from None
+    return header, weights
 
 
 def is_weight(name):
@@ -541,39 +541,39 @@ def is_weight(name):
     return ":" not in name and name not in ("losses", "random", "random.cuda")
 
 
-def official(path, found):
+def official(path, weights):
     """(Hyperparameters, weights) of the tensors of a file in RWKV's own layout. Shapes tell the sizes. ValueError."""
     def few(names):
         return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
-    if not isinstance(found, dict) or not all(isinstance(name, str) and isinstance(t, torch.Tensor)
-                                              for name, t in found.items()):
+    if not isinstance(weights, dict) or not all(isinstance(name, str) and isinstance(t, torch.Tensor)
+                                              for name, t in weights.items()):
         raise ValueError(f"{path} is no table of tensors by name. Save its state_dict() alone.")
     for sign, family in ((".att.time_maa_", "RWKV-6 (x060)"), (".att.gate.weight", "RWKV-5 (x052)"),
                          (".att.time_decay", "RWKV-4 or RWKV-5 (x052 or older)")):
-        if any(sign in name for name in found):
+        if any(sign in name for name in weights):
             raise ValueError(f"{path} is of {family}; only RWKV-7 (x070) is read.")
-    if not any(name.startswith("blocks.") and name.endswith(".att.x_r") for name in found):
+    if not any(name.startswith("blocks.") and name.endswith(".att.x_r") for name in weights):
         raise ValueError(f"{path} holds no RWKV-7: none of x070's names, such as blocks.0.att.x_r, is among its "
-                         f"{len(found)} ({few(sorted(found))}).")
+                         f"{len(weights)} ({few(sorted(weights))}).")
 
     def shape(name):  # or a stand-in for one that is missing or strange, which is said below
-        t = found.get(name, torch.empty(0))
+        t = weights.get(name, torch.empty(0))
         return t.shape if t.dim() == 2 and t.numel() else (64, 64)
 
     (V, C), (_, N), (hidden, _) = map(shape, ("emb.weight", "blocks.0.att.r_k", "blocks.0.ffn.key.weight"))
     script = importlib.import_module("train_rwkv7")
-    layers = len({name.split(".")[1] for name in found if re.match(r"blocks\.\d+\.", name)})
+    layers = len({name.split(".")[1] for name in weights if re.match(r"blocks\.\d+\.", name)})
     config = script.Hyperparameters(x070=True, layers=layers, vocab_size=V, width=C, headsz=N if C % N == 0 else C,
                                     ffn_ratio=hidden / C, device="cpu", dtype="fp32", kernel="torch")
     with torch.device("meta"):
         expected = {name: t.shape for name, t in script.RWKV7(config, "torch").state_dict().items()}
-    missing = [name for name in expected if name not in found]
+    missing = [name for name in expected if name not in weights]
     unused = [f"blocks.0.att.v{i}" for i in range(3)]  # in many files, though layer 0 mixes no v in
-    extra = [name for name in found if name not in expected and name not in unused]
+    extra = [name for name in weights if name not in expected and name not in unused]
     if missing or extra:
-        said = [f"{what} {few(names)}" for what, names in (("lacks", missing), ("has besides it", extra)) if names]
-        raise ValueError(f"{path} is not plain x070: it {' and '.join(said)}.")
+        faults = [f"{what} {few(names)}" for what, names in (("lacks", missing), ("has besides it", extra)) if names]
+        raise ValueError(f"{path} is not plain x070: it {' and '.join(faults)}.")
     for name, like in expected.items():
         right = list(like)
         if name in ("emb.weight", "head.weight"):
@@ -581,9 +581,9 @@ def official(path, found):
         elif ".ffn.key." in name or ".ffn.value." in name:
             right = [hidden, C] if ".key." in name else [C, hidden]
         elif on_the_right(name):
-            rank = (0, *found[f"{name[:-1]}1"].shape)[-1]
+            rank = (0, *weights[f"{name[:-1]}1"].shape)[-1]
             right = [C, rank] if name[-1] == "1" else [rank, C]
-        t = found[name]
+        t = weights[name]
         if [n for n in t.shape if n > 1] != [n for n in right if n > 1] or not t.is_floating_point():
             raise ValueError(f"{path} is not plain x070: its {name} is {tuple(t.shape)} {str(t.dtype)[6:]}, "
                              f"not {tuple(right)} of floats.")
@@ -596,14 +596,14 @@ def load(path, dtype="fp32", device="cpu"):
 
     With int8 only what runs stays in memory: there is no parallel() of it.
     """
-    about, weights = read(find(path))
-    script = importlib.import_module(about["script"][:-len(".py")])
+    header, weights = read(find(path))
+    script = importlib.import_module(header["script"][:-len(".py")])
     known = {f.name for f in fields(script.Hyperparameters)}
-    config = script.Hyperparameters(**{key: value for key, value in about["config"].items() if key in known})
+    config = script.Hyperparameters(**{key: value for key, value in header["config"].items() if key in known})
     try:
-        model = FAMILIES[script.__name__](config, weights, dtype, device, about, script)
+        model = FAMILIES[script.__name__](config, weights, dtype, device, header, script)
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit {about['script']}: {error}.") from None
+        raise ValueError(f"{path} does not fit {header['script']}: {error}.") from None
     if dtype == "int8":
         model.hash, model.trained = model.hash, None
     return model

@@ -48,9 +48,9 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a08000", "#56b4e9", "#e
 
 def folders(parent):
     """Every run's folder below parent, oldest first: what holds a log.txt or a result.json, at depth one or two."""
-    found = {path.parent for name in ("log.txt", "result.json") for depth in ("*", "*/*")
+    folders = {path.parent for name in ("log.txt", "result.json") for depth in ("*", "*/*")
              for path in Path(parent).glob(f"{depth}/{name}")}
-    return sorted(found, key=lambda path: (path.name, str(path)))
+    return sorted(folders, key=lambda path: (path.name, str(path)))
 
 
 def read_json(path):
@@ -74,8 +74,8 @@ def read_result(path):
             mfu=flops / (final["devices"] * max(peak)) if peak else None, target=TARGET.get(config["track"]))
         return dict(result, seed=config["random_seed"], words=shlex.split(result["command"]))
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
-        said = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is not a result of this project: {said}") from None
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is not a result of this project: {reason}") from None
 
 
 def finished(parent):
@@ -92,16 +92,16 @@ def shards(result, *splits):
 
 def unfinished(parent):
     """[(folder, how it ended)] of the runs without result.json, and of a race's runs that left no folder."""
-    found = []
+    failed = []
     for folder in folders(parent):
         if not (folder / "result.json").exists():
             last = ((folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines() or [""])[-1]
             end = last.removeprefix("end: ") if last.startswith("end: ") else "cut off"
-            found.append((folder.relative_to(parent).as_posix(), end))
+            failed.append((folder.relative_to(parent).as_posix(), end))
     for path in sorted(Path(parent).glob("*/race.json")):
-        found += [(path.parent.name, f"{run['label']}, seed {run['seed']}: {run['end']}")
+        failed += [(path.parent.name, f"{run['label']}, seed {run['seed']}: {run['end']}")
                   for run in read_json(path).get("runs", ()) if run["end"] != "finished" and not run["folder"]]
-    return found
+    return failed
 
 
 def read_record(folder):
@@ -175,12 +175,12 @@ def machine(result):
 
 def classes(results):
     """{class: rows}: a row is a group's runs; only rows of one class may be compared by rank."""
-    found = {}
+    by_class = {}
     for (track, _, _), runs in sorted(group(results).items()):
         target, tokens = runs[0]["final"]["target"], runs[0]["final"]["tokens"]
         key = track, machine(runs[0]), target, None if target else tokens, str(shards(runs[0], "val"))
-        found.setdefault(key, []).append(runs)
-    return {key: ranked(rows, key[2]) for key, rows in sorted(found.items(), key=lambda item: str(item[0]))}
+        by_class.setdefault(key, []).append(runs)
+    return {key: ranked(rows, key[2]) for key, rows in sorted(by_class.items(), key=lambda item: str(item[0]))}
 
 
 def final(runs, key):
@@ -198,9 +198,9 @@ def ranked(rows, target):
     loss = lambda runs: statistics.fmean(final(runs, "val_loss"))
     if not target:
         return list(enumerate(sorted(rows, key=loss), 1))
-    there = sorted((runs for runs in rows if reaches(runs, target)[1]),
+    reached = sorted((runs for runs in rows if reaches(runs, target)[1]),
                    key=lambda runs: statistics.fmean(final(runs, "train_seconds")))
-    return [*enumerate(there, 1), *((None, runs) for runs in sorted(rows, key=loss) if runs not in there)]
+    return [*enumerate(reached, 1), *((None, runs) for runs in sorted(rows, key=loss) if runs not in reached)]
 
 
 def boards(results, prefix="", short=False):
@@ -432,14 +432,14 @@ def write_all(parent, results):
 def update_reference(parent, results):
     """records/reference/<track>_<script>.json from the runs with default flags: per step the mean and the band in
     which one more run falls (99 % for each validation). Seeds count once. Returns the files' paths."""
-    found = {}
+    best_rows = {}
     for (track, script, _), runs in group(results).items():
         if not flags(runs[0]) and len(runs) > 1 and all(run.get("curve") for run in runs):
-            best = found.setdefault((track, script), runs)
+            best = best_rows.setdefault((track, script), runs)
             if (len(runs), runs[0]["run"]) > (len(best), best[0]["run"]):
-                found[track, script] = runs
+                best_rows[track, script] = runs
     written = []
-    for (track, script), runs in sorted(found.items()):
+    for (track, script), runs in sorted(best_rows.items()):
         at = {}
         for run in runs:
             for p in run["curve"]:
@@ -475,12 +475,12 @@ def reference_of(result):
 
 def spikes(losses):
     """Steps whose loss is more than 6 sd and 0.5 nats above the mean of up to 100 before it (20 at least)."""
-    found = []
+    steps = []
     for step in range(20, len(losses)):
         before = losses[max(0, step - 100):step]
         if losses[step] > statistics.fmean(before) + max(0.5, 6 * statistics.pstdev(before)):
-            found.append(step + 1)
-    return found
+            steps.append(step + 1)
+    return steps
 
 
 def summary(folder, usd_per_hour=None):
@@ -506,8 +506,8 @@ def summary(folder, usd_per_hour=None):
         speed += f", ${usd_per_hour * final['train_seconds'] / 3600:.2f}"
     log = (Path(folder) / "log.txt").read_text(encoding="utf-8")
     losses = base64.b64decode(re.search(r"^losses: (\S*)$", log, re.MULTILINE)[1])
-    if found := spikes(struct.unpack(f"<{len(losses) // 4}f", losses)):
-        speed += f", spikes of the loss at step {', '.join(map(str, found[:9]))}{', ...' if found[9:] else ''}"
+    if spiked := spikes(struct.unpack(f"<{len(losses) // 4}f", losses)):
+        speed += f", spikes of the loss at step {', '.join(map(str, spiked[:9]))}{', ...' if spiked[9:] else ''}"
     rival = "gpt2" if "rwkv" in result["script"] else "rwkv7"
     return (f"{loss}\n{speed}\nnext: ./run_{rival}.sh --track {config['track']} (its rival), --random_seed "
             f"{config['random_seed'] + 1} (the noise), python records/report.py (all runs), --help (all flags)")
@@ -516,12 +516,13 @@ def summary(folder, usd_per_hour=None):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", nargs="*", help="folders of runs, or of races: their page instead of the leaderboard")
-    parser.add_argument("--out", metavar="FOLDER", help="folder of the page (default: the one RECORD)")
+    parser.add_argument("--out", metavar="FOLDER", help="folder of the page [the one RECORD]")
     parser.add_argument("--write", action="store_true", help="write the leaderboard into the README files")
     parser.add_argument("--update-reference", action="store_true", help="write records/reference/")
     parser.add_argument("--summary", metavar="RECORD", help="a finished run in three lines")
-    parser.add_argument("--usd_per_hour", type=float, metavar="X", help="price of the machine, for --summary")
-    parser.add_argument("--records", default=ROOT / "records", type=Path, help="folder of the runs")
+    parser.add_argument("--usd_per_hour", type=float, metavar="X",
+                        help="price of the machine in dollars an hour, for --summary [none]")
+    parser.add_argument("--records", default=ROOT / "records", type=Path, help="folder of the runs [records]")
     args = parser.parse_args(argv)
     try:
         if args.summary:

@@ -161,9 +161,9 @@ class Log:
     def take(self, start, whole=False):
         line = self.peek()
         self.at += 1
-        there = f"{line[:60]!r}" if self.at <= len(self.lines) else "the end of the log"
+        actual = f"{line[:60]!r}" if self.at <= len(self.lines) else "the end of the log"
         need(line == start if whole else line.startswith(start),
-             f"line {self.at} must be {start[:20].strip()!r}{'' if whole else ' ...'}, but there is {there}")
+             f"line {self.at} must be {start[:20].strip()!r}{'' if whole else ' ...'}, but there is {actual}")
         return line[len(start):]
 
     def fact(self, key):
@@ -228,15 +228,15 @@ def refuse(constant):
 def folders(paths):
     """The records that are meant: each a folder with log.txt or result.json, at or below the paths. What a race's own
     list says was interrupted or failed is none."""
-    found = []
+    records = []
     for path in paths:
         inside = {file.parent for name in ("log.txt", "result.json") for file in Path(path).rglob(name)}
         for race_file in Path(path).rglob("race.json"):
             with contextlib.suppress(ValueError, KeyError, TypeError):  # said by the check of the race
                 runs = json.loads(race_file.read_text(encoding="utf-8"))["runs"]
                 inside -= {race_file.parent / str(run["folder"]) for run in runs if run["end"] != "finished"}
-        found += sorted(inside) or [Path(path)]
-    return list(dict.fromkeys(found))
+        records += sorted(inside) or [Path(path)]
+    return list(dict.fromkeys(records))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -266,8 +266,8 @@ def agreement(record):
     need(result.keys() == KEYS, f"in result.json these are missing or unknown: {sorted(result.keys() ^ KEYS)}")
     logged = dict(lines.facts, config=lines.config, command=lines.command, script=lines.sources[0][0]["name"],
                   sources=[header for header, _ in lines.sources])
-    found = differences(logged, {key: result[key] for key in logged})
-    need(not found, f"log.txt and result.json differ in {len(found)} places: " + "; ".join(found[:3]))
+    wrong = differences(logged, {key: result[key] for key in logged})
+    need(not wrong, f"log.txt and result.json differ in {len(wrong)} places: " + "; ".join(wrong[:3]))
     need(result["run"] == record.folder.resolve().name, f"the run is {result['run']}, the folder is called otherwise")
     return "log.txt and result.json say the same"
 
@@ -313,7 +313,7 @@ def steps(record):
 
 def schedule(record):
     """Validations when they are due; tokens = steps x sequences x length; the validation tokens that there are."""
-    config, final, curve, about = (record.result[key] for key in ("config", "final", "curve", "data"))
+    config, final, curve, data_facts = (record.result[key] for key in ("config", "final", "curve", "data"))
     need([point["step"] for point in curve] == due(config),
          f"validations at steps {[point['step'] for point in curve]}, due at {due(config)}")
     a_step = config["bsz"] * config["seq_len"]
@@ -322,11 +322,12 @@ def schedule(record):
                                                         f"{point['step']} x {a_step}")
     need((final["steps"], final["tokens"]) == (config["steps"], config["steps"] * a_step),
          f"final: {final['tokens']} tokens in {final['steps']} steps, not {config['steps']} x {a_step}")
-    there = sum(shard["tokens"] for shard in about["val"]) - 1
-    tokens = min(config["val_tokens"], there) // config["seq_len"] * config["seq_len"]
-    need(final["val_tokens"] == about["val_tokens"] == tokens, f"{final['val_tokens']} validated tokens, not {tokens}")
+    available = sum(shard["tokens"] for shard in data_facts["val"]) - 1
+    tokens = min(config["val_tokens"], available) // config["seq_len"] * config["seq_len"]
+    need(final["val_tokens"] == data_facts["val_tokens"] == tokens,
+         f"{final['val_tokens']} validated tokens, not {tokens}")
     text, longest = final["text_bytes"], 1 if config["vocab_size"] == 257 else 255  # bytes of text a token
-    need(text == about["text_bytes"] and (text is None or 0 < text <= longest * tokens),
+    need(text == data_facts["text_bytes"] and (text is None or 0 < text <= longest * tokens),
          f"{text} bytes of text in {tokens} tokens")
     need(config["stop_after"] in (0, config["steps"]), f"stopped after step {config['stop_after']}: no result")
     return f"{config['steps']:,} x {a_step:,} = {final['tokens']:,} tokens, {tokens:,} to validate"
@@ -401,8 +402,8 @@ def parts(record):
              f"{part['run']} lacks steps of {before + 1} to {part['step']}, or has others")
         ms += 1e3 * part["train_seconds"]
         need(all(int(match[5]) <= ms + 0.5 for _, match in log.steps), f"{part['run']} trained for longer than {ms} ms")
-        here = {key: result["hardware"][key] for key in ("name", "count")}
-        if any(log.facts["hardware"][key] != value for key, value in here.items()):
+        devices = {key: result["hardware"][key] for key in ("name", "count")}
+        if any(log.facts["hardware"][key] != value for key, value in devices.items()):
             elsewhere.append(f"{part['run']} ran on {log.facts['hardware']['count']} x {log.facts['hardware']['name']}")
         for _, match in log.steps:
             step = int(match[1])
@@ -431,23 +432,23 @@ def sources(record):
 
 def commit(record):
     """The sources are those of the commit that is named."""
-    about = record.result["git"]
-    need(isinstance(about["commit"], str) and isinstance(about["changed"], list), f"git says {about}")
-    if not re.fullmatch("[0-9a-f]{40}", about["commit"]):
+    git = record.result["git"]
+    need(isinstance(git["commit"], str) and isinstance(git["changed"], list), f"git says {git}")
+    if not re.fullmatch("[0-9a-f]{40}", git["commit"]):
         raise NotChecked("the run was outside a git checkout")
     for header, text in record.log.sources:
         name = header["name"]
         try:
-            done = subprocess.run(["git", "show", f"{about['commit']}:{name}"], cwd=ROOT, capture_output=True)
+            done = subprocess.run(["git", "show", f"{git['commit']}:{name}"], cwd=ROOT, capture_output=True)
         except OSError:
             raise NotChecked("git is not there") from None
         if done.returncode:
-            raise NotChecked(f"commit {about['commit'][:12]} with {name} is not in this checkout")
+            raise NotChecked(f"commit {git['commit'][:12]} with {name} is not in this checkout")
         if done.stdout != text.encode():
-            if name in about["changed"]:
+            if name in git["changed"]:
                 raise NotChecked(f"{name} had uncommitted changes, as the record says")
-            raise Failed(f"{name} is not that of commit {about['commit'][:12]}")
-    return f"the sources are those of commit {about['commit'][:12]}"
+            raise Failed(f"{name} is not that of commit {git['commit'][:12]}")
+    return f"the sources are those of commit {git['commit'][:12]}"
 
 
 def command(record):
@@ -458,8 +459,8 @@ def command(record):
     free = {name for name in ("device", "dtype", "kernel") if parsed.get(name) == "auto"}  # the machine's choice
     free |= {"kernel"} if config.get("fast_cuda") or config.get("wind_cuda") else set()
     parsed, config = ({key: value for key, value in all.items() if key not in free} for all in (parsed, config))
-    found = differences(parsed, config)
-    need(not found, f"by its command the configuration is another: {'; '.join(found[:3])}")
+    wrong = differences(parsed, config)
+    need(not wrong, f"by its command the configuration is another: {'; '.join(wrong[:3])}")
     return f"makes the recorded configuration, seed {config['random_seed']}"
 
 
@@ -468,9 +469,9 @@ def model(record):
     recorded, lines = record.result["model"], record.log.parameters
     total = sum(math.prod(line["shape"]) for line in lines)
     need(total == recorded["parameters"], f"the log lists {total:,} parameters, the model has {recorded['parameters']}")
-    found = differences(recorded, ask_for(record, "model"))
-    found += differences({line["name"]: line["shape"] for line in lines}, ask_for(record, "shapes"))
-    need(not found, f"recorded and built model differ: {'; '.join(found[:3])}")
+    wrong = differences(recorded, ask_for(record, "model"))
+    wrong += differences({line["name"]: line["shape"] for line in lines}, ask_for(record, "shapes"))
+    need(not wrong, f"recorded and built model differ: {'; '.join(wrong[:3])}")
     return f"{recorded['active']:,} active parameters"
 
 
@@ -484,42 +485,44 @@ def ask_for(record, key):
 
 def data(record):
     """The shards are those of the manifest of that data set here."""
-    about = record.result["data"]
-    shards = {shard["name"]: (shard["tokens"], shard["sha256"]) for shard in about["train"] + about["val"]}
-    path = ROOT / about["folder"] / "manifest.json"
+    facts = record.result["data"]
+    shards = {shard["name"]: (shard["tokens"], shard["sha256"]) for shard in facts["train"] + facts["val"]}
+    path = ROOT / facts["folder"] / "manifest.json"
     if all(digest is None for _, digest in shards.values()):
         raise NotChecked("the data had no manifest.json")
     need(all(re.fullmatch("[0-9a-f]{64}", digest) for _, digest in shards.values()), "a shard without a sha256")
     if not path.exists():
-        raise NotChecked(f"there is no {about['folder']}/manifest.json here to compare with")
-    here = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("dataset", "python", "builder"):  # of pydocs: Python's own text, by one version of the builder
-        if here.get(key) != about["manifest"].get(key):
-            raise NotChecked(f"{about['folder']} here is of another {key} ({str(here.get(key))[:12]}, not "
-                             f"{str(about['manifest'].get(key))[:12]})")
-    listed = {shard["name"]: (shard["tokens"], shard["sha256"]) for shard in here["shards"]}
+        raise NotChecked(f"there is no {facts['folder']}/manifest.json here to compare with")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    listed = {shard["name"]: (shard["tokens"], shard["sha256"]) for shard in manifest["shards"]}
     both = shards.keys() & listed.keys()
     wrong = sorted(name for name in both if listed[name] != shards[name])
-    need(not wrong, f"{', '.join(wrong)}: tokens or sha256 are not those of {about['folder']}/manifest.json here")
-    return f"{len(both)} of {len(shards)} shards of {here.get('dataset')} as in {about['folder']} here"
+    for key in ("dataset", "python", "builder"):  # pydocs is Python's own text, by one version of the program
+        if (wrong or not both) and manifest.get(key) != facts["manifest"].get(key):
+            raise NotChecked(f"{facts['folder']} here is of another {key} ({str(manifest.get(key))[:12]}, not "
+                             f"{str(facts['manifest'].get(key))[:12]})")
+    need(not wrong, f"{', '.join(wrong)}: tokens or sha256 are not those of {facts['folder']}/manifest.json here")
+    return f"{len(both)} of {len(shards)} shards of {manifest.get('dataset')} as in {facts['folder']} here"
 
 
 def tokens(record):
     """No training token is read twice unless --epochs says so, and no shard is train and val."""
-    config, about = record.result["config"], record.result["data"]
-    names = [(shard["name"], shard["sha256"]) for shard in about["train"] + about["val"]]
+    config, facts = record.result["config"], record.result["data"]
+    names = [(shard["name"], shard["sha256"]) for shard in facts["train"] + facts["val"]]
     for column in map(list, zip(*names)):
         known = [value for value in column if value is not None]
         need(len(set(known)) == len(known), "a shard is there twice, or in train and in val")
-    there, read = sum(shard["tokens"] for shard in about["train"]), config["steps"] * config["bsz"] * config["seq_len"]
-    need(0 < there < 10**13, f"{there} training tokens")
+    available = sum(shard["tokens"] for shard in facts["train"])
+    read = config["steps"] * config["bsz"] * config["seq_len"]
+    need(0 < available < 10**13, f"{available} training tokens")
     epochs, target = config["epochs"], 1  # the last target is no input
     if config["order"] == "shuffled":  # whole chunks after a phase
-        there, target = (there - config["seq_len"]) // config["seq_len"] * config["seq_len"], 0
-    need(read + target <= there * epochs,
-         f"{read:,} tokens were read of {there:,}: more often than declared (--epochs {epochs})")
-    times = f"{read / there:.2f} times; --epochs {epochs} declares it" if read + target > there else "each at most once"
-    return f"{read:,} of {there:,} read, {times}"
+        available, target = (available - config["seq_len"]) // config["seq_len"] * config["seq_len"], 0
+    need(read + target <= available * epochs,
+         f"{read:,} tokens were read of {available:,}: more often than declared (--epochs {epochs})")
+    if read + target <= available:
+        return f"{read:,} of {available:,} read, each at most once"
+    return f"{read:,} of {available:,} read, {read / available:.2f} times; --epochs {epochs} declares it"
 
 
 def rules(record):
@@ -606,20 +609,20 @@ def ask(group):
 def replay(record, count, data_folder, devices):
     """(verdict, text): run the first `count` steps again, in a fresh folder, and compare loss by loss."""
     need(not record.trouble, record.trouble)
-    config, about = record.log.config, record.log.facts
+    config, facts = record.log.config, record.log.facts
     need(count <= config["steps"], f"--replay {count}: the run has {config['steps']} steps")
     folder = Path(tempfile.mkdtemp(prefix="replay-"))
     record.extract(folder)
     data_folder = Path(data_folder) if data_folder else next(
         (path for path in (Path(config["data"]), ROOT / config["data"]) if path.exists()), Path(config["data"]))
-    devices = devices or about["hardware"]["count"]
+    devices = devices or facts["hardware"]["count"]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={devices}"] if devices > 1 else []
     flags = dict(stop_after=count, data=data_folder.resolve(), records=folder / "records", name="replay", save_every=0,
                  device=config["device"], dtype=config["dtype"], checkpoints=folder / "checkpoints", resume="")
     line = [*launch, str(folder / record.result["script"]), *shlex.split(record.log.command)[1:],
             *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
     env = {k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith(STEERING)}
-    env.update(about["environment"]["variables"], OMP_NUM_THREADS=str(about["environment"]["threads"]))
+    env.update(facts["environment"]["variables"], OMP_NUM_THREADS=str(facts["environment"]["threads"]))
     print(f"  replay in {folder}: {shlex.join(['python', *line])}", flush=True)
     done = subprocess.run([sys.executable, *line], cwd=folder, env=env, stdout=sys.stderr)
     logs = list((folder / "records").glob("*/log.txt"))
@@ -634,20 +637,20 @@ def settings(log):
     """What a run's losses depend on, bit for bit."""
     keys = dict(environment=("torch", "cuda", "nvcc", "compiler", "instruction_set", "threads"),
                 hardware=("name", "count", "driver"))
-    found = {f"{part}.{key}": log.facts[part][key] for part, names in keys.items() for key in names}
-    return dict(found, **{f"config.{key}": value for key, value in log.config.items()
+    values = {f"{part}.{key}": log.facts[part][key] for part, names in keys.items() for key in names}
+    return dict(values, **{f"config.{key}": value for key, value in log.config.items()
                           if key not in FREE or key == "device_bsz"})
 
 
 def compare(record, again, count):
     """The verdict on a replayed log."""
-    here, there = again.losses[:count], record.log.losses[:count]
+    replayed, recorded_losses = again.losses[:count], record.log.losses[:count]
     for split in ("train", "val"):
         shards = again.facts["data"][split]
         pairs = list(zip(shards, record.log.facts["data"][split]))
         same = all(one == other or one["sha256"] is None and one["tokens"] == other["tokens"] for one, other in pairs)
         need(same and len(pairs) == len(shards), f"the {split} shards here are other ones: no losses to compare")
-    need(len(here) == count == len(there), f"{len(here)} losses of {count} steps")
+    need(len(replayed) == count == len(recorded_losses), f"{len(replayed)} losses of {count} steps")
     other, now = [], settings(again)
     try:
         for log in [*earlier(record), record.log]:
@@ -656,7 +659,7 @@ def compare(record, again, count):
         other = [str(why)]
     where = f"another machine or other versions ({', '.join(other)})" if other else "the same machine and versions"
     recorded = {point["step"]: f"{point['val_loss']:.4f}" for point in record.result["curve"] if point["step"] <= count}
-    rows = [(i, f"step {i}", a, b) for i, (a, b) in enumerate(zip(there, here), 1)]
+    rows = [(i, f"step {i}", a, b) for i, (a, b) in enumerate(zip(recorded_losses, replayed), 1)]
     rows += [(int(match[1]), f"the validation of step {match[1]}", float(recorded[int(match[1])]), float(match[4]))
              for _, match in again.steps if match[3] == "val" and int(match[1]) in recorded]  # to the log's 4 digits
     apart = [row for row in rows if row[2] != row[3]]
@@ -682,7 +685,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", nargs="+", help="folder of a run, or one with such folders below it")
     parser.add_argument("--no-code", action="store_true", help="run nothing of the record's own: no model, no command")
-    parser.add_argument("--replay", type=int, metavar="N", help="run the first N steps again and compare")
+    parser.add_argument("--replay", type=int, metavar="N", help="run the first N steps again and compare [none]")
     parser.add_argument("--data", help="with --replay: folder of the shards [the recorded one, here]")
     parser.add_argument("--devices", type=int, help="with --replay: number of GPUs [the recorded one]")
     args = parser.parse_args(argv)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path += [str(ROOT / "inference"), str(ROOT / "cuda")]  # in this order: both have a bench.py
+sys.path += [str(ROOT / "inference"), str(ROOT / "cuda"), str(ROOT / "data")]  # in this order: two have a bench.py
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it starts in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)

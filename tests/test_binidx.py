@@ -63,7 +63,7 @@ def made(tmp_path):
 def test_there_and_back(made, tmp_path, capsys, monkeypatch, block):
     folder, lines = made
     monkeypatch.setattr(binidx, "BLOCK", block)
-    monkeypatch.setattr(binidx, "SHARD_SIZE", 20000)
+    monkeypatch.setattr(binidx, "SHARD_TOKENS", 20000)
     assert convert(folder, "--out", tmp_path / "pairs" / "p") == 0
     assert sorted(path.name for path in (tmp_path / "pairs").iterdir()) == [
         "p_train.bin", "p_train.idx", "p_val.bin", "p_val.idx"]
@@ -152,7 +152,7 @@ def test_bad_input(made, tmp_path, capsys):
     write_shard(tmp_path / "d" / "my_train_000001.bin", [1, 2, 3])
     refused(tmp_path / "d", "--tokenizer", "bytes", parts=["my_train_000001.bin", "document mark 256"])
     write_shard(tmp_path / "d" / "my_train_000001.bin", [256, 2, 3], count=5)
-    refused(tmp_path / "d", "--tokenizer", "bytes", parts=["my_train_000001.bin", "no whole shard"])
+    refused(tmp_path / "d", "--tokenizer", "bytes", parts=["my_train_000001.bin is damaged", "by its size"])
 
 
 def test_nothing_is_overwritten_unasked(made, tmp_path, capsys):

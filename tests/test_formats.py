@@ -191,9 +191,9 @@ def test_safetensors_and_back(case, checkpoints, tmp_path, capsys):
     again = recurrent.load(out)
     assert same_logits(first, again) and first.hash == again.hash
     assert asdict(again.config) == asdict(first.config)
-    assert {key: again.about[key] for key in formats.KEPT} == {key: first.about[key] for key in formats.KEPT}
+    assert {key: again.header[key] for key in formats.KEPT} == {key: first.header[key] for key in formats.KEPT}
     assert list(tree(tmp_path)) == ["model.safetensors"]
-    assert out.read_bytes() != checkpoints[case].read_bytes() and again.about["finished"]
+    assert out.read_bytes() != checkpoints[case].read_bytes() and again.header["finished"]
 
 
 def test_foreign_files(files, tmp_path):

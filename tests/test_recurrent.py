@@ -78,10 +78,10 @@ def test_state_survives_a_file(model, tmp_path):
 
 def test_state_of_another_model_is_refused(model, tmp_path):
     model.new_state().save(tmp_path / "state", model)
-    for change, word in ((dict(about=dict(model.about, tokenizer_sha256="y")), "tokenizer_sha256"),
+    for change, word in ((dict(header=dict(model.header, tokenizer_sha256="y")), "tokenizer_sha256"),
                          (dict(dtype="bf16"), "dtype"),
                          (dict(weights={n: t + 1 for n, t in model.trained.items()}), "model_sha256")):
-        now = dict(config=model.config, weights=model.trained, dtype="fp32", about=model.about, script=model.script)
+        now = dict(config=model.config, weights=model.trained, dtype="fp32", header=model.header, script=model.script)
         with pytest.raises(ValueError, match=word):
             type(model)(**{**now, **change}).load_state(tmp_path / "state")
     (tmp_path / "state").write_bytes(b"no state")

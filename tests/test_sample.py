@@ -334,7 +334,7 @@ def test_states_that_do_not_fit(paths, gpt, say, refused, tmp_path):
     for batch, facts in ((1, {}), (2, dict(pending=1, seen=[], count={}, waiting=[]))):
         model.new_state(batch).save(state, model, **facts)
         refused(gpt, "--load_state", state, words=["not saved by sample.py"])
-    model.about["tokenizer"] = "another name"
+    model.header["tokenizer"] = "another name"
     assert model.load_state(state)[0].position == 0, "the same vocabulary"
 
 
@@ -422,7 +422,7 @@ def forgets(*names, when=lambda T: True):
 def changed(model, **weights):
     """A model whose recurrent form, but not the training script's, has other weights."""
     other = {**model.trained, **{name: change(model.trained[name]) for name, change in weights.items()}}
-    broken = type(model)(model.config, other, model.dtype, model.device, model.about, model.script)
+    broken = type(model)(model.config, other, model.dtype, model.device, model.header, model.script)
     broken.trained = model.trained
     return broken
 

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,12 +210,22 @@ def test_bytes_of_text(tmp_path, vocab, flags):
     texts = ["the  then\n\n 1234..", "zwölf, 你好 🙂", "a", "don't\tthem ", *[f"text {i} é" for i in range(40)]]
     write_jsonl(tmp_path / "a.jsonl", texts)
     make(tmp_path / "a.jsonl", *flags, *(["--vocab", vocab] if flags else []), "--val", 0.5, "--out", tmp_path / "out")
-    args = types.SimpleNamespace(data=tmp_path / "out")
-    counts = [train_gpt2.text_bytes(args, shards(tmp_path / "out", split)) for split in ("train", "val")]
+    swapped = tmp_path / "swapped"
+    swapped.mkdir()
+    for path in (tmp_path / "out").glob("*.bin"):
+        old, new = ("_val_", "_train_") if "_val_" in path.name else ("_train_", "_val_")
+        shutil.copy(path, swapped / path.name.replace(old, new))
+    args = types.SimpleNamespace(seq_len=1, steps=1, stop_after=0, bsz=1, order="sequential", epochs=1, track="tiny",
+                                 val_tokens=10**6, vocab_size=65536)
+    counts = []
+    for args.data in (tmp_path / "out", swapped):
+        (args.data / "manifest.json").unlink(missing_ok=True)
+        counts.append(train_gpt2.open_data(args)[2]["text_bytes"])
     assert sum(counts) == sum(len(text.encode()) for text in texts) and min(counts) > 100
-    assert train_gpt2.text_bytes(args, np.array([999])) is None, "of an id beyond the vocabulary"
-    args.data = tmp_path
-    assert train_gpt2.text_bytes(args, np.array([1])) is None
+    (swapped / "token_bytes.bin").write_bytes(bytes(10))
+    assert train_gpt2.open_data(args)[2]["text_bytes"] is None, "of ids beyond the table"
+    (swapped / "token_bytes.bin").unlink()
+    assert train_gpt2.open_data(args)[2]["text_bytes"] is None
 
 
 def test_names_and_hashes(tmp_path, vocab):

@@ -420,19 +420,20 @@ def test_sources_are_those_of_the_commit(record, capsys):
 
 
 def test_other_data_here_is_said(original, record, capsys):
-    """The manifest of the data set here, of another Python: not checked, and why. Of this one, and other: FAILED."""
+    """Equal shards are right whoever made them. Others, of another Python: not checked. Of this one: FAILED."""
     folder = record.parent / "data"
     manifest = json.loads((original.parent.parent / "data" / "manifest.json").read_text())
     forge(lambda r: (put(str(folder), "data", "folder")(r), r["data"]["manifest"].update(python="3.1.4")))(record)
     assert "there is no" in verdicts(record, capsys, "--no-code")["data"][1]
     folder.mkdir()
-    (folder / "manifest.json").write_text(json.dumps(dict(manifest, python="3.9.9")))
-    verdict, why = verdicts(record, capsys, "--no-code")["data"]
-    assert verdict == "not checked" and "another python (3.9.9, not 3.1.4)" in why
-    manifest["shards"][0]["sha256"] = "f" * 64
-    (folder / "manifest.json").write_text(json.dumps(dict(manifest, python="3.1.4")))
-    verdict, why = verdicts(record, capsys, "--no-code")["data"]
-    assert verdict == "FAILED" and manifest["shards"][0]["name"] in why
+    for digest, python, expected, words in (
+            (manifest["shards"][0]["sha256"], "3.9.9", "ok", "shards of toy as in"),
+            ("f" * 64, "3.9.9", "not checked", "another python (3.9.9, not 3.1.4)"),
+            ("f" * 64, "3.1.4", "FAILED", manifest["shards"][0]["name"])):
+        manifest["shards"][0]["sha256"] = digest
+        (folder / "manifest.json").write_text(json.dumps(dict(manifest, python=python)))
+        verdict, why = verdicts(record, capsys, "--no-code")["data"]
+        assert verdict == expected and words in why, why
 
 
 RUNS = {"a_seed1": ("1", "train_a.py --muon_lr 1 --random_seed 1"), "b_seed1": ("2", "train_b.py --random_seed 1")}
