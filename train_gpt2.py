@@ -85,6 +85,7 @@ class Hyperparameters:
     muon_lr: float = 0.02  # Muon: matrices of the blocks
     muon_scale: str = "spectral"  # Muon's scale of an update: spectral or rms
     muon_warmup: int = 500  # steps over which Muon's momentum rises from 0.85 to 0.95
+    muon_beta2: float = 0.0  # Muon: decay of the mean square that divides each row (NorMuon); 0: off
     adam_lr: float = 0.02  # Adam: scalars (lambdas and value mixes)
     emb_lr: float = 0.3  # Adam: embedding
     head_lr: float = 0.002  # Adam: head
@@ -262,7 +263,8 @@ def build_optimizers(model, args):
     groups["scalars"]["eps"] = 1e-5
     muon = groups.pop("muon")
     adam = torch.optim.Adam(list(groups.values()), betas=(0.9, args.adam_beta2), fused=True)
-    return [adam, Muon([muon], lr=args.muon_lr, scale=args.muon_scale, bf16=args.dtype != "fp32")]
+    return [adam, Muon([muon], lr=args.muon_lr, scale=args.muon_scale, beta2=args.muon_beta2,
+                       bf16=args.dtype != "fp32")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -301,11 +303,12 @@ class Muon(torch.optim.Optimizer):
 
     params: matrices (rows, cols). scale: "spectral" s = sqrt(max(1, rows/cols)) or "rms" s = sqrt(max(rows, cols)).
     Matrices of equal shape (up to transposition) go through Newton-Schulz as one batch, a slice a rank. The momenta M
-    are whole on every rank.
+    are whole on every rank. beta2 > 0: each row of the update is divided by the root of its mean square v, averaged
+    over the steps, and the whole brought back to its norm (NorMuon, arXiv 2510.05491).
     """
 
-    def __init__(self, params, lr, momentum=0.95, scale="spectral", bf16=True):
-        super().__init__(params, dict(lr=lr, momentum=momentum, scale=scale))
+    def __init__(self, params, lr, momentum=0.95, scale="spectral", beta2=0.0, bf16=True):
+        super().__init__(params, dict(lr=lr, momentum=momentum, scale=scale, beta2=beta2))
         bf16 = bf16 and has_bf16(self.param_groups[0]["params"][0].device)
         self.dtype = torch.bfloat16 if bf16 else torch.float32
 
@@ -318,10 +321,12 @@ class Muon(torch.optim.Optimizer):
             for matrices in by_shape.values():
                 self.update(matrices, **group)
 
-    def update(self, matrices, lr, momentum, scale, **_):
+    def update(self, matrices, lr, momentum, scale, beta2, **_):
         for p in matrices:
             if "M" not in self.state[p]:
                 self.state[p]["M"] = torch.zeros_like(p)
+                if beta2:
+                    self.state[p]["v"] = p.new_zeros(len(p), 1)
         G = [p.grad for p in matrices]
         M = [self.state[p]["M"] for p in matrices]
         torch._foreach_mul_(M, momentum)
@@ -332,8 +337,12 @@ class Muon(torch.optim.Optimizer):
         for p, O in zip(matrices, updates):
             rows, cols = p.shape
             s = max(1, rows / cols) ** 0.5 if scale == "spectral" else max(rows, cols) ** 0.5
-            O = O if O.shape == p.shape else O.mT
-            p.add_(O.to(p.dtype), alpha=-lr * s)
+            O = (O if O.shape == p.shape else O.mT).to(p.dtype)
+            if beta2:
+                v = self.state[p]["v"].lerp_(O.square().mean(dim=1, keepdim=True), 1 - beta2)
+                divided = O / (v.sqrt() + 1e-10)
+                O = divided * (O.norm() / (divided.norm() + 1e-10))
+            p.add_(O, alpha=-lr * s)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -791,8 +800,9 @@ CHOICES = dict(
     device=("auto", "cuda", "cpu"), dtype=("auto", "bf16", "mixed", "fp32"), kernel=("auto", "torch", "cpu", "cuda"))
 POSITIVE = "steps bsz device_bsz seq_len epochs val_every val_tokens vocab_size layers width headsz".split()
 RATES = "muon_lr adam_lr ln_lr emb_lr head_lr lambda_lr".split()
-RANGES = dict(adam_beta2=(0, 1 - 1e-9), ffn_ratio=(0.1, 2**31), random_seed=(0, 2**63 - 1),  # else 0 to 2^31
-              **dict.fromkeys(POSITIVE, (1, 2**31)), **dict.fromkeys(RATES, (0, 10)))
+RANGES = dict(**dict.fromkeys(POSITIVE, (1, 2**31)), **dict.fromkeys(RATES, (0, 10)),  # all others: 0 to 2^31
+              **dict.fromkeys(("adam_beta2", "muon_beta2"), (0, 1 - 1e-9)),
+              ffn_ratio=(0.1, 2**31), random_seed=(0, 2**63 - 1))
 
 
 def parse(argv=None):
@@ -1177,7 +1187,7 @@ def end(status):
     """Leave with all written. Of several ranks at once: a thread of theirs can abort the interpreter's shutdown."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if WORLD_SIZE > 1:
+    if WORLD_SIZE > 1 and __name__ == "__main__":
         os._exit(status)
     sys.exit(status)
 

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy
 import pytest
@@ -13,6 +12,7 @@ import torch
 
 import train_rwkv7
 from helpers import ROOT, environment, load_program, write_shard
+from test_build import program
 
 doctor = load_program("cuda/doctor.py")
 
@@ -22,21 +22,22 @@ def process(python=(), **env):
     return subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment(**env))
 
 
-def program(folder, name, *lines):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text("\n".join(["#!/bin/sh", *lines, ""]))
-    (folder / name).chmod(0o755)
-
-
-def test_it_runs_here():
-    """A folder of the user's in HOME must not show, nor the repository's own path."""
-    done = process(HOME="/data/somebody", CUDA_VISIBLE_DEVICES="")
-    assert done.stderr == "" and done.stdout.count("\nnext ") == 1, done
+def test_it_runs_here(tmp_path):
+    """With a driver that torch is not for. A folder of the user's in HOME must not show, nor the repository's path."""
+    program(tmp_path / "nvidia-smi", """case "$*" in
+        *query*) echo "550.54, NVIDIA H100 80GB HBM3, 9.0, 81559, 81000"; echo "550.54, GPU, [N/A], [N/A], [N/A]" ;;
+        *) echo "| NVIDIA-SMI 550.54   Driver Version: 550.54   CUDA Version: 12.4 |" ;; esac""")
+    done = process(HOME="/data/somebody", PATH=f"{tmp_path}:{os.environ['PATH']}", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1 and done.stderr == "" and done.stdout.count("\nnext ") == 1, done
     lines = dict(re.findall(r"^(\S+(?: \S+)?)\s{2,}(.*)$", done.stdout, re.M))
     assert lines["python"] == "%d.%d.%d" % sys.version_info[:3] and lines["numpy"] == numpy.__version__
     assert lines["torch"].startswith(torch.__version__) and "sees 0 GPUs" in lines["torch"]
-    assert {"system", "nvcc", "C++", "driver", "fineweb", "tiny", "cuda/build", "records"} <= set(lines)
+    assert {"system", "nvcc", "C++", "fineweb", "tiny", "cuda/build", "records"} <= set(lines)
     assert any(name.startswith("wkv7 ") for name in lines)
+    assert lines["GPU 0"] == "NVIDIA H100 80GB HBM3, sm_90, 79.6 GiB (79.1 GiB free)"
+    assert lines["GPU 1"] == "GPU, sm_[N/A], ? (? free)"
+    assert lines["driver"] == "550.54, for CUDA up to 12.4"
+    assert lines["to mend"].startswith("there is a GPU, but torch does not see it")
     assert str(ROOT) not in done.stdout
 
 
@@ -73,25 +74,12 @@ def test_nvcc_is_found_where_it_is_said_to_be_and_nothing_fails_without(tmp_path
     for name in ("CUDA_HOME", "CXX"):
         monkeypatch.delenv(name, raising=False)
     assert doctor.tools() == {"nvcc": {}, "C++": {}} and doctor.driver() == {}
-    program(tmp_path / "path", "nvcc", "echo 'Cuda compilation tools, release 11.8, V11.8.89'")
-    program(tmp_path / "path", "c++", "echo 'c++ (GCC) 9.1.0'; echo more")
-    program(tmp_path / "home" / "bin", "nvcc", "echo 'Cuda compilation tools, release 12.4, V12.4.1'")
+    program(tmp_path / "path" / "nvcc", "echo 'Cuda compilation tools, release 11.8, V11.8.89'")
+    program(tmp_path / "path" / "c++", "echo 'c++ (GCC) 9.1.0'; echo more")
+    program(tmp_path / "home" / "bin" / "nvcc", "echo 'Cuda compilation tools, release 12.4, V12.4.1'")
     assert doctor.tools()["nvcc"]["version"] == "11.8" and doctor.tools()["C++"]["version"] == "c++ (GCC) 9.1.0"
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     assert doctor.tools()["nvcc"] == dict(path=str(tmp_path / "home" / "bin" / "nvcc"), version="12.4")
-
-
-def test_a_gpu_that_torch_does_not_see(tmp_path):
-    """The driver is there, torch is not for it: here the CPU build, or any that is told to see nothing."""
-    program(tmp_path, "nvidia-smi", """case "$*" in
-        *query*) echo "550.54, NVIDIA H100 80GB HBM3, 9.0, 81559, 81000"; echo "550.54, GPU, [N/A], [N/A], [N/A]" ;;
-        *) echo "| NVIDIA-SMI 550.54   Driver Version: 550.54   CUDA Version: 12.4 |" ;; esac""")
-    done = process(PATH=f"{tmp_path}:{os.environ['PATH']}", CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 1, done.stdout
-    assert "GPU 0            NVIDIA H100 80GB HBM3, sm_90, 79.6 GiB (79.1 GiB free)" in done.stdout
-    assert "GPU 1            GPU, sm_[N/A], ? (? free)" in done.stdout
-    assert "driver           550.54, for CUDA up to 12.4" in done.stdout
-    assert "to mend          there is a GPU, but torch does not see it" in done.stdout
 
 
 def machine(gpu=True, built_for="CUDA 12.4", why=(), **fineweb):
@@ -152,6 +140,5 @@ def test_damaged_shards_are_named(tmp_path, monkeypatch):
 
 def test_nothing_says_who_or_where(monkeypatch):
     monkeypatch.setattr(os.path, "expanduser", lambda path: "/data/people/ann")
-    text = doctor.clean(f"{ROOT}/cuda/build /data/people/ann/cuda-12/bin/nvcc '/home/bob/x' /Users/eve/y /usr/bin/g++")
-    assert text == "./cuda/build ~/cuda-12/bin/nvcc '~/x' ~/y /usr/bin/g++"
-    assert doctor.cleaned(dict(a=[str(Path("/home/bob/z")), 3])) == dict(a=["~/z", 3])
+    said = f"{ROOT}/cuda/build /data/people/ann/cuda-12/bin/nvcc '/home/bob/x' /Users/eve/y /usr/bin/g++"
+    assert doctor.cleaned(dict(a=[said, 3])) == dict(a=["./cuda/build ~/cuda-12/bin/nvcc '~/x' ~/y /usr/bin/g++", 3])

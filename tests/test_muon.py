@@ -111,14 +111,16 @@ def starts(shapes=SHAPES):
     return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
 
 
-@pytest.mark.parametrize("scale", ("spectral", "rms"))
-def test_steps_against_a_plain_loop(scale, monkeypatch):
-    """M <- mu M + G;  W <- W - lr s NS(G + mu M), with a rate and a momentum that change from step to step."""
+@pytest.mark.parametrize("scale, beta2", (("spectral", 0), ("rms", 0), ("spectral", 0.9), ("rms", 0.5)))
+def test_steps_against_a_plain_loop(scale, beta2, monkeypatch):
+    """M <- mu M + G;  W <- W - lr s O, O = NS(G + mu M), with a rate and a momentum that change from step to step. With
+    beta2, NorMuon: v <- beta2 v + (1 - beta2) mean_row(O^2), O <- O / sqrt(v) at the norm that O had."""
     monkeypatch.setattr(script, "has_bf16", lambda device: False)
     parameters = starts()
-    optimizer = Muon(parameters, lr=0.1, scale=scale)
+    optimizer = Muon(parameters, lr=0.1, scale=scale, beta2=beta2)
     W = [p.detach().double() for p in parameters]
     M = [torch.zeros_like(w) for w in W]
+    v = [torch.zeros(len(w), 1, dtype=torch.float64) for w in W]
     for step in range(4):
         lr, mu = 0.1 / (1 + step), 0.85 + 0.03 * step
         optimizer.param_groups[0].update(lr=lr, momentum=mu)
@@ -127,7 +129,11 @@ def test_steps_against_a_plain_loop(scale, monkeypatch):
             M[i] = mu * M[i] + g.double()
             rows, cols = p.shape
             s = max(1, rows / cols) ** 0.5 if scale == "spectral" else max(rows, cols) ** 0.5
-            W[i] = W[i] - lr * s * orthogonalise(g.double() + mu * M[i])
+            O = orthogonalise(g.double() + mu * M[i])
+            if beta2:
+                v[i] = beta2 * v[i] + (1 - beta2) * (O**2).sum(1, keepdim=True) / cols
+                O = O / v[i].sqrt() * (O.norm() / (O / v[i].sqrt()).norm())
+            W[i] = W[i] - lr * s * O
         optimizer.step()
         for i, (p, g) in enumerate(zip(parameters, gradients(step))):
             error = (p.detach().double() - W[i]).abs().max().item()
