@@ -2,6 +2,7 @@
 
 import argparse
 import runpy
+import signal
 import sys
 
 import pytest
@@ -19,8 +20,13 @@ def help_of(program, monkeypatch, capsys):
                         lambda self, *given: parsers.append(self) or plain(self, *given))
     monkeypatch.setattr(sys, "argv", [program, "--help"])
     monkeypatch.setattr(sys, "path", [str((ROOT / program).parent), *sys.path])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / program), run_name="__main__")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     assert ended.value.code in (0, None), program
     return capsys.readouterr().out, parsers[-1]._actions if parsers else []
 
