@@ -84,7 +84,8 @@ class Hyperparameters:
     # learning rates
     muon_lr: float = 0.02  # Muon: matrices of the blocks
     muon_scale: str = "spectral"  # Muon's scale of an update: spectral or rms
-    muon_warmup: int = 500  # steps over which Muon's momentum rises from 0.85 to 0.95
+    muon_momentum: float = 0.95  # Muon: decay of the momentum; 0.85 at first
+    muon_warmup: int = 500  # Muon: steps over which the momentum rises from there
     muon_beta2: float = 0.0  # Muon: decay of the mean square that divides each row (NorMuon); 0: off
     adam_lr: float = 0.02  # Adam: scalars (lambdas and value mixes)
     emb_lr: float = 0.3  # Adam: embedding
@@ -785,11 +786,12 @@ def groups_of(optimizers):
 
 
 def schedule(optimizers, step, args):
-    """Set the rates of a step, and Muon's momentum: it rises from 0.85 to 0.95 over the first muon_warmup steps."""
+    """Set the rates of a step, and Muon's momentum: from 0.85 to muon_momentum over the first muon_warmup steps."""
     for group in groups_of(optimizers):
         group["lr"] = group["initial_lr"] * rate(step, args)
         if "scale" in group:
-            group["momentum"] = 0.85 + 0.10 * min(1.0, step / max(1, args.muon_warmup))
+            risen = min(1.0, step / max(1, args.muon_warmup))
+            group["momentum"] = 0.85 + (args.muon_momentum - 0.85) * risen
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -801,7 +803,7 @@ CHOICES = dict(
 POSITIVE = "steps bsz device_bsz seq_len epochs val_every val_tokens vocab_size layers width headsz".split()
 RATES = "muon_lr adam_lr ln_lr emb_lr head_lr lambda_lr".split()
 RANGES = dict(**dict.fromkeys(POSITIVE, (1, 2**31)), **dict.fromkeys(RATES, (0, 10)),  # all others: 0 to 2^31
-              **dict.fromkeys(("adam_beta2", "muon_beta2"), (0, 1 - 1e-9)),
+              **dict.fromkeys(("adam_beta2", "muon_beta2", "muon_momentum"), (0, 1 - 1e-9)),
               ffn_ratio=(0.1, 2**31), random_seed=(0, 2**63 - 1))
 
 

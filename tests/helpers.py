@@ -58,7 +58,8 @@ def tiny(script, data, records, *more):
     """Flags of a run of a few seconds; the later of two equal flags counts."""
     flags = dict(track="tiny", device="cpu", dtype="fp32", data=data, records=records,
                  checkpoints=pathlib.Path(records).parent / "checkpoints", width=32, layers=2, headsz=16,
-                 bsz=4, device_bsz=4, seq_len=32, steps=6, warmdown_steps=3, muon_warmup=4, val_every=2, val_tokens=352)
+                 bsz=4, device_bsz=4, seq_len=32, order="sequential", steps=6, warmdown_steps=3, muon_warmup=4,
+                 val_every=2, val_tokens=352)
     if "rwkv" in script:
         flags["kernel"] = "torch"
     return [str(part) for name, value in flags.items() for part in (f"--{name}", value)] + list(map(str, more))
