@@ -99,9 +99,9 @@ class Hyperparameters:
 
 
 TINY = dict(
-    track="tiny", data="data/pydocs", steps=4400, warmdown_steps=4400, bsz=2, device_bsz=16, seq_len=256, epochs=20,
-    val_every=1100, val_tokens=262144, vocab_size=257, layers=2, width=192, headsz=32, ffn_ratio=3.0,
-    muon_lr=0.0005, adam_lr=0.001, muon_warmup=100, adam_beta2=0.99)
+    track="tiny", data="data/pydocs", steps=550, warmdown_steps=550, bsz=8, device_bsz=16, seq_len=256, epochs=20,
+    order="shuffled", val_every=110, val_tokens=262144, vocab_size=257, layers=2, width=192, headsz=32, ffn_ratio=3.0,
+    muon_lr=0.0015, muon_momentum=0.85, muon_beta2=0.95, adam_lr=0.003)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -54,12 +54,17 @@ def make_corpus(folder, train=(1500, 700), val=(450,), vocab=257, text=None):
     return folder
 
 
+RATES = dict(train_gpt2=dict(muon_lr=0.01, emb_lr=0.1, head_lr=0.005, adam_lr=0.02),  # fixed, whatever tiny's are
+             train_rwkv6=dict(muon_lr=0.0005, adam_lr=0.001),
+             train_rwkv7=dict(muon_lr=0.01, emb_lr=0.02, head_lr=0.005, adam_lr=0.0026))
+
+
 def tiny(script, data, records, *more):
     """Flags of a run of a few seconds; the later of two equal flags counts."""
     flags = dict(track="tiny", device="cpu", dtype="fp32", data=data, records=records,
                  checkpoints=pathlib.Path(records).parent / "checkpoints", width=32, layers=2, headsz=16,
                  bsz=4, device_bsz=4, seq_len=32, order="sequential", steps=6, warmdown_steps=3, muon_warmup=4,
-                 val_every=2, val_tokens=352)
+                 muon_momentum=0.95, muon_beta2=0, adam_beta2=0.99, val_every=2, val_tokens=352, **RATES[script])
     if "rwkv" in script:
         flags["kernel"] = "torch"
     return [str(part) for name, value in flags.items() for part in (f"--{name}", value)] + list(map(str, more))
