@@ -33,12 +33,12 @@ def worst(page):
     its limit."""
     script, rows = page.split(",")[0], []
     for dtype in ("fp32", "bf16"):
-        rows = {line[6:17].strip(): line[17:].split()[1:5] for line in page.splitlines() if line.startswith(dtype)}
+        figures = {line[6:17].strip(): line[17:].split()[1:5] for line in page.splitlines() if line.startswith(dtype)}
         cells = []
         for i in range(4):
-            values = [rows[form][i] for form in ("odd pieces", "one by one")]
+            values = [figures[form][i] for form in ("odd pieces", "one by one")]
             number = lambda text: float(text.rstrip("%"))
-            cells.append(f"{(min if i == 2 else max)(values, key=number)} ({rows['limit'][i]})")
+            cells.append(f"{(min if i == 2 else max)(values, key=number)} ({figures['limit'][i]})")
         rows.append([dtype, *cells])
     return script, rows
 

@@ -55,10 +55,6 @@ def watched():
     return Machine(races=True)
 
 
-def bits(x):
-    return np.ascontiguousarray(x, np.float32).view(np.uint32)
-
-
 def floats(x):
     return np.ascontiguousarray(x, np.uint32).view(np.float32)
 
@@ -68,8 +64,9 @@ def bf16(x):
     return torch.from_numpy(np.ascontiguousarray(x, np.float32)).bfloat16().view(torch.int16).numpy().view(np.uint16)
 
 
-def pairs(lo, hi):
-    return lo.astype(np.uint32) | hi.astype(np.uint32) << 16
+def pairs(halves):
+    """Elements 0 and 1 of the last axis in one register, 2 and 3 in the next."""
+    return halves[..., ::2].astype(np.uint32) | halves[..., 1::2].astype(np.uint32) << 16
 
 
 # The primitives. Layouts are written from the tables of the PTX manual, not from primitives.cuh.
@@ -83,8 +80,7 @@ def test_pack_bf16(machine):
     out = machine.run("pack", x, (len(x), 4), np.uint32, blocks=len(x) // 1024, threads=1024)
     expected = bf16(x).reshape(x.shape)
     expected[np.isnan(x)] = 0x7FFF
-    assert (out[:, 0] == pairs(expected[:, 0], expected[:, 1])).all()
-    assert (out[:, 1] == out[:, 0]).all()
+    assert (out[:, :2] == pairs(expected)).all()
     assert (out[:, 2:] == expected.astype(np.uint32) << 16).all()
 
 
@@ -113,11 +109,6 @@ def fragments(tile, kind):
     return tile[np.where(i < 2, group, group + 8), pair]
 
 
-def registers(tile, kind):
-    held = fragments(tile, kind)
-    return pairs(held[:, ::2], held[:, 1::2])
-
-
 @pytest.mark.parametrize("numbers", ("integers", "normal", "large and small"))
 def test_multiply_add(machine, numbers):
     generator = np.random.default_rng(0)
@@ -127,8 +118,8 @@ def test_multiply_add(machine, numbers):
     elif numbers != "normal":
         A, C = A * 2.0 ** generator.integers(-30, 30, A.shape), (C * 1e-3).astype(np.float32)
     A, B = bf16(A), bf16(B)
-    given = np.concatenate((registers(A, "A"), registers(B, "B"), np.zeros((32, 2), np.uint32),
-                            bits(fragments(C, "C"))), -1).astype(np.uint32)
+    given = np.concatenate((pairs(fragments(A, "A")), pairs(fragments(B, "B")), np.zeros((32, 2), np.uint32),
+                            fragments(C, "C").view(np.uint32)), -1)
     out = machine.run("multiply", given, (32, 4))
     a, b = (floats(x.astype(np.uint32) << 16).astype(np.float64) for x in (A, B))
     exact, size = C + a @ b, np.abs(C) + np.abs(a) @ np.abs(b)
@@ -151,19 +142,15 @@ def test_load_tiles(machine):
     given = np.concatenate((offsets.view(np.uint32), memory.view(np.uint32)))
     out = machine.run("tiles", given, (32, 2, 4), np.uint32, shared=2048)
     matrices = np.stack([memory[at // 2 : at // 2 + 8] for at in offsets]).reshape(4, 8, 8)
-    for lane in range(32):
-        for j, matrix in enumerate(matrices):
-            for which, m in enumerate((matrix, matrix.T)):
-                lo, hi = m[lane // 4, lane % 4 * 2], m[lane // 4, lane % 4 * 2 + 1]
-                assert out[lane, which, j] == int(lo) | int(hi) << 16
+    for which, m in enumerate((matrices, matrices.swapaxes(1, 2))):
+        assert (out[:, which] == pairs(m).reshape(4, 32).T).all()
 
 
 def test_shuffles(machine):
     generator = np.random.default_rng(0)
     x = generator.standard_normal(64).astype(np.float32)
     for step in range(32):
-        given = np.zeros((64, 4), np.float32)
-        given[:, 0], given[:, 1], given[:, 2], given[:, 3] = x, step, step, generator.integers(0, 32, 64)
+        given = np.stack((x, 0 * x + step, 0 * x + step, generator.integers(0, 32, 64).astype(np.float32)), 1)
         out = machine.run("shuffles", given, (64, 4), threads=64, schedule=(RANDOM, step, 0))
         for i in range(64):
             warp, lane = x[i // 32 * 32 :][:32], i % 32
@@ -192,26 +179,22 @@ def test_groups_of_copies(machine):
     assert any((there[:, 0] < there[:, 1]).any() for there in seen), "within a group any order"
 
 
-def test_where_threads_are_and_what_they_find(machine):
+def test_where_threads_are_in_what_order_and_what_they_find(machine):
     out = machine.run("where", None, (3, 40, 4), np.int32, blocks=3, threads=40)
     assert (out[..., 0] == np.arange(40)).all() and (out[..., 1] == np.arange(3)[:, None]).all()
     assert (out[..., 2:] == (40, 3)).all()
     out = machine.run("first_bytes", None, 75, np.uint32, shared=300, n=300)
     assert np.isnan(floats(out)).all(), "shared memory is NaN at first"
 
-
-def test_order_of_threads(machine):
     def order(*schedule):
         out = np.zeros(1 + 192, np.int32)
         assert machine.error("order", blocks=2, threads=96, out=out, schedule=schedule) is None
         return list(out[1:])
 
-    assert order(FORWARDS, 0, LATE) == list(range(192))
-    assert order(BACKWARDS, 0, LATE) == list(range(192))[::-1]
+    assert order(FORWARDS, 0, LATE) == list(range(192)) == order(BACKWARDS, 0, LATE)[::-1]
     ways = [order(RANDOM, seed, LATE) for seed in range(8)]
-    assert all(sorted(way) == list(range(192)) for way in ways)
+    assert all(sorted(way) == list(range(192)) for way in ways) and order(RANDOM, 3, LATE) == ways[3]
     assert len({tuple(way) for way in ways}) == 8 and len({way[0] // 96 for way in ways}) == 2
-    assert order(RANDOM, 3, LATE) == ways[3]
 
 
 # A kernel without a race, and what is found when it gets one.
@@ -230,7 +213,9 @@ def numbers(halves):
     return torch.from_numpy(halves.view(np.int16)).view(torch.bfloat16).double()
 
 
-def test_same_bits_in_every_schedule(machine):
+@pytest.mark.parametrize("flags", ((), ("-DCUDA_ON_CPU_UCONTEXT",)))  # for other processors than x86-64
+def test_same_bits_in_every_schedule(flags):
+    machine = Machine(flags=flags)
     message, out = chain(machine)
     assert message is None
     own = torch.eye(16, dtype=torch.float64).repeat(BLOCKS, 1, 1)
@@ -241,16 +226,6 @@ def test_same_bits_in_every_schedule(machine):
     for schedule in SCHEDULES:
         message, other = chain(machine, schedule=schedule)
         assert message is None and (other == out).all(), schedule
-
-
-def test_portable_context_switch():
-    """ucontext, for other processors than x86-64."""
-    machine = Machine(flags=("-DCUDA_ON_CPU_UCONTEXT",))
-    expected = chain(machine)
-    assert expected[0] is None
-    for schedule in SCHEDULES[::4]:
-        message, out = chain(machine, schedule=schedule)
-        assert message is None and (out == expected[1]).all()
     assert "wait for others" in machine.error("some_skip_barrier", n=5)
     assert machine.error("some_skip_barrier", n=32) is None
 
@@ -267,37 +242,32 @@ EXCHANGES = {  # kernel: what the watching build says, None where nothing is wro
 }
 
 
-@pytest.mark.parametrize("kernel", EXCHANGES)
-def test_races_differ_between_schedules(machine, kernel):
+def test_races_differ_between_schedules(machine):
     given = np.random.default_rng(0).standard_normal(4 * 64).astype(np.float32)
-    results = {machine.run(kernel, given, 4 * 64, threads=64, shared=1024, schedule=s).tobytes() for s in SCHEDULES}
-    assert (len(results) > 1) == (EXCHANGES[kernel] is not None)
-
-
-@pytest.mark.parametrize("missing", ("WAIT", "BARRIER", "LAST_BARRIER"))
-def test_missing_synchronisation_differs_between_schedules(machine, missing):
-    assert len({chain(machine, missing, schedule)[1].tobytes() for schedule in SCHEDULES}) > 1
+    for kernel, said in EXCHANGES.items():
+        results = {machine.run(kernel, given, 4 * 64, threads=64, shared=1024, schedule=schedule).tobytes()
+                   for schedule in SCHEDULES}
+        assert (len(results) > 1) == (said is not None), kernel
+    for missing in ("WAIT", "BARRIER", "LAST_BARRIER"):
+        assert len({chain(machine, missing, schedule)[1].tobytes() for schedule in SCHEDULES}) > 1, missing
 
 
 @pytest.mark.parametrize("schedule", [(FORWARDS, 0, LATE), (BACKWARDS, 0, LATE), (RANDOM, 1, ANY_TIME)])
 def test_races_are_named(watched, schedule):
-    """Whatever the schedule; the line of the source, too, and where no schedule of fibers shows a difference."""
+    """Whatever the schedule; the lines of the source, too, and where no schedule of fibers shows a difference."""
     def error(kernel, **how):
         given, out = np.zeros((2, 4 * 64), np.float32)
         return watched.error(kernel, given=given, out=out, schedule=schedule, **{"threads": 64, "shared": 1024, **how})
-
-    def line(text):
-        return 1 + next(i for i, line in enumerate(SOURCE.read_text().splitlines()) if text in line)
 
     for kernel, expected in EXCHANGES.items():
         message = error(kernel)
         assert (message is None) == (expected is None), message
         if schedule[0] == FORWARDS and expected:
             assert re.search(expected, message), message
-    message = error("neighbour<0>")
-    code = {f"primitives.cu:{line('s[thread()] = as<float>(in)[thread()];')}",
-            f"primitives.cu:{line('= s[(threadIdx.x + 1) % blockDim.x];')}"}
-    assert code <= set(re.findall(r"primitives.cu:\d+", message)), message
+    source, message = SOURCE.read_text(), error("neighbour<0>")
+    for text in ("s[thread()] = as<float>(in)[thread()];", "= s[(threadIdx.x + 1) % blockDim.x];"):
+        line = 1 + source[:source.index(text)].count("\n")
+        assert f"primitives.cu:{line}" in re.findall(r"primitives.cu:\d+", message), message
     assert "with no barrier in between" in error("shuffle_for_barrier")
     assert "global memory" in error("one_place", n=1) and "global memory" in error("one_place", blocks=2)
     for kernel in ("one_place", "tell_blocks"):
@@ -311,52 +281,46 @@ def test_races_are_named(watched, schedule):
 # Errors: each names the block and the threads, nothing hangs, and the launch that follows works.
 
 
+STUCK = "^block 0: some threads wait for others that never come: "
+SHARED = "of shared memory was written, which has 1024$"
+ERRORS = (  # kernel, n, what is said as a pattern, threads
+    ("some_skip_barrier", 64, None, 64), ("tiles_at", 1024 - 16, None, 64), ("barrier_or_collective", 32, None, 33),
+    ("some_skip_barrier", 40, STUCK + "threads 0-39 wait at sync_block; threads 40-63 have ended$", 64),
+    ("some_skip_collective", 33, STUCK + "threads 32, 34-63 wait in shuffle; threads 0-31, 33 have ended$", 64),
+    ("barrier_or_collective", 8,
+     STUCK + "threads 0-7, 32-39 wait at sync_block; threads 8-31, 40-63 wait in sync_warp$", 64),
+    ("barrier_or_collective", 0, "wait in sync_warp", 48),  # half a warp
+    ("write_at", 1024, f"^block 0: byte 1024 {SHARED}", 64), ("write_at", -1, f"^block 0: byte -1 {SHARED}", 64),
+    ("different_collectives", 3,
+     r"^block 0: thread \d+: in shuffle_\w+, while other lanes of its warp are in shuffle_\w+$", 64),
+    ("unawaited", 0, r"thread \d+: ended with 1 copies that it did not wait for", 64),
+    ("copy_at", 8, r"copy_async: the address in shared memory \(byte 8\) is not a multiple of 16", 64),
+    ("copy_source_at", 4, "copy_async: the address in global memory is not a multiple of 16", 64),
+    ("copy_source_at", -1, "copy_async: the source is in shared memory", 64),
+    ("copy_at", 1024, "copy_async: byte 1024 of shared memory, which has 1024", 64),
+    ("tiles_at", 2, r"load_tiles: the address in shared memory \(byte 2\) is not a multiple of 16", 64),
+    ("tiles_at", -16, "load_tiles: byte -16 of shared memory, which has 1024", 64))
+
+
 @pytest.mark.parametrize("order", (FORWARDS, BACKWARDS, RANDOM))
 def test_errors(machine, order):
-    def error(kernel, **how):
-        given, out = np.zeros((2, 1024), np.float32)
-        message = machine.error(kernel, given=given, out=out, schedule=(order, 1, LATE),
-                                **{"threads": 64, "shared": 1024, **how})
-        assert machine.error("neighbour<2>", threads=64, shared=256, given=given, out=out) is None
-        return message
-
-    stuck = "block 0: some threads wait for others that never come: "
-    assert error("some_skip_barrier", n=64) is None and error("tiles_at", n=1024 - 16) is None
-    assert error("barrier_or_collective", n=32, threads=33) is None
-    for kernel, n, said in (
-            ("some_skip_barrier", 40, stuck + "threads 0-39 wait at sync_block; threads 40-63 have ended"),
-            ("some_skip_collective", 33, stuck + "threads 32, 34-63 wait in shuffle; threads 0-31, 33 have ended"),
-            ("barrier_or_collective", 8, stuck + "threads 0-7, 32-39 wait at sync_block; "
-                                                 "threads 8-31, 40-63 wait in sync_warp"),
-            ("write_at", 1024, "block 0: byte 1024 of shared memory was written, which has 1024"),
-            ("write_at", -1, "block 0: byte -1 of shared memory was written, which has 1024")):
-        assert error(kernel, n=n) == said
-    assert "wait in sync_warp" in error("barrier_or_collective", threads=48), "half a warp"
-    assert re.fullmatch(r"block 0: thread \d+: in shuffle_\w+, while other lanes of its warp are in shuffle_\w+",
-                        error("different_collectives", n=3))
-    assert re.search(r"thread \d+: ended with 1 copies that it did not wait for", error("unawaited"))
-    for kernel, n, said in (
-            ("copy_at", 8, "copy_async: the address in shared memory (byte 8) is not a multiple of 16"),
-            ("copy_source_at", 4, "copy_async: the address in global memory is not a multiple of 16"),
-            ("copy_source_at", -1, "copy_async: the source is in shared memory"),
-            ("copy_at", 1024, "copy_async: byte 1024 of shared memory, which has 1024"),
-            ("tiles_at", 2, "load_tiles: the address in shared memory (byte 2) is not a multiple of 16"),
-            ("tiles_at", -16, "load_tiles: byte -16 of shared memory, which has 1024")):
-        assert said in error(kernel, n=n)
+    given, out = np.zeros((2, 1024), np.float32)
+    how = dict(given=given, out=out, shared=1024)
+    for kernel, n, said, threads in ERRORS:
+        message = machine.error(kernel, n=n, threads=threads, schedule=(order, 1, LATE), **how)
+        assert re.search(said, message) if said else message is None, (kernel, n, message)
+        assert machine.error("neighbour<2>", threads=64, **how) is None
 
 
 def test_refused_launches(machine):
-    def error(**how):
-        return machine.error("first_bytes", out=np.zeros(16, np.uint8), n=16, **{"shared": 16, **how})
-
     too_much = "102400 bytes of shared memory, more than cudaFuncSetAttribute allowed"
     for how, said in ((dict(blocks=0), "invalid configuration argument"), (dict(threads=0), "invalid configuration"),
                       (dict(threads=1025), "invalid configuration argument"), (dict(shared=100 << 10), too_much),
-                      (dict(allow=(227 << 10) + 1), "invalid argument: 232449 bytes")):
-        assert said in error(**how)
-    for how in (dict(shared=48 << 10), dict(threads=1024), dict(shared=100 << 10, allow=100 << 10),
-                dict(shared=100 << 10)):
-        assert error(**how) is None, "the last by what the one before it allowed"
+                      (dict(allow=(227 << 10) + 1), "invalid argument: 232449 bytes"), (dict(shared=48 << 10), None),
+                      (dict(threads=1024), None), (dict(shared=100 << 10, allow=100 << 10), None),
+                      (dict(shared=100 << 10), None)):  # by what the one before it allowed
+        message = machine.error("first_bytes", out=np.zeros(16, np.uint8), n=16, **{"shared": 16, **how})
+        assert said in message if said else message is None, how
 
 
 # Sanitizers, in processes of their own.

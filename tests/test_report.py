@@ -251,13 +251,13 @@ def test_the_page_in_a_browser(page, tmp_path):
     by_loss = sorted(names, key=lambda name: results[name]["final"]["val_loss"])
     assert seen["up"] == by_loss and seen["down"] == by_loss[::-1] and seen["sorted"] == "ascending"
     assert all(abs(far - 985) < 0.1 for _, far in seen["axes"].values())
-    for axis, *words in (("step", "4000", "steps"), ("tokens", "2M", "tokens"),
-                         ("seconds", "100", "seconds of training")):
+    for axis, *words in (("step", "500", "steps"), ("tokens", "1M", "tokens"),
+                         ("seconds", "50", "seconds of training")):
         assert set(words) <= set(seen["axes"][axis][0]), (axis, seen["axes"])
     assert seen["untrained"] == []
     assert seen["hidden"] not in seen["left"] and len(seen["left"]) == 5
     assert sorted(seen["back"]) == sorted(names)
-    assert re.match(r"train_\w+\.py, seed \d+: validation loss \d\.\d{4} at step 4,400, 2.25M tokens, ", seen["near"])
+    assert re.match(r"train_\w+\.py, seed \d+: validation loss \d\.\d{4} at step 550, 1.13M tokens, ", seen["near"])
 
 
 def test_the_page_of_an_unfinished_run_with_hostile_words(tmp_path):
@@ -285,7 +285,7 @@ def test_the_page_in_markdown(tmp_path):
     done = report(run)
     assert done.stdout.split() == [str(run / "report.md"), str(run / "report.html")], done
     result, text = json.loads((run / "result.json").read_text()), (run / "report.md").read_text()
-    assert f"| {result['final']['val_loss']:.4f} |" in text and "| 4,400 | 2,252,800 |" in text
+    assert f"| {result['final']['val_loss']:.4f} |" in text and "| 550 | 1,126,400 |" in text
     assert sum(map(len, tree(run).values())) < BUDGET, "with its page"
     refused(report(ROOT / COMMITTED[0], ROOT / COMMITTED[1]), "--out FOLDER")
 
