@@ -670,10 +670,12 @@ RULE = "=" * 100
 IMAGE = "/etc/rwkv-speedrun-image"  # written by the Dockerfile
 
 
-def shell(command):
-    """Standard output of a command, stripped; "" when it is not there or fails."""
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return "" if done.returncode else done.stdout.strip()
+def shell(*command):
+    """Standard output of a command, stripped; "" when it is not there, fails, or hangs."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True,
+                              cwd=Path(__file__).parent).stdout.strip()
+    return ""
 
 
 def machine(device):
@@ -682,22 +684,22 @@ def machine(device):
     steering = ("OMP_", "GOMP_", "MALLOC_", "MKL_", "CUBLAS_", "NCCL_", "PYTORCH_", "NVIDIA_TF32_")
     environment = dict(
         python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda or "none",
-        nvcc=shell("nvcc --version").split("\n")[-1] or "none",
-        compiler=shell("${CXX:-c++} --version").split("\n")[0] or "none",
+        nvcc=shell("nvcc", "--version").split("\n")[-1] or "none",
+        compiler=shell(os.environ.get("CXX") or "c++", "--version").split("\n")[0] or "none",
         platform=platform.platform(), threads=torch.get_num_threads(),
-        instruction_set=torch.backends.cpu.get_cpu_capability(), image=shell(f"cat {IMAGE}") or "none",
+        instruction_set=torch.backends.cpu.get_cpu_capability(), image=shell("cat", IMAGE) or "none",
         variables={name: value for name, value in sorted(os.environ.items()) if name.startswith(steering)})
     if device == "cuda":
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
         name, memory = gpu.name, gpu.total_memory
     else:
-        cpu = re.search(r"model name\s*: (.*)", shell("cat /proc/cpuinfo"))
+        cpu = re.search(r"model name\s*: (.*)", shell("cat", "/proc/cpuinfo"))
         name = f"{cpu[1] if cpu else platform.machine()}, {torch.get_num_threads()} threads"
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    driver = shell("nvidia-smi --query-gpu=driver_version --format=csv,noheader").split("\n")[0] or "none"
+    driver = shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] or "none"
     return dict(environment=environment, hardware=dict(name=name, count=WORLD_SIZE, memory_bytes=memory, driver=driver),
-                git=dict(commit=shell("git rev-parse HEAD") or "none",
-                         changed=shell("git diff --name-only HEAD").splitlines()))
+                git=dict(commit=shell("git", "rev-parse", "HEAD") or "none",
+                         changed=shell("git", "diff", "--name-only", "HEAD").splitlines()))
 
 
 def sha256(data):
@@ -715,8 +717,7 @@ def read_sources(model):
 
 
 def write_whole(path, data, ready=None):
-    """Write bytes beside their place, call ready(), and rename: the file is there as a whole or not at all. Raises
-    OSError."""
+    """Write bytes beside their place, call ready(), rename: a whole file or none. Raises OSError."""
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -733,7 +734,6 @@ def write_whole(path, data, ready=None):
 class Record:
     """What happens in a run: log.txt, line by line, and result.json, written last. Only rank 0 writes. A folder without
     result.json belongs to a run that did not finish. Raises OSError, FloatingPointError when a loss is no number.
-
     losses: of all steps, as they were. curve: the validations. stopping: a rank was asked to stop, which all learn
     after the same step. checkpoint: the newest."""
 
@@ -774,15 +774,15 @@ class Record:
                 event.synchronize()
             loss, asked = report.tolist()
             self.stopping |= asked > 0
-            self.loss(step, "train", loss, train_ms)
+            self.loss_line(step, "train", loss, train_ms)
             self.losses.append(loss)
 
     def validation(self, step, loss, train_ms):
-        self.loss(step, "val", loss, train_ms)
+        self.loss_line(step, "val", loss, train_ms)
         tokens = step * self.args.bsz * self.args.seq_len
         self.curve.append(dict(step=step, tokens=tokens, val_loss=loss, train_ms=train_ms))
 
-    def loss(self, step, split, loss, train_ms):
+    def loss_line(self, step, split, loss, train_ms):
         self.line(f"step:{step}/{self.args.steps} {split}_loss:{loss:.4f} train_time:{train_ms:.0f}ms "
                   f"step_avg:{train_ms / max(1, step):.2f}ms")
         if not math.isfinite(loss):

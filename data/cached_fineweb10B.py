@@ -79,6 +79,9 @@ class Manifest:
         except Damaged:
             self.damaged = True
             return
+        if not all(isinstance(shard.get("sha256"), str) for shard in shards.values()):
+            self.damaged = True
+            return
         for key in facts:
             if known.get(key) != facts[key]:
                 raise Failure(f"{folder} holds other shards: {key} is {known.get(key)} there, {facts[key]} here. "

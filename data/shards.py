@@ -71,14 +71,13 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-def write(path, *blocks, part=None):
+def write(path, data, part=None):
     """Write a file beside its place (as `part`, if only one process does so) and rename it: a reader never sees half
     of it. Raises OSError."""
     part = part or f"{path}.{os.getpid()}.part"
     try:
         with open(part, "wb") as file:
-            for block in blocks:
-                file.write(block)
+            file.write(data)
         os.replace(part, path)
     finally:
         if os.path.exists(part):
