@@ -1,8 +1,6 @@
 """A hub on loopback: what huggingface_hub's client asks of the real one to download files of a dataset.
-
 Two servers, as in the world: the hub answers with the facts of a file and a redirect, the store sends its bytes. Both
-write down every request, and can be told to misbehave.
-"""
+write down every request, and can be told to misbehave. No test itself: ./test.sh tests/test_cached_fineweb.py"""
 
 import collections
 import hashlib
@@ -17,17 +15,15 @@ Request = collections.namedtuple("Request", "server method path headers sent")  
 
 class Hub:
     """files: {path on the hub: bytes}. faults: {file name: [what to do at its next requests]}, each one of
-
     ("hub", status) or ("store", status[, headers])      an HTTP error
     ("cut", n) or ("reset", n)                           n bytes, then the connection ends, properly or not
     ("bytes", data)                                      other bytes, of the same length
     ("hang", n)                                          n bytes, then silence
-    ("whole",)                                           ignore a Range
-    """
+    ("whole",)                                           ignore a Range"""
 
-    def __init__(self, files, checksums=True, commit=COMMIT):
+    def __init__(self, files):
         self.files, self.faults, self.requests = files, collections.defaultdict(list), []
-        self.checksums, self.commit, self.sizes = checksums, commit, {}  # sizes: lies
+        self.checksums, self.commit, self.sizes = True, COMMIT, {}  # sizes: lies
         self.lock, self.quit = threading.Lock(), threading.Event()
         self.hub, self.store = self.serve("hub"), self.serve("store")
 
@@ -51,11 +47,10 @@ class Hub:
             server.shutdown()
             server.server_close()
 
-    def asked(self, **like):
-        """The requests so far, those whose fields are like this: server="store", name="x.bin"."""
+    def asked(self, server="", name=""):
+        """The requests so far, if asked so to one of the servers or for one file."""
         with self.lock:
-            return [r for r in self.requests if all(
-                r.path.endswith(value) if key == "name" else getattr(r, key) == value for key, value in like.items())]
+            return [r for r in self.requests if server in ("", r.server) and r.path.endswith(name)]
 
     def fault(self, kinds, name):
         with self.lock:

@@ -1,4 +1,5 @@
-"""data/binidx.py: the pairs of RWKV's trainer, there and back, and read as that trainer reads them."""
+"""data/binidx.py: the pairs of RWKV's trainer, there and back, and read as that trainer reads them.
+To run: ./test.sh tests/test_binidx.py"""
 
 import json
 import random
@@ -32,9 +33,8 @@ def read_pair(prefix):
 def write_pair(prefix, documents, kind=8, type="<u2"):
     """A pair whose documents are lists of pieces, which lie in .bin in the opposite order."""
     pieces = [piece for document in documents for piece in document]
-    order, at, pointers = list(range(len(pieces)))[::-1], 0, {}
-    body = b""
-    for i in order:
+    body, pointers = b"", {}
+    for i in reversed(range(len(pieces))):
         pointers[i], body = len(body), body + np.array(pieces[i], type).tobytes()
     ends = np.cumsum([0] + [len(document) for document in documents])
     prefix.with_suffix(".bin").write_bytes(body)
@@ -67,12 +67,9 @@ def test_there_and_back(made, tmp_path, capsys, monkeypatch, block):
     assert convert(folder, "--out", tmp_path / "pairs" / "p") == 0
     assert sorted(path.name for path in (tmp_path / "pairs").iterdir()) == [
         "p_train.bin", "p_train.idx", "p_val.bin", "p_val.idx"]
-    documents = [read_pair(tmp_path / "pairs" / f"p_{split}") for split in ("train", "val")]
-    assert all(document[-1] == 256 and document.count(256) == 1 for part in documents for document in part)
-    held_out = lines[9::20]
-    assert [bytes(document[:-1]).decode() for document in documents[1]] == held_out
-    trained = [line for i, line in enumerate(lines) if i % 20 != 9]
-    assert [bytes(document[:-1]).decode() for document in documents[0]] == trained
+    for split, texts in (("val", lines[9::20]), ("train", [line for i, line in enumerate(lines) if i % 20 != 9])):
+        documents = read_pair(tmp_path / "pairs" / f"p_{split}")
+        assert documents == [[*text.encode(), 256] for text in texts], split
 
     pair = [tmp_path / "pairs" / "p_train.idx", tmp_path / "pairs" / "p_val"]
     assert convert(*pair, "--tokenizer", "bytes", "--out", tmp_path / "back") == 0
@@ -108,11 +105,6 @@ def test_one_pair_is_split(tmp_path):
     assert val.tolist() == [[256, i, i + 1] for i in range(4, 100, 10)]
 
 
-def damage(prefix, suffix, change):
-    path = prefix.with_suffix(suffix)
-    path.write_bytes(change(path.read_bytes()))
-
-
 def test_bad_input(made, tmp_path, capsys):
     folder, _ = made
     good = write_pair(tmp_path / "good", [[[1, 2, 256]], [[3, 256]]])
@@ -127,28 +119,29 @@ def test_bad_input(made, tmp_path, capsys):
         assert tree(tmp_path) == before and not list((tmp_path / "out").iterdir())
 
     capsys.readouterr()
+    byte_pairs = "--tokenizer", "x", "--vocab_size", 65536, "--document_mark", 0
+    large = write_pair(tmp_path / "large", [[[1, 70000]]], 4, "<i4")
+    negative = write_pair(tmp_path / "negative", [[[1, -1]]], 4, "<i4")
+    none, one = write_pair(tmp_path / "none", []), write_pair(tmp_path / "one", [[[1]]])
     refused(good, good, parts=["--tokenizer"])
     refused(good, good, "--tokenizer", "rwkv", parts=["--vocab_size", "--document_mark"])
-    refused(good, good, "--tokenizer", "x", "--vocab_size", 70000, "--document_mark", 0, parts=["65536"])
-    refused(good, good, "--tokenizer", "x", "--vocab_size", 256, "--document_mark", 0, parts=["id 256", "good.bin"])
-    refused(good, good, good, "--tokenizer", "bytes", parts=["a train and a val pair"])
-    refused(tmp_path / "gone", "--tokenizer", "bytes", parts=["gone.idx", "NAME.bin and NAME.idx"])
+    refused(good, good, *byte_pairs, "--vocab_size", 70000, parts=["65536"])
+    refused(good, good, *byte_pairs, "--vocab_size", 256, parts=["id 256", "good.bin"])
+    refused(large, large, *byte_pairs, parts=["70000", "uint16"])
+    for inputs, parts in (
+            ([good, good, good], ["a train and a val pair"]), ([tmp_path / "out"], ["no shards"]),
+            ([tmp_path / "gone"], ["gone.idx", "NAME.bin and NAME.idx"]), ([negative, good], ["id -1"]),
+            ([none, good], ["2 documents", "none"]), ([one], ["1 documents", "--val"])):
+        refused(*inputs, "--tokenizer", "bytes", parts=parts)
     refused(folder, "--tokenizer", "gpt2", parts=[folder, "bytes", "gpt2"])
-    refused(tmp_path / "out", "--tokenizer", "bytes", parts=["no shards"])
     for i, (suffix, change, part) in enumerate((
             (".idx", lambda data: b"x" + data[1:], "MMIDIDX"), (".idx", lambda data: data[:20], "MMIDIDX"),
             (".idx", lambda data: data[:-8], "damaged"), (".bin", lambda data: data[:-2], "damaged"),
             (".idx", lambda data: data[:17] + b"\7" + data[18:], "type 7"))):
         bad = write_pair(tmp_path / f"bad{i}", [[[1, 2, 256]], [[3, 256]]])
-        damage(bad, suffix, change)
+        path = bad.with_suffix(suffix)
+        path.write_bytes(change(path.read_bytes()))
         refused(bad, bad, "--tokenizer", "bytes", parts=[bad, part])
-    large = write_pair(tmp_path / "large", [[[1, 70000]]], 4, "<i4")
-    refused(large, large, "--tokenizer", "x", "--vocab_size", 65536, "--document_mark", 0, parts=["70000", "uint16"])
-    negative = write_pair(tmp_path / "negative", [[[1, -1]]], 4, "<i4")
-    refused(negative, good, "--tokenizer", "bytes", parts=["id -1"])
-    none = write_pair(tmp_path / "none", [])
-    refused(none, good, "--tokenizer", "bytes", parts=["2 documents", "none"])
-    refused(write_pair(tmp_path / "one", [[[1]]]), "--tokenizer", "bytes", parts=["1 documents", "--val"])
     write_shard(tmp_path / "d" / "my_train_000001.bin", [1, 2, 3])
     refused(tmp_path / "d", "--tokenizer", "bytes", parts=["my_train_000001.bin", "document mark 256"])
     write_shard(tmp_path / "d" / "my_train_000001.bin", [256, 2, 3], count=5)
@@ -156,10 +149,9 @@ def test_bad_input(made, tmp_path, capsys):
 
 
 def test_nothing_is_overwritten_unasked(made, tmp_path, capsys):
-    folder, _ = made
     (tmp_path / "p_val.idx").write_text("mine")
     before = tree(tmp_path)
-    assert convert(folder, "--out", tmp_path / "p") == 1 and "--overwrite" in capsys.readouterr().err
+    assert convert(made[0], "--out", tmp_path / "p") == 1 and "--overwrite" in capsys.readouterr().err
     assert tree(tmp_path) == before
-    assert convert(folder, "--out", tmp_path / "p", "--overwrite") == 0
+    assert convert(made[0], "--out", tmp_path / "p", "--overwrite") == 0
     read_pair(tmp_path / "p_val")

@@ -1,4 +1,5 @@
-"""data/fineweb.py: shards made of a small parquet file in FineWeb's columns, with a vocabulary of a few tokens."""
+"""data/fineweb.py: shards made of a small parquet file in FineWeb's columns, with a vocabulary of a few tokens.
+To run: ./test.sh tests/test_fineweb.py"""
 
 import base64
 import hashlib
@@ -13,11 +14,14 @@ import numpy as np
 import pytest
 
 import train_rwkv7
-from helpers import ROOT
+from helpers import ROOT, tree
+from test_text import shards
 
 pa = pytest.importorskip("pyarrow", reason="pip install -r data/requirements.txt")
 tiktoken, datasets = pytest.importorskip("tiktoken"), pytest.importorskip("datasets")
 pq = pytest.importorskip("pyarrow.parquet")
+sys.path.append(str(ROOT / "data"))
+import fineweb  # noqa: E402
 
 SCRIPT, SIZE = ROOT / "data" / "fineweb.py", 5000
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's, as OpenAI wrote it
@@ -40,19 +44,22 @@ def world(tmp_path_factory):
     texts[-1] = "the last"
     texts[3:6] = "", "a mark <|endoftext|> in the text is text", "one document of several shards " * 900
     bpe = tiktoken.Encoding("toy", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
-    every = lambda: np.array([t for text in texts for t in (len(ranks), *bpe.encode_ordinary(text))], "<u2")
-    if len(every()) % 2:
+    tokens = []
+    for text in texts:
+        tokens += [len(ranks), *bpe.encode_ordinary(text)]
+    if len(tokens) % 2:  # an even number of them: two shards can be full
         texts[-1] += "1"
+        tokens += bpe.encode_ordinary("1")
     for i, part in enumerate((texts[:350], texts[350:])):
         more = dict.fromkeys(("id", "dump", "url", "date", "file_path", "language"), ["x"] * len(part))
         table = pa.table(dict(more, text=part, language_score=[0.99] * len(part), token_count=[9] * len(part)))
         pq.write_table(table, folder / f"{i:03d}_00000.parquet", row_group_size=100)
-    return folder, every()
+    return folder, np.array(tokens, "<u2")
 
 
 @pytest.fixture
 def run(world, tmp_path):
-    """Runs the script as a user would, to its end or until a file is there: then kill -9."""
+    """Runs the script to its end or until a file is there: then kill -9."""
     def call(until=None, preload="", **flags):
         flags = dict(version="10B", input=world[0], vocab=world[0] / "ranks", shard_size=SIZE, workers=1,
                      out=tmp_path / "out") | flags
@@ -75,8 +82,8 @@ def run(world, tmp_path):
     return call
 
 
-def refused(done, *parts, status=1):
-    assert done.returncode == status, (done.output, done.errors)
+def refused(done, *parts):
+    assert done.returncode == 1, (done.output, done.errors)
     said = [line for line in re.split("[\r\n]", done.errors) if line.strip() and not re.search(r"%\||Generating", line)]
     assert len(said) == 1 and said[0].startswith("fineweb.py: "), said
     for part in map(str, parts):
@@ -85,18 +92,12 @@ def refused(done, *parts, status=1):
 
 def whole(out, tokens):
     """Shards that hold these tokens, a manifest that says so, and nothing else."""
-    count = -(-len(tokens) // SIZE)
-    more = {"manifest.json", "token_bytes.bin", ".lock"}
-    assert {path.name for path in out.iterdir()} == {*map(name, range(count)), *more}
+    (out / ".lock").unlink()
+    assert np.array_equal(shards(out), tokens)
     manifest = json.loads((out / "manifest.json").read_text())
-    assert [entry["name"] for entry in manifest["shards"]] == [name(i) for i in range(count)]
+    assert [entry["name"] for entry in manifest["shards"]] == [name(i) for i in range(-(-len(tokens) // SIZE))]
     for i, entry in enumerate(manifest["shards"]):
-        data = (out / name(i)).read_bytes()
-        header, body = np.frombuffer(data, "<i4", 256), np.frombuffer(data, "<u2", offset=1024)
-        assert header[:3].tolist() == [20240520, 1, len(body)] and not header[3:].any()
-        assert np.array_equal(body, tokens[i * SIZE:(i + 1) * SIZE]), f"shard {i}"
-        assert entry["sha256"] == hashlib.sha256(data).hexdigest() and entry["bytes"] == len(data)
-        assert entry["tokens"] == len(body)
+        assert entry["tokens"] == SIZE or i == len(manifest["shards"]) - 1
         assert entry["mtime_ns"] == (out / name(i)).stat().st_mtime_ns
         assert entry["split"] == ("train" if i else "val")
     return manifest
@@ -114,21 +115,9 @@ def test_shards_are_the_documents(run, world, tmp_path):
     stream = train_rwkv7.TokenStream(tmp_path / "out", "train", len(world[1]) - SIZE)
     assert np.array_equal(stream.read(0, len(stream)), world[1][SIZE:])
 
-    written = lambda: {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.*")}
-    before, again = written(), run()
-    assert again.returncode == 0 and "intact, nothing to make" in again.output, again.errors
-    assert written() == before
 
-
-def test_the_last_shard_may_be_full(run, world, tmp_path):
-    assert len(world[1]) % 2 == 0
-    assert run(shard_size=len(world[1]) // 2).returncode == 0
-    again = run(shard_size=len(world[1]) // 2)
-    assert "2 shards" in again.output and "intact, nothing to make" in again.output, again.errors
-    assert sorted(path.name for path in (tmp_path / "out").glob("fineweb_*.bin")) == [name(1), name(0)]
-
-
-def test_killed_it_goes_on(run, world, tmp_path):
+def test_killed_it_goes_on_and_what_is_damaged_is_made_again(run, world, tmp_path):
+    """With another number of workers each time."""
     run(until=tmp_path / "out" / name(1))
     kept = sorted((tmp_path / "out").glob("fineweb_*.bin"))[0]  # else killed too early to say anything
     before = kept.stat().st_mtime_ns
@@ -137,21 +126,27 @@ def test_killed_it_goes_on(run, world, tmp_path):
     whole(tmp_path / "out", world[1])
     assert kept.stat().st_mtime_ns == before
 
+    data = bytearray((tmp_path / "out" / name(4)).read_bytes())
+    data[3000] ^= 1
+    (tmp_path / "out" / name(4)).write_bytes(data)
+    os.utime(tmp_path / "out" / name(2))  # only touched
+    done = run(workers=5)
+    assert done.returncode == 0 and "4 shards are whole: going on in document" in done.errors, done.errors
+    whole(tmp_path / "out", world[1])
+
 
 @pytest.mark.parametrize("kind", ("bin", "json"))
-@pytest.mark.parametrize("when", ("before", "after"))
-def test_killed_at_any_moment(run, world, tmp_path, kind, when):
-    """Just before and just after the second rename of a shard or of the manifest."""
+def test_killed_at_any_moment(run, world, tmp_path, kind):
+    """Just before the second rename of a shard, which is just after that of the manifest, and just before that."""
     (tmp_path / "sitecustomize.py").write_text(f"""
 import os
 rename, count = os.replace, 0
 def replace(source, target):
     global count
     count += str(target).endswith({kind!r})
-    {when == 'after'} and rename(source, target)
     if count == 2:
         os._exit(9)
-    {when == 'before'} and rename(source, target)
+    rename(source, target)
 os.replace = replace
 """)
     assert run(preload=tmp_path).returncode == 9
@@ -160,39 +155,31 @@ os.replace = replace
     whole(tmp_path / "out", world[1])
 
 
-def test_any_number_of_workers_and_what_is_damaged_is_made_again(run, world, tmp_path):
-    assert run(workers=5).returncode == 0
-    whole(tmp_path / "out", world[1])
-    data = bytearray((tmp_path / "out" / name(4)).read_bytes())
-    data[3000] ^= 1
-    (tmp_path / "out" / name(4)).write_bytes(data)
-    os.utime(tmp_path / "out" / name(2))  # only touched
-    done = run()
-    assert done.returncode == 0 and "4 shards are whole: going on in document" in done.errors, done.errors
-    whole(tmp_path / "out", world[1])
+@pytest.mark.parametrize("flags, part", [
+    ("--version 1B", "10B"), ("--version 10B --shard_size 0", "'0' is not a whole number from 1"), ("", "--version"),
+    (f"--version 10B --shard_size {2**31}", f"'{2**31}'"), ("--version 10B --workers many", "'many'")])
+def test_command_line(flags, part, capsys):
+    with pytest.raises(SystemExit) as ended:
+        fineweb.main(flags.split())
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.count("\n") == 1 and part in err, err
 
 
-@pytest.mark.parametrize("flags, parts", [
-    (dict(version="1B"), ["--version", "10B"]), (dict(shard_size=0), ["'0' is not a whole number from 1"]),
-    (dict(shard_size=2**31), [f"'{2**31}'"]), (dict(workers="many"), ["'many'"]), (dict(version=None), ["--version"])])
-def test_command_line(run, tmp_path, flags, parts):
-    refused(run(**flags), *parts, status=2)
-    assert not (tmp_path / "out").exists()
-
-
-def test_bad_input(run, world, tmp_path):
-    refused(run(input=tmp_path / "nowhere"), tmp_path / "nowhere", "does not exist")
-    (tmp_path / "a.parquet").write_text("no parquet")
-    refused(run(input=tmp_path / "a.parquet"), "cannot read", tmp_path / "a.parquet", "parquet")
+def test_bad_input(run, world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "no.parquet").write_text("no parquet")
     (tmp_path / "empty").mkdir()
-    refused(run(input=tmp_path / "empty"), "no .parquet files in", tmp_path / "empty")
-    pq.write_table(pa.table(dict(content=["x"])), tmp_path / "a.parquet")
-    refused(run(input=tmp_path / "a.parquet"), "no column `text`", "content")
-    refused(run(vocab=tmp_path / "gone"), "cannot read the vocabulary", tmp_path / "gone")
+    pq.write_table(pa.table(dict(content=["x"])), tmp_path / "other.parquet")
+    for flag, wrong, *parts in (
+            ("input", "nowhere", "does not exist"), ("input", "no.parquet", "cannot read", "parquet"),
+            ("input", "empty", "no .parquet files in"), ("input", "other.parquet", "no column `text`", "content"),
+            ("vocab", "gone", "cannot read the vocabulary"), ("out", "no.parquet/o", "cannot read or write", "--out")):
+        flags = dict(input=world[0], vocab=world[0] / "ranks", out=tmp_path / "out") | {flag: tmp_path / wrong}
+        assert fineweb.main(["--version=10B", *[f"--{key}={value}" for key, value in flags.items()]]) == 1
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fineweb.py: ")]
+        assert len(said) == 1 and all(part in said[0] for part in (wrong, *parts)), said
     assert not (tmp_path / "out").exists()
     refused(run(shard_size=len(world[1])), "fill no more than the val shard", "--shard_size")
-    (tmp_path / "file").write_text("")
-    refused(run(out=tmp_path / "file" / "out"), "cannot read or write", "--out")
 
 
 def test_a_folder_with_other_shards(run, world, tmp_path):
@@ -200,6 +187,10 @@ def test_a_folder_with_other_shards(run, world, tmp_path):
     (tmp_path / "out" / name(1)).write_bytes(b"copied here by hand")
     refused(run(), name(1), "stands in no manifest.json", "--out")
     (tmp_path / "out" / name(1)).unlink()
-    assert run().returncode == 0
-    refused(run(shard_size=SIZE + 1), f"shard_size is {SIZE} there, {SIZE + 1} here", "--out")
-    whole(tmp_path / "out", world[1])
+    half = len(world[1]) // 2  # the last shard is full, too
+    assert run(shard_size=half).returncode == 0
+    written = tree(tmp_path / "out")
+    again = run(shard_size=half)
+    assert "2 shards" in again.output and "intact, nothing to make" in again.output, again.errors
+    refused(run(), f"shard_size is {half} there, {SIZE} here", "--out")
+    assert tree(tmp_path / "out") == written and {name(0), name(1)} <= set(written) and name(2) not in written

@@ -1,10 +1,9 @@
-"""data/pydocs.py: the corpus made of the text inside Python."""
+"""data/pydocs.py: the corpus made of the text inside Python. To run: ./test.sh tests/test_pydocs.py"""
 
 import hashlib
-import importlib.util
 import json
 import os
-import pathlib
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -12,32 +11,15 @@ import sysconfig
 import numpy as np
 import pytest
 
-SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "data" / "pydocs.py"
+from helpers import ROOT, load_program, tree
+
 TRAIN, VAL = "pydocs_train_000001.bin", "pydocs_val_000000.bin"
-
-
-def load():
-    spec = importlib.util.spec_from_file_location("pydocs", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+pydocs = load_program("data/pydocs.py")
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True)
-
-
-def tokens(path):
-    header = np.fromfile(path, dtype="<i4", count=256)
-    body = np.fromfile(path, dtype="<u2", offset=1024)
-    assert header[0] == 20240520 and header[1] == 1 and header[2] == len(body) and not header[3:].any(), header[:8]
-    return body
-
-
-def texts(path):
-    body = tokens(path)
-    starts = np.flatnonzero(body == 256)
-    return [bytes(part[1:].astype(np.uint8)).decode() for part in np.split(body, starts[1:])]
+    program = [sys.executable, str(ROOT / "data" / "pydocs.py"), *map(str, arguments)]
+    return subprocess.run(program, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -50,126 +32,87 @@ def corpus(tmp_path_factory):
     return out
 
 
-def test_format(corpus):
-    names = sorted(path.name for path in corpus.iterdir())
-    assert names == ["manifest.json", TRAIN, VAL, "token_bytes.bin"]  # and no temporary file
+def test_format_split_and_text(corpus):
+    assert sorted(tree(corpus)) == ["manifest.json", TRAIN, VAL, "token_bytes.bin"]  # and no temporary file
     manifest = json.loads((corpus / "manifest.json").read_text())
     assert (manifest["dataset"], manifest["tokenizer"], manifest["vocab_size"]) == ("pydocs", "bytes", 257)
     assert manifest["document_mark"] == 256 and manifest["python"] == "%d.%d.%d" % sys.version_info[:3]
     assert [(s["name"], s["split"]) for s in manifest["shards"]] == [(TRAIN, "train"), (VAL, "val")]
-    documents = 0
+    assert len(manifest["fingerprint"]) == 64 and manifest["files"] > 200
+    sizes, parts = [], []
     for entry in manifest["shards"]:
         data = (corpus / entry["name"]).read_bytes()
-        body = tokens(corpus / entry["name"])
+        header, body = np.frombuffer(data, "<i4", 256), np.frombuffer(data, "<u2", offset=1024)
+        assert header[:3].tolist() == [20240520, 1, len(body)] and not header[3:].any(), header[:8]
         assert (entry["bytes"], entry["tokens"]) == (len(data), len(body))
         assert entry["sha256"] == hashlib.sha256(data).hexdigest()
         assert body[0] == 256 and body.max() == 256
-        documents += int((body == 256).sum())
-    assert manifest["documents"] == documents > 200
-    assert len(manifest["fingerprint"]) == 64 and manifest["files"] > 200
-
-
-def test_split_and_text(corpus):
-    train, val = texts(corpus / TRAIN), texts(corpus / VAL)
-    sizes = [len(tokens(corpus / name)) for name in (TRAIN, VAL)]
+        documents = np.split(body, np.flatnonzero(body == 256)[1:])
+        sizes.append(len(body))
+        parts.append([bytes(document[1:].astype(np.uint8)).decode() for document in documents])
+    both = parts[0] + parts[1]
+    assert manifest["documents"] == len(both) > 200
     assert sizes[1] >= 64 * 1024 and 0.09 < sizes[1] / sum(sizes) < 0.13, sizes
-    everything = [" ".join(text.split()) for text in train + val]
-    assert len(set(everything)) == len(everything), "a document occurs twice"
-    assert min(len(text.encode()) for text in train + val) >= 256
-    long = [{" ".join(p.split()) for text in part for p in text.split("\n\n")} for part in (train, val)]
-    shared = {p for p in long[0] & long[1] if len(p) >= 64}
+    assert len({" ".join(text.split()) for text in both}) == len(both), "a document occurs twice"
+    assert min(len(text.encode()) for text in both) >= 256
+    train, val = ({" ".join(p.split()) for p in "\n\n".join(part).split("\n\n")} for part in parts)
+    shared = {p for p in train & val if len(p) >= 64}
     assert not shared, f"{len(shared)} paragraphs are in train and val, e.g. {sorted(shared)[:1]}"
-    both = "".join(train + val)
-    assert sum(c.isascii() for c in both) / len(both) > 0.999
-    assert both.count(" the ") > 10_000, "this is not English"
+    text = "".join(both)
+    assert sum(c.isascii() for c in text) / len(text) > 0.999
+    assert text.count(" the ") > 10_000, "this is not English"
 
 
-def test_two_builds_are_identical(corpus, tmp_path):
-    assert run("--out", tmp_path, "--force").returncode == 0
-    for name in (TRAIN, VAL, "manifest.json"):
-        assert (tmp_path / name).read_bytes() == (corpus / name).read_bytes(), name
-
-
-def test_intact_is_quick_and_force_rebuilds(corpus):
-    before = {path.name: path.stat().st_mtime_ns for path in corpus.iterdir()}
+def test_intact_is_quick_and_force_makes_the_same_again(corpus):
+    before, times = tree(corpus), [path.stat().st_mtime_ns for path in sorted(corpus.iterdir())]
     start = os.times()
     done = run("--out", corpus)
     seconds = sum(os.times()[2:4]) - sum(start[2:4])  # of the child, on the processor: the same on a busy machine
     assert done.returncode == 0 and "intact" in done.stdout and len(done.stdout.splitlines()) == 1, done
     assert seconds < 0.5, f"{seconds} s with the interpreter's start"
-    assert before == {path.name: path.stat().st_mtime_ns for path in corpus.iterdir()}
+    assert times == [path.stat().st_mtime_ns for path in sorted(corpus.iterdir())]
     assert "intact" not in run("--out", corpus, "--force").stdout
-    assert before != {path.name: path.stat().st_mtime_ns for path in corpus.iterdir()}
+    assert times != [path.stat().st_mtime_ns for path in sorted(corpus.iterdir())]
+    assert tree(corpus) == before, "two builds differ"
 
 
-def break_by_truncation(out):
-    (out / TRAIN).write_bytes((out / TRAIN).read_bytes()[:5000])
-    return TRAIN
-
-
-def break_one_byte(out):
-    data = bytearray((out / VAL).read_bytes())
-    data[5000] ^= 1
-    (out / VAL).write_bytes(data)
-    return VAL
-
-
-def break_by_removal(out):
-    (out / VAL).unlink()
-    return VAL
-
-
-def break_manifest(out):
-    (out / "manifest.json").write_text("{")
-    return ""
-
-
-def break_version(out):
-    manifest = json.loads((out / "manifest.json").read_text())
-    manifest["python"] = "3.1.4"
-    (out / "manifest.json").write_text(json.dumps(manifest))
-    return "made by Python 3.1.4"
-
-
-@pytest.mark.parametrize("damage", [break_by_truncation, break_one_byte, break_by_removal, break_manifest,
-                                    break_version])
-def test_what_is_broken_is_made_anew(corpus, tmp_path, damage):
-    for path in corpus.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    named = damage(tmp_path)
+def test_what_is_broken_is_made_anew(corpus, tmp_path):
+    whole = tree(corpus)
+    manifest = whole["manifest.json"]
+    for name, data, why in (
+            (TRAIN, whole[TRAIN][:5000], TRAIN), (VAL, whole[VAL][:5000] + b"?" + whole[VAL][5001:], VAL),
+            ("token_bytes.bin", None, "lacks token_bytes.bin"), ("manifest.json", b"{", "no readable manifest"),
+            ("manifest.json", manifest.replace(b'"python": "', b'"python": "0.'), "made by Python 0."),
+            (VAL, None, f"lacks {VAL}")):
+        shutil.copytree(corpus, tmp_path, dirs_exist_ok=True)
+        (tmp_path / name).unlink()
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+        assert why in pydocs.stale(str(tmp_path))[0], (name, why)
     done = run("--out", tmp_path)
-    assert done.returncode == 0 and named in done.stdout and "intact" not in done.stdout, done
-    for path in corpus.iterdir():
-        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
-    assert "intact" in run("--out", tmp_path).stdout
-
-
-def test_unwritable_output(tmp_path):
-    (tmp_path / "file").write_text("a file, not a folder")
-    done = run("--out", tmp_path / "file" / "out")
-    assert done.returncode == 1 and "cannot write" in done.stderr and "--out" in done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.returncode == 0 and why in done.stdout and "intact" not in done.stdout, done
+    assert tree(tmp_path) == whole and pydocs.stale(str(tmp_path))[0] == ""
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    pydocs = load()
     (tmp_path / "shard").write_bytes(b"old")
-    monkeypatch.setattr(pydocs.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError):
+    monkeypatch.setattr(pydocs.os, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         pydocs.write(str(tmp_path / "shard"), b"new")
-    assert [path.name for path in tmp_path.iterdir()] == ["shard"] and (tmp_path / "shard").read_bytes() == b"old"
+    assert tree(tmp_path) == {"shard": b"old"}
 
 
-def test_a_library_without_sources(tmp_path, monkeypatch, capsys):
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / "one.py").write_text('"""A module whose docstring is the only one of the library."""\n')
-    pydocs = load()
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
-    monkeypatch.setattr(sys, "argv", ["pydocs.py", "--out", str(tmp_path / "out")])
-    assert pydocs.main() == 1
-    error = capsys.readouterr().err
-    assert "lacks its sources" in error and len(error.splitlines()) == 1, error
-    assert not (tmp_path / "out").exists()
+def test_a_library_without_sources_and_a_place_not_to_be_written(tmp_path, monkeypatch, capsys):
+    (tmp_path / "one.py").write_text(f'"""A module whose docstring is the only one of the library. {"x" * 300}"""\n')
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["pydocs.py", "--out", str(tmp_path / "one.py" / "out")])
+    for parts in (["lacks its sources"], ["cannot write", "--out"]):
+        assert pydocs.main() == 1
+        error = capsys.readouterr().err
+        assert all(part in error for part in parts) and error.count("\n") == 1, error
+        for limit in ("MIN_TEXT", "MIN_VAL"):
+            monkeypatch.setattr(pydocs, limit, 0)
+    assert os.listdir(tmp_path) == ["one.py"]
 
 
 def test_what_is_taken_from_a_source(tmp_path):
@@ -193,13 +136,13 @@ def test_what_is_taken_from_a_source(tmp_path):
     }.items():
         (lib / name).parent.mkdir(parents=True, exist_ok=True)
         (lib / name).write_text(source)
-    docs, files, fingerprint = load().documents(str(lib))
+    docs, files, fingerprint = pydocs.documents(str(lib))
     assert set(docs) == {"topic all", "module a.py", "module b.py", "module c.py"} and files == 4
     assert docs["topic all"] == f"All that:\n\n{long.rstrip()}\n"
     assert docs["module a.py"] == (f"First {long.rstrip()}\n\nSecond of them, with a class in between:\n\n"
                                    "    kept indent\nend\n\nThird: nested in a branch, and asynchronous.\n")
     assert "two of the modules" in docs["module b.py"] and "two of the modules" not in docs["module c.py"]
     (lib / "bad.py").write_text("def f(:\n")
-    assert load().documents(str(lib))[2] == fingerprint, "a file without text is no source"
+    assert pydocs.documents(str(lib))[2] == fingerprint, "a file without text is no source"
     (lib / "b.py").write_text((lib / "b.py").read_text() + "# more\n")
-    assert load().documents(str(lib))[2] != fingerprint
+    assert pydocs.documents(str(lib))[2] != fingerprint

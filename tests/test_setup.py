@@ -1,5 +1,5 @@
-"""setup.sh and run_*.sh: which Python they choose, how they launch. No network: in copies of the
-scripts, with a PATH that holds only what a test puts there, and with empty wheels in place of the packages."""
+"""setup.sh and run_*.sh: which Python they choose, how they launch. No network: in copies of the scripts, with a PATH
+of the test's own, and with empty wheels in place of the packages. To run: ./test.sh tests/test_setup.py"""
 
 import json
 import os
@@ -21,6 +21,17 @@ PINS = dict(re.findall(r"^([\w-]+)==([\w.]+)", "".join(
 SHOW = "import json, sys; print(json.dumps({'argv': sys.argv, 'executable': sys.executable}))\n"
 
 
+def write_wheel(folder, name, version, more=""):
+    """A wheel that holds nothing. more: lines of its METADATA, each with its end."""
+    module = name.replace("-", "_")
+    info = f"{module}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{module}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{module}.py", "")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{more}")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
 class Box:
     """A copy of the repository's scripts and a PATH of its own."""
 
@@ -33,10 +44,21 @@ class Box:
         for name in ("train_rwkv7.py", "train_rwkv6.py", "train_gpt2.py"):
             (self.repo / name).write_text(SHOW)
         (self.repo / "data" / "pydocs.py").write_text("print('corpus made')\n")
-        for tool in TOOLS:
-            (self.bin / tool).symlink_to(shutil.which(tool))
+        self.tools(*TOOLS)
         self.env = {"PATH": str(self.bin), "HOME": str(folder / "home"), "PIP_CONFIG_FILE": "/dev/null",
                     "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": self.wheels.as_uri(), "PIP_NO_CACHE_DIR": "1"}
+
+    def tools(self, *names):
+        for name in names:
+            (self.bin / name).symlink_to(shutil.which(name))
+
+    def venv(self, python, *installed):
+        """A .venv whose python is a link, with these requirement files noted as installed."""
+        for folder in ("bin", "installed") if installed else ("bin",):
+            (self.repo / ".venv" / folder).mkdir(parents=True)
+        for name in installed:
+            shutil.copy(self.repo / name, self.repo / ".venv" / "installed")
+        (self.repo / ".venv" / "bin" / "python").symlink_to(self.bin / python)
 
     def stub(self, name, *lines):
         (self.bin / name).write_text("\n".join([f"#!{shutil.which('bash')}", *lines, ""]))
@@ -63,16 +85,6 @@ class Box:
 
     def gpus(self, n):
         self.stub("nvidia-smi", f"for ((i = 0; i < {n}; i++)); do echo \"GPU $i: Stub (UUID: GPU-$i)\"; done")
-
-    def fill_wheels(self):
-        for name, version in PINS.items():
-            module = name.replace("-", "_")
-            info = f"{module}-{version}.dist-info"
-            with zipfile.ZipFile(self.wheels / f"{module}-{version}-py3-none-any.whl", "w") as wheel:
-                wheel.writestr(f"{module}.py", "")
-                wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-                wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-                wheel.writestr(f"{info}/RECORD", "")
 
     def run(self, *arguments, script="run_rwkv7.sh", cwd="/", **env):
         return subprocess.run([str(self.repo / script), *arguments], cwd=cwd, env={**self.env, **env},
@@ -101,21 +113,6 @@ def ready(box):
     return box
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """A box with a real .venv, made by the first start; its tests leave it intact."""
-    box = Box(tmp_path_factory.mktemp("installed"))
-    box.python()
-    box.fill_wheels()
-    if subprocess.run([sys.executable, "-c", "import ensurepip, venv"], capture_output=True).returncode:
-        pytest.skip("this Python cannot make environments (ensurepip is missing)")
-    done = box.run("first start")
-    assert done.returncode == 0, done
-    assert "making .venv with python3" in done.stderr and "installing requirements.txt" in done.stderr, done.stderr
-    box.packages = next((box.repo / ".venv" / "lib").glob("python3.*")) / "site-packages"
-    return box
-
-
 @pytest.mark.parametrize("model, change", [
     ("rwkv7", {}), ("rwkv6", {"torch": "2.11.0a0+git1"}), ("gpt2", {"torch": "2.14.0+cu130", "numpy": "1.26.0"})])
 def test_takes_the_python_at_hand_with_other_versions_too(box, model, change):
@@ -124,17 +121,12 @@ def test_takes_the_python_at_hand_with_other_versions_too(box, model, change):
     assert not (box.repo / ".venv").exists()
 
 
-def test_takes_python_where_python3_lacks_packages(box):
+def test_takes_python_where_python3_lacks_packages_or_the_one_named(box):
     box.python("python3")
-    box.python("python", packages=PINS)
-    box.launched()
-    assert box.calls()[-1].startswith(str(box.bin / "python") + " "), box.calls()
-
-
-def test_takes_the_python_named(ready):
-    ready.python("my python", packages=PINS)
-    ready.launched(PYTHON=str(ready.bin / "my python"))
-    assert all(call.startswith(str(ready.bin / "my python") + " ") for call in ready.calls()), ready.calls()
+    for name, env in (("python", {}), ("my python", {"PYTHON": str(box.bin / "my python")})):
+        box.python(name, packages=PINS)
+        box.launched(**env)
+        assert box.calls()[-1].startswith(f"{box.bin / name} "), box.calls()
 
 
 @pytest.mark.parametrize("change, lacks", [
@@ -142,10 +134,7 @@ def test_takes_the_python_named(ready):
     ({"numpy": None, "safetensors": None}, "numpy, safetensors"), ({"huggingface-hub": None}, "huggingface-hub")])
 def test_says_what_the_python_named_lacks(box, change, lacks):
     box.python("other", packages={k: v for k, v in {**PINS, **change}.items() if v})
-    (box.repo / ".venv" / "bin").mkdir(parents=True)
-    (box.repo / ".venv" / "installed").mkdir()
-    shutil.copy(box.repo / "requirements.txt", box.repo / ".venv" / "installed")
-    (box.repo / ".venv" / "bin" / "python").symlink_to(box.bin / "cat")
+    box.venv("cat", "requirements.txt")
     done = box.run(PYTHON="other")
     assert done.stderr == f"setup: PYTHON=other lacks {lacks}: using .venv\n" and done.stdout == SHOW, done
 
@@ -153,67 +142,51 @@ def test_says_what_the_python_named_lacks(box, change, lacks):
 def test_tests_need_pytest_too(box):
     box.python("python3", packages={k: v for k, v in PINS.items() if k != "pytest"})
     box.python("python", packages=PINS)
-    done = box.run("-k", "a or b", script="test.sh")
-    assert "No module named pytest" in done.stderr, done  # the stub has only its metadata
-    command = "/python -m pytest -q --durations=10 -n auto --maxprocesses 8 --dist loadfile tests -k a or b"
-    assert box.calls()[-1].endswith(command), box.calls()
-    box.run("tests/requirements.txt::x", script="test.sh")
-    assert box.calls()[-1].endswith("/python -m pytest -q --durations=10 tests/requirements.txt::x"), box.calls()
+    for arguments, folder in ((["-k", "a or b"], "tests "), (["tests/requirements.txt::x"], "")):
+        assert "No module named pytest" in box.run(*arguments, script="test.sh").stderr  # only its metadata is there
+        call = box.calls()[-1]
+        assert "/python -m pytest " in call and call.endswith(f" {folder}{' '.join(arguments)}"), call
 
 
-def test_makes_an_environment_and_remembers_it(installed):
+def test_makes_an_environment_remembers_and_repairs_it(box):
+    if subprocess.run([sys.executable, "-c", "import ensurepip, venv"], capture_output=True).returncode:
+        pytest.skip("this Python cannot make environments (ensurepip is missing)")
+    box.python()
+    for name, version in PINS.items():
+        write_wheel(box.wheels, name, version)
+    done = box.run("first start")
+    assert done.returncode == 0, done
+    assert "making .venv with python3" in done.stderr and "installing requirements.txt" in done.stderr, done.stderr
     start = os.times()
-    done = installed.run("second start")
+    done = box.run("second start")
     seconds = sum(os.times()[2:4]) - sum(start[2:4])  # of the children, on the processor: the same on a busy machine
     assert done.returncode == 0 and done.stderr == "" and seconds < 1, (seconds, done)
-    shown = json.loads(done.stdout)
-    assert shown["executable"] == str(installed.repo / ".venv" / "bin" / "python")
-    assert shown["argv"] == ["train_rwkv7.py", "second start"]
+    python = str(box.repo / ".venv" / "bin" / "python")
+    assert json.loads(done.stdout) == dict(executable=python, argv=["train_rwkv7.py", "second start"])
 
-
-def test_an_interrupted_install_is_repaired(installed):
-    (installed.repo / ".venv" / "installed" / "requirements.txt").unlink()
-    for path in installed.packages.glob("tqdm*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    done = installed.run()
-    assert done.returncode == 0 and "installing" in done.stderr and "making" not in done.stderr, done
-    assert (installed.packages / "tqdm.py").exists()
-    assert installed.run().stderr == ""
-
-
-def test_a_changed_file_is_installed_and_a_failed_install_is_not_remembered(installed):
-    requirements = installed.repo / "requirements.txt"
+    requirements = box.repo / "requirements.txt"
     text = requirements.read_text()
     requirements.write_text(text + "no-such-package==1.0\n")
-    done = installed.run()
+    done = box.run()
     assert done.returncode == 1 and "setup: pip failed" in done.stderr and done.stdout == "", done
     requirements.write_text(text)
-    done = installed.run()
-    assert done.returncode == 0 and "installing" in done.stderr
-    assert installed.run().stderr == ""
+    packages = next((box.repo / ".venv" / "lib").glob("python3.*")) / "site-packages"
+    for path in packages.glob("tqdm*"):  # as if it had been interrupted
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = box.run()
+    assert done.returncode == 0 and "installing" in done.stderr and "making" not in done.stderr, done
+    assert (packages / "tqdm.py").exists() and box.run().stderr == ""
 
-
-def test_test_requirements_come_on_top(installed):
-    done = installed.run(script="test.sh")
-    assert f"installing {' '.join(REQUIREMENTS)}" in done.stderr, done
-    assert (installed.packages / "pytest.py").exists()
-    assert installed.run(script="test.sh").stderr == "" and installed.run().stderr == ""
-
-
-def test_an_environment_without_python_is_made_anew(installed):
-    (installed.repo / ".venv" / "bin" / "python").unlink()  # as after an upgrade of the Python below it
-    done = installed.run()
-    assert done.returncode == 0 and "making .venv" in done.stderr, done
-    assert installed.run().stderr == ""
+    done = box.run(script="test.sh")  # its requirements come on top
+    assert f"installing {' '.join(REQUIREMENTS)}" in done.stderr and (packages / "pytest.py").exists(), done
+    assert box.run(script="test.sh").stderr == "" and box.run().stderr == ""
 
 
 def test_an_environment_made_by_hand_serves_if_whole(box):
     box.python("python3")
     box.python("elsewhere", packages=PINS)
-    (box.repo / ".venv" / "bin").mkdir(parents=True)
-    (box.repo / ".venv" / "bin" / "python").symlink_to(box.bin / "elsewhere")
-    done = box.run()
-    assert done.returncode == 0 and done.stderr == "" and not (box.repo / ".venv" / "installed").exists(), done
+    box.venv("elsewhere")
+    assert box.launched() == (["train_rwkv7.py"], []) and not (box.repo / ".venv" / "installed").exists()
 
 
 @pytest.mark.parametrize("pythons, about", [
@@ -228,7 +201,11 @@ def test_no_python_fits(box, pythons, about):
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"setup: {said}\n"), done
 
 
-def test_a_newer_python_is_passed_over(box):
+@pytest.mark.parametrize("broken", (False, True))
+def test_a_newer_python_is_passed_over(box, broken):
+    """broken: where a .venv lost its python, as after an upgrade."""
+    if broken:
+        box.venv("gone", "requirements.txt")
     box.not_python("python3", "3.14.0 venv")
     box.not_python("python3.13", "3.13.1 venv")
     assert "making .venv with python3.13 (Python 3.13.1)" in box.run().stderr
@@ -236,57 +213,57 @@ def test_a_newer_python_is_passed_over(box):
 
 def test_arguments_pass_untouched(ready):
     given = ["--a", "two words", "", "*", "$HOME", 'quo"te', "--b=c d"]
-    assert ready.launched(*given)[0] == ["train_rwkv7.py", *given]
-    ready.gpus(2)
-    assert ready.launched(*given)[0][-len(given) - 1:] == ["train_rwkv7.py", *given]
+    for gpus in (0, 2):
+        ready.gpus(gpus)
+        assert ready.launched(*given)[0][-len(given) - 1:] == ["train_rwkv7.py", *given]
 
 
-@pytest.mark.parametrize("gpus, env, processes", [
-    (None, {}, 1), (0, {}, 1), (1, {}, 1), (2, {}, 2), (8, {}, 8),
-    (8, {"CUDA_VISIBLE_DEVICES": ""}, 1), (8, {"CUDA_VISIBLE_DEVICES": "-1"}, 1), (8, {"CUDA_VISIBLE_DEVICES": "3"}, 1),
-    (8, {"CUDA_VISIBLE_DEVICES": "0,1,2"}, 3), (8, {"CUDA_VISIBLE_DEVICES": "0,1,-1,2"}, 2),
-    (2, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 2), (8, {"CUDA_VISIBLE_DEVICES": "GPU-a, GPU-b"}, 2),
-    (None, {"CUDA_VISIBLE_DEVICES": "0,1"}, 1), (8, {"NPROC": "1"}, 1), (None, {"NPROC": "3"}, 3)])
-def test_one_process_a_gpu(ready, gpus, env, processes):
+@pytest.mark.parametrize("gpus, visible, processes", [
+    (None, None, 1), (0, None, 1), (1, None, 1), (2, None, 2), (8, None, 8), (8, "", 1), (8, "-1", 1), (8, "3", 1),
+    (8, "0,1,2", 3), (8, "0,1,-1,2", 2), (2, "0,1,2,3", 2), (8, "GPU-a, GPU-b", 2), (None, "0,1", 1)])
+def test_one_process_a_gpu(ready, gpus, visible, processes):
     if gpus is not None:
         ready.gpus(gpus)
-    argv, _ = ready.launched("x", **env)
+    argv, _ = ready.launched("x", **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
     if processes == 1:
         assert argv == ["train_rwkv7.py", "x"]
-    else:
-        assert argv[0].endswith("run.py")  # torch.distributed.run
+    else:  # torch.distributed.run
+        assert argv[0].endswith("run.py")
         assert argv[1:] == ["--standalone", f"--nproc_per_node={processes}", "train_rwkv7.py", "x"]
 
 
 def test_the_tiny_track_and_help_take_one_process(ready):
+    assert "--nproc_per_node=3" in ready.launched(NPROC="3")[0]
     ready.gpus(8)
-    assert ready.launched("--track", "tiny")[0] == ["train_rwkv7.py", "--track", "tiny"]
+    for arguments, env in ((["--track", "tiny"], {}), (["--help"], {}), ([], {"NPROC": "1"})):
+        assert ready.launched(*arguments, **env)[0] == ["train_rwkv7.py", *arguments]
     assert "--nproc_per_node=2" in ready.launched("--track", "tiny", NPROC="2")[0]
-    assert ready.launched("--help")[0] == ["train_rwkv7.py", "--help"]
 
 
-@pytest.mark.parametrize("name, value, said", [
-    ("NPROC", "two", " is not a number of processes"), ("PYTHON", "/nowhere/python3", ": no such program")])
-def test_settings_that_make_no_sense(ready, name, value, said):
-    done = ready.run(**{name: value})
-    assert (done.returncode, done.stdout) == (1, "") and done.stderr == f"setup: {name}={value}{said}\n", done
+@pytest.mark.parametrize("setting, said", [
+    ("NPROC=two", " is not a number of processes"), ("PYTHON=/nowhere/python3", ": no such program"),
+    ("NNODES=two", " is not a number of machines"),
+    ("NNODES=2", " needs MASTER_ADDR=the first machine, NODE_RANK=0 on it, 1 on the next ..."),
+    ("NNODES=2 MASTER_ADDR=a", " needs MASTER_ADDR=the first machine, NODE_RANK=0 on it, 1 on the next ...")])
+def test_settings_that_make_no_sense(ready, setting, said):
+    done = ready.run(**dict(part.split("=") for part in setting.split()))
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"setup: {setting.split()[0]}{said}\n"), done
 
 
 @pytest.mark.parametrize("arguments, made", [
-    (["--track", "tiny"], True), (["--track=tiny"], True), (["--x", "1", "--track", "tiny", "--y"], True),
-    ([], False), (["--track", "fineweb"], False), (["--name", "tiny"], False),
-    (["--track=tiny", "--track=fineweb"], False),
-    (["--track", "tiny", "--help"], False), (["--track", "tiny", "-h"], False),
-    (["--track", "tiny", "--data", "d"], False), (["--data=d", "--track=tiny"], False)])
+    ("--track tiny", True), ("--track=tiny", True), ("--x 1 --track tiny --y", True), ("", False),
+    ("--track fineweb", False), ("--name tiny", False), ("--track=tiny --track=fineweb", False),
+    ("--track tiny --help", False), ("--track tiny -h", False), ("--track tiny --data d", False),
+    ("--data=d --track=tiny", False)])
 def test_corpus_is_made_when_needed(ready, arguments, made):
-    argv, before = ready.launched(*arguments)
-    assert before == (["corpus made"] if made else []) and argv == ["train_rwkv7.py", *arguments]
+    argv, before = ready.launched(*arguments.split())
+    assert before == (["corpus made"] if made else []) and argv == ["train_rwkv7.py", *arguments.split()]
 
 
 def test_exit_status_passes_through(ready):
     script = ready.repo / "train_rwkv7.py"
     script.write_text("import sys; sys.exit(int(sys.argv[1]))\n")
-    assert [ready.run(code).returncode for code in ("0", "1", "37")] == [0, 1, 37]
+    assert ready.run("37").returncode == 37
     script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)\n")
     assert ready.run().returncode == -2  # as if Python itself had been called
 
@@ -302,10 +279,10 @@ def test_a_failing_corpus_or_check_stops_the_run(ready):
     assert (done.returncode, done.stderr, done.stdout) == (1, "no shards for 2\n", ""), done
 
 
-def test_works_from_any_folder(ready, tmp_path):
+def test_works_from_any_folder(ready):
     (ready.repo / "train_rwkv7.py").write_text("import os; print(os.getcwd())\n")
     for cwd, script in (("/", ready.repo / "run_rwkv7.sh"), (ready.repo, "./run_rwkv7.sh"),
                         (ready.repo.parent, "a repo/run_rwkv7.sh")):
-        done = subprocess.run([shutil.which("bash"), str(script)], cwd=cwd, env={**ready.env, "CDPATH": ".:/"},
+        done = subprocess.run(["bash", str(script)], cwd=cwd, env={**ready.env, "CDPATH": ".:/"},
                               capture_output=True, text=True)
         assert done.stdout.splitlines() == [str(ready.repo)], done
