@@ -123,22 +123,21 @@ def test_share_of_the_bound(monkeypatch):
 
 
 def test_loss_of_both():
-    model, text = build("train_rwkv7"), tokens(1, 1500)[0]
-    found, T = bench.losses([model, model.quantize()], text), min(model.config.seq_len, 256)
+    model, text = build("train_rwkv7"), tokens(1, 600)[0]
+    loss, T = bench.losses([model, model.quantize()], text), min(model.config.seq_len, 256)
     pieces = text[:len(text) // (T + 1) * (T + 1)].view(-1, T + 1)
     with torch.no_grad():
         z = model.parallel().logits(pieces[:, :-1])[..., :model.vocab_size]
-    assert found["pieces"] == len(pieces) > 1
-    assert found["fp32"] == pytest.approx(torch.nn.functional.cross_entropy(z.mT, pieces[:, 1:]).item(), rel=1e-4)
-    assert found["change"] == pytest.approx(found["int8"] - found["fp32"], abs=1e-6) and found["change"] != 0
+    assert loss["pieces"] == len(pieces) > 1
+    assert loss["fp32"] == pytest.approx(torch.nn.functional.cross_entropy(z.mT, pieces[:, 1:]).item(), rel=1e-4)
+    assert loss["change"] == pytest.approx(loss["int8"] - loss["fp32"], abs=1e-6) and loss["change"] != 0
 
 
-@pytest.mark.parametrize("main, relative", [(bench.main, False), (lambda argv: sample.main([*argv, "--bench"]), True)])
-def test_a_shape_and_what_int8_costs_a_trained_model(main, relative, tmp_path, monkeypatch, capsys):
+def test_a_shape_and_what_int8_costs_a_trained_model(tmp_path, monkeypatch, capsys):
     """Times are of the shape's models, the loss of the checkpoint's; its data may lie in the repository's folder."""
     script, config, weights = scattered("train_rwkv6")
     data, path = make_corpus(tmp_path / "data", val=(5000,)), tmp_path / "x_step000001.safetensors"
-    config.data = "data" if relative else str(data)
+    config.data = "data"
     write_checkpoint(path, script, config, weights)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -147,24 +146,28 @@ def test_a_shape_and_what_int8_costs_a_trained_model(main, relative, tmp_path, m
     monkeypatch.setattr(bench, "bandwidth", lambda: lambda: [1e10, 2e10])
     monkeypatch.setattr(bench, "losses", lambda pair, text, right=bench.losses: right(pair, text[:800]))
     flags = ["--positions", "24,48", "--rounds", "2", "--chunk", "16", "--out", tmp_path / "out"]
-    assert main([path, "--shape", "124m", *flags]) == 0
+    assert sample.main(["--bench", path, "--shape", "124m", *flags]) == 0, "it is bench.py's main()"
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     assert [row["model"] for row in result["slopes"]] == ["RWKV-7", "RWKV-6", "GPT-2"]
     assert result["loss"]["model"] == "RWKV-6, random, step 1" and result["loss"]["change"] != 0
     assert f"Validation loss: RWKV-6, random, step 1: fp32 {result['loss']['fp32']:.4f}, int8 " in out
+    model = recurrent.load(path)
+    below, _ = bench.validation(model, 2000)
+    model.config.data = str(data)
+    absolute, reason = bench.validation(model, 2000)
+    assert reason is None and torch.equal(absolute, below)
 
 
-@pytest.mark.parametrize("flags, word", [
-    ([], "give a CHECKPOINT"), (["x", "--rounds", "0"], "at least 1"), (["x", "--positions", "9,3"], "rising"),
-    (["x", "--rouns", "3"], "--rouns"), (["--shape", "7b"], "124m"), (["nothing"], "nothing: no such file")])
-def test_bad_flags(flags, word, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags, word, status", [
+    ([], "give a CHECKPOINT", 2), (["x", "--rounds", "0"], "at least 1", 2), (["x", "--positions", "9,3"], "rising", 2),
+    (["x", "--rouns", "3"], "--rouns", 2), (["--shape", "7b"], "124m", 2), (["nothing"], "nothing: no such file", 1)])
+def test_bad_flags(flags, word, status, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:
         ended = bench.main(flags)
     except SystemExit as stopped:
         ended = stopped.code
-    assert ended == (1 if flags == ["nothing"] else 2)
-    said = capsys.readouterr().err
-    assert said.startswith("bench.py: ") and word in said and said.count("\n") == 1
+    err = capsys.readouterr().err
+    assert ended == status and err.startswith("bench.py: ") and word in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """race.py with tests/contestant.py, which takes milliseconds: order, interruption, failures, verdict, bad input."""
 
+import argparse
 import json
 import os
 import random
@@ -11,7 +12,7 @@ import time
 
 import pytest
 
-from helpers import ROOT, command, environment, only_record, tiny, tree
+from helpers import ROOT, environment, make_corpus, only_record, run_here, tiny, tree
 
 sys.path.append(str(ROOT / "records"))
 import race  # noqa: E402
@@ -37,19 +38,6 @@ def only_race(records):
     return folder, json.loads((folder / "race.json").read_text())
 
 
-def launch(records, *arguments):
-    command = [sys.executable, str(ROOT / "race.py"), *arguments, "--records", str(records)]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(path):
-    for _ in range(1200):
-        if path.exists():
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{path} did not appear within a minute")
-
-
 def test_a_race_from_start_to_end(tmp_path, capsys):
     assert run(tmp_path, f"{STUB} --level 1.2", f"{STUB} --level 1.5", "--seeds", "3") == 0
     folder, plan = only_race(tmp_path)
@@ -72,14 +60,19 @@ def test_a_race_from_start_to_end(tmp_path, capsys):
     assert len(report.finished(tmp_path)) == 6, "report.py finds the runs of a race"
 
 
-def test_interrupted_and_gone_on_with(tmp_path):
+def test_interrupted_gone_on_with_and_a_script_that_dies(tmp_path, capsys):
+    """The same command goes on after Ctrl-C; a run that dies is reported and only --retry repeats it."""
     mark, records = tmp_path / "hangs", tmp_path / "records"
-    contestants = STUB, f"{STUB} --level 1.4 --hang {mark}"
-    process = launch(records, *contestants, "--seeds", "2")
-    wait_for(mark)
+    arguments = STUB, f"{STUB} --level 1.4 --hang {mark} --die 1338", "--seeds", "3"
+    start = lambda *words: subprocess.Popen([sys.executable, ROOT / "race.py", *words, "--records", records], text=True,
+                                            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process, latest = start(*arguments), time.monotonic() + 60
+    while not mark.exists():
+        assert time.monotonic() < latest and process.poll() is None, "the second run did not begin within a minute"
+        time.sleep(0.05)
     folder, plan = only_race(records)
-    assert plan["seeds"] == [1337, 1338] and plan["order"], "the plan lies there before the runs"
-    second = launch(records, STUB, STUB)
+    assert plan["seeds"] == [1337, 1338, 1339] and plan["order"], "the plan lies there before the runs"
+    second = start(STUB, STUB)
     assert second.wait(60) == 1 and "is going on" in second.communicate()[1]
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -88,92 +81,65 @@ def test_interrupted_and_gone_on_with(tmp_path):
     assert [r["end"] for r in plan["runs"]] == ["finished", "interrupted"]
     assert report.unfinished(records) == [(f"{folder.name}/{plan['runs'][1]['folder']}", "interrupted")]
     before = tree(folder / plan["runs"][0]["folder"])
-    assert run(records, *contestants, "--seeds", "2") == 0
+    assert run(records, *arguments) == 1
     assert only_race(records)[0] == folder
-    plan = only_race(records)[1]
-    assert [(r["label"], r["end"]) for r in plan["runs"]] == [
-        ("a", "finished"), ("b", "interrupted"), ("b", "finished"), ("b", "finished"), ("a", "finished")]
+    plan, failed = only_race(records)[1], "failed, exit status 1: contestant.py: out of luck"
+    assert [(r["label"], r["seed"], r["end"]) for r in plan["runs"]] == [
+        ("a", 1337, "finished"), ("b", 1337, "interrupted"), ("b", 1337, "finished"), ("b", 1338, failed),
+        ("a", 1338, "finished"), ("a", 1339, "finished"), ("b", 1339, "finished")]
     assert tree(folder / plan["runs"][0]["folder"]) == before, "a finished run was repeated"
-    assert "interrupted" in (folder / "README.md").read_text()
-
-
-def test_a_killed_race_finds_the_run_that_outlived_it(tmp_path):
-    folder = tmp_path / "2026-01-01T00-00-00Z_race_contestant_contestant"
-    assert run(tmp_path, STUB, STUB, "--seeds", "1") == 0
-    folder, plan = only_race(tmp_path)
-    plan.update(state="running", runs=plan["runs"][:1])  # as if the second run had ended after the race's death
-    (folder / "race.json").write_text(json.dumps(plan))
-    assert run(tmp_path, STUB, STUB, "--seeds", "1") == 0
-    assert len(only_race(tmp_path)[1]["runs"]) == 1 and len(report.finished(tmp_path)) == 2
-
-
-def test_a_script_that_dies_is_reported_and_the_race_goes_on(tmp_path, capsys):
-    arguments = STUB, f"{STUB} --die 1338", "--seeds", "3"
-    assert run(tmp_path, *arguments) == 1
-    folder, plan = only_race(tmp_path)
-    assert [r["end"] for r in plan["runs"]].count("finished") == 5
-    died = next(r for r in plan["runs"] if r["end"] != "finished")
-    assert (died["label"], died["seed"]) == ("b", 1338)
-    assert died["end"] == "failed, exit status 1: contestant.py: out of luck"
     assert "half way" in (folder / "failed_b_seed1338.txt").read_text()
     page = (folder / "README.md").read_text()
-    assert "seed 1338: failed" in page and "| 2 of 3 |" in page and "Verdict" in page
+    assert "interrupted" in page and "seed 1338: failed" in page and "| 2 of 3 |" in page and "Verdict" in page
     assert "2 of 3" in capsys.readouterr().out
-    assert run(tmp_path, *arguments, "--retry") == 1
-    assert len(only_race(tmp_path)[1]["runs"]) == 7, "only the failed run is repeated"
+    assert run(records, *arguments, "--retry") == 1
+    assert [(r["label"], r["seed"], r["end"]) for r in only_race(records)[1]["runs"][7:]] == [("b", 1338, failed)]
 
 
-def test_another_race_of_the_same_contestants(tmp_path):
-    assert run(tmp_path, STUB, STUB, "--seeds", "1") == 0
-    time.sleep(1.1)  # folders are named by the second
-    assert run(tmp_path, STUB, STUB, "--seeds", "1") == 0
-    assert len(list(tmp_path.glob("*_race_*"))) == 2
+def test_what_the_same_command_does_after_a_kill_and_after_the_end(tmp_path):
+    """It finds the run that outlived a killed race; after the end it begins another. No shell reads a contestant."""
+    trap, records = tmp_path / "trap", tmp_path / "records"
+    arguments = STUB, f"{STUB} --val '$(touch {trap});touch {trap}'", "--seeds", "1"
+    assert run(records, *arguments) == 0
+    folder, plan = only_race(records)
+    assert not trap.exists()
+    assert "not validated on the same data" in (folder / "README.md").read_text()
+    plan.update(state="running", runs=plan["runs"][:1])  # as if the second run had ended after the race's death
+    (folder / "race.json").write_text(json.dumps(plan))
+    assert run(records, *arguments) == 0
+    assert len(only_race(records)[1]["runs"]) == 1 and len(report.finished(records)) == 2
+    folder.rename(records / "2026-01-01T00-00-00Z_race_contestant_contestant")  # folders are named by the second
+    assert run(records, *arguments) == 0
+    assert len(list(records.glob("*_race_*"))) == 2
 
 
-def test_a_script_changed_during_the_race_stops_it(tmp_path, capsys):
-    script = tmp_path / "train_mine.py"
-    shutil.copy(ROOT / STUB, script)
-    folder, plan = race.open_race(race.make_plan(arguments := race_arguments(tmp_path, str(script), STUB)), arguments)
+def test_a_script_changed_during_the_race_stops_it(tmp_path):
+    script = shutil.copy(ROOT / STUB, tmp_path / "train_copy.py")
+    arguments = argparse.Namespace(contestants=[str(script), STUB], seeds=2, first_seed=1, track=None, flags=[],
+                                   nproc=None, target=None, records=tmp_path, new=False, retry=False)
+    folder, plan = race.open_race(race.make_plan(arguments), arguments)
     script.write_text(script.read_text() + "# changed\n")
     with pytest.raises(ValueError, match="has changed since the race began"):
         race.run_all(folder, plan, arguments, None)
     assert not report.finished(tmp_path)
 
 
-def race_arguments(records, *contestants):
-    import argparse
-    return argparse.Namespace(contestants=list(contestants), seeds=2, first_seed=1, track=None, flags=[], nproc=None,
-                              target=None, records=records, new=False, retry=False)
-
-
-@pytest.mark.parametrize("arguments, said", (
-    ([], "two contestants or more"),
-    ([STUB], "two contestants or more"),
-    ([STUB, "train_nothing.py"], "no such script"),
-    ([STUB, ""], "no such script"),
+@pytest.mark.parametrize("arguments, message", (
+    ([], "two contestants or more"), ([STUB], "two contestants or more"),
+    ([STUB, "train_nothing.py"], "no such script"), ([STUB, ""], "no such script"),
     ([STUB, f"{STUB} --val 'open"], "No closing quotation"),
     ([STUB, f"{STUB} --random_seed 3"], "--random_seed is set by the race"),
     ([STUB, f"{STUB} --name=x"], "--name is set by the race"),
     ([STUB, f"{STUB} --track tiny", "--track", "tiny"], "the track is the race's"),
-    ([STUB, STUB, "--seeds", "0"], "--seeds 0"),
-    ([STUB, STUB, "--target", "nan"], "no loss"),
+    ([STUB, STUB, "--seeds", "0"], "--seeds 0"), ([STUB, STUB, "--target", "nan"], "no loss"),
     ([STUB, STUB, "--retry"], "no race of these contestants"),
     ([STUB, f"{STUB} --level 0"], "does not start: contestant.py: --level must be positive"),
-    ([STUB, f"{STUB} --levle 1"], "does not start: contestant.py: error: unrecognized"),
-))
-def test_bad_input_is_one_line_and_nothing_begins(tmp_path, capsys, arguments, said):
+    ([STUB, f"{STUB} --levle 1"], "does not start: contestant.py: error: unrecognized")))
+def test_bad_input_is_one_line_and_nothing_begins(tmp_path, capsys, arguments, message):
     assert run(tmp_path, *arguments) == 1
     err = capsys.readouterr().err
-    assert said in err and err.startswith("race.py: ") and err.count("\n") == 1
+    assert message in err and err.startswith("race.py: ") and err.count("\n") == 1
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-
-
-def test_no_shell_reads_a_contestant(tmp_path):
-    trap = tmp_path / "trap"
-    records = tmp_path / "records"
-    assert run(records, STUB, f"{STUB} --val '$(touch {trap});touch {trap}'", "--seeds", "1") == 0
-    assert not trap.exists()
-    assert "not validated on the same data" in (only_race(records)[0] / "README.md").read_text()
 
 
 def test_a_python_without_the_packages_gives_way_to_the_environments(tmp_path, monkeypatch):
@@ -227,12 +193,6 @@ def test_a_difference_is_found():
     assert list(ps) == [("a", "b")]
 
 
-def test_identical_runs_have_p_1():
-    same = [made(random.Random(i)) for i in range(3)]
-    sentence, ps = race.verdict({"a": same, "b": same})
-    assert sentence.startswith("No difference is shown between") and list(ps.values()) == [1.0]
-
-
 def test_a_target_set_beforehand_is_decided_by_time():
     rng = random.Random(1)
     field = {"slow": [made(rng, level=1.3, seconds=100) for _ in range(4)],
@@ -242,12 +202,13 @@ def test_a_target_set_beforehand_is_decided_by_time():
     assert "final loss" in race.verdict(field, 1.35)[0], "who does not reach the target has no time"
 
 
-def test_no_verdict():
-    rng = random.Random(2)
-    assert "No verdict: fewer" in race.verdict({"a": [made(rng)], "b": []})[0]
-    other = made(rng, data=dict(val=[dict(sha256="w")]))
-    assert "same data" in race.verdict({"a": [made(rng)], "b": [other]})[0]
-    assert "No verdict: a test takes two" in race.verdict({"a": [made(rng)], "b": [made(rng)]})[0]
+def test_no_difference_and_no_verdict():
+    one, *rest = same = [made(random.Random(i)) for i in range(3)]
+    sentence, ps = race.verdict({"a": same, "b": same})
+    assert sentence.startswith("No difference is shown between") and list(ps.values()) == [1.0]
+    other = made(random.Random(2), data=dict(val=[dict(sha256="w")]))
+    for b, message in (([], "No verdict: fewer"), ([other], "same data"), (rest[:1], "No verdict: a test takes two")):
+        assert message in race.verdict({"a": [one], "b": b})[0]
 
 
 def test_crossing():
@@ -268,10 +229,10 @@ def test_runs_get_the_environment_that_the_launcher_gives():
 
 
 @pytest.mark.skipif(bool(race.count_gpus()), reason="for machines without a GPU")
-def test_the_record_names_them(tmp_path, finished_run):
+def test_the_record_names_them(tmp_path, monkeypatch):
     """What a run is given is in its record, from which verify.py --replay takes it."""
-    env = {**environment(), **race.CPU_ENVIRONMENT}
-    flags = tiny("train_gpt2", finished_run("train_gpt2") / "data", tmp_path, "--steps", 2)
-    assert subprocess.run(command("train_gpt2", *flags), env=env, capture_output=True).returncode == 0
-    variables = only_record(tmp_path)[2]["environment"]["variables"]
+    for name, value in race.CPU_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    run_here("train_gpt2", *tiny("train_gpt2", make_corpus(tmp_path / "data"), tmp_path / "records", "--steps", 2))
+    variables = only_record(tmp_path / "records")[2]["environment"]["variables"]
     assert race.CPU_ENVIRONMENT.items() <= variables.items(), variables

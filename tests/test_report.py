@@ -55,16 +55,19 @@ def rows(folder):
     return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(("| – ", "| 1 ", "| 2 "))]
 
 
-def refused(done, *said):
+def refused(*flags, message):
+    """The program as a user starts it must end with status 1 and one line that has the message."""
+    done = report(*flags)
     assert done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done
-    assert done.stderr.startswith("report.py: ") and all(text in done.stderr for text in said), done.stderr
+    assert done.stderr.startswith("report.py: ") and message in done.stderr, done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The leaderboard
 
 
-def test_seeds_share_a_row_and_count_once(tmp_path):
+def test_rows(tmp_path):
+    """Seeds share a row and count once; configurations have their own, best first; track, seed, name describe none."""
     for run, seed, loss in ((1, 1, 1.50), (2, 2, 1.54), (3, 2, 9.99)):
         put(tmp_path, run, seed, loss)
     out = report("--records", tmp_path).stdout.splitlines()
@@ -72,15 +75,11 @@ def test_seeds_share_a_row_and_count_once(tmp_path):
     assert "| 1.5200 ± 0.0283 | 2 |" in out[4], out[4]
     assert "123,456" in out[4] and "2.00M" in out[4] and "20,000" in out[4] and "03-04-03Z" not in out[4]
     assert "this seed has an earlier run" in module.overview(tmp_path, module.finished(tmp_path))
-
-
-def test_configurations_are_rows_of_their_own_best_first(tmp_path):
-    put(tmp_path, 1, 1, 1.6)
-    put(tmp_path, 2, 1, 1.4, muon_lr=0.03, flags="--muon_lr 0.03")
-    put(tmp_path, 3, 2, 1.5, name="other name, same run")
+    put(tmp_path, 4, 1, 1.4, muon_lr=0.03, flags="--muon_lr 0.03")
+    put(tmp_path, 5, 3, 1.52, name="other name, same run")
     first, second = rows(tmp_path)
     assert first[:3] == ["1", "`train_rwkv7.py --muon_lr 0.03`", "1.4000"]
-    assert second[:3] == ["2", "`train_rwkv7.py`", "1.5500 ± 0.0707"], "neither track, seed nor name are a description"
+    assert second[:4] == ["2", "`train_rwkv7.py`", "1.5200 ± 0.0200", "3"]
 
 
 @pytest.mark.parametrize("other", (dict(hardware="another CPU"), dict(track="fineweb"), dict(val="other text")))
@@ -111,8 +110,8 @@ def test_what_did_not_finish_is_listed(tmp_path):
     lost = dict(label="a", seed=7, end="failed, exit status 1: no flag", folder=None)
     (tmp_path / "x_race_y" / "race.json").write_text(json.dumps(dict(runs=[lost])))
     text = module.overview(tmp_path, module.finished(tmp_path))
-    for line in ("| failed: ValueError: x |", "| cut off |", "a, seed 7: failed, exit status 1: no"):
-        assert line in text, line
+    assert "| failed: ValueError: x |" in text and "| cut off |" in text
+    assert "a, seed 7: failed, exit status 1: no" in text
     row, = rows(tmp_path)
     assert row[3] == "2" and "(x_race_y/2026-01-02T03-04-03Z_train)" in row[-1], "a race's run counts"
 
@@ -127,21 +126,18 @@ def test_differences_are_welchs(tmp_path):
     assert f"| {difference:+.4f} ({low:+.4f} to {high:+.4f}) | {p:.2g} | +10.0 (" in line, line
 
 
-@pytest.mark.parametrize("text, said", (("{", "damaged"), ('{"loss": 1}', "lacks 'final'")))
-def test_a_bad_result_is_named(tmp_path, text, said):
-    path = put(tmp_path, 1, 1, 1.5) / "result.json"
-    path.write_text(text)
-    refused(report("--records", tmp_path), str(path), said)
-
-
-def test_without_a_finished_run(tmp_path):
+def test_without_a_finished_run_and_with_a_bad_one(tmp_path):
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "log.txt").write_text("config: {}\n")
-    refused(report("--records", tmp_path), "no finished run")
-    refused(report("--summary", tmp_path / "unfinished"), "result.json")
-    put(tmp_path, 1, 1, 1.5)
+    refused("--records", tmp_path, message="no finished run")
+    refused("--summary", tmp_path / "unfinished", message="result.json")
+    path = put(tmp_path, 1, 1, 1.5) / "result.json"
     put(tmp_path, 2, 2, 1.5, muon_lr=1.0, flags="--muon_lr 1.0")
-    refused(report("--records", tmp_path, "--update-reference"), "at least two finished runs with default flags")
+    refused("--records", tmp_path, "--update-reference", message="at least two finished runs with default flags")
+    for text, message in (("{", f"{path} is damaged"), ('{"loss": 1}', f"{path} is not a result of this project: it "
+                                                                       "lacks 'final'")):
+        path.write_text(text)
+        refused("--records", tmp_path, message=message)
 
 
 def test_the_readmes_show_the_committed_records():
@@ -163,8 +159,7 @@ def test_write_replaces_only_what_is_between_the_markers(tmp_path, monkeypatch):
     assert module.main(["--write", "--records", str(tmp_path / "records")]) == 0
     front = module.front(module.finished(tmp_path / "records"))
     assert f"(records/{COMMITTED[0].name})" in front and "](records/curves_tiny.png)" in front
-    columns = front.splitlines()[2].count("|") - 1
-    assert columns <= 8, "narrow enough for a front page"
+    assert front.splitlines()[2].count("|") - 1 <= 8, "narrow enough for a front page"
     assert page.read_text() == f"before\n{module.MARKERS[0]}\n{front}\n{module.MARKERS[1]}\nafter\n"
     text = (tmp_path / "records" / "README.md").read_text()
     assert "](curves_tiny.png)" in text and f"[{COMMITTED[0].name}]({COMMITTED[0].name})" in text
@@ -222,9 +217,9 @@ def browse(text, folder):
                "--virtual-time-budget=5000", "--host-resolver-rules=MAP * ~NOTFOUND",
                f"--user-data-dir={folder / 'profile'}", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = re.search(r'<pre id="checked">(.*?)</pre>', done.stdout, re.S)
-    assert found, f"the page did not load: {done.stderr[-2000:]}"
-    return json.loads(html.unescape(found[1]))
+    checked = re.search(r'<pre id="checked">(.*?)</pre>', done.stdout, re.S)
+    assert checked, f"the page did not load: {done.stderr[-2000:]}"
+    return json.loads(html.unescape(checked[1]))
 
 
 @pytest.fixture(scope="module")
@@ -242,8 +237,8 @@ def test_the_page_holds_everything_itself(page):
 @pytest.mark.skipif(not BROWSER, reason="no chromium or google-chrome here")
 def test_the_page_in_a_browser(page, tmp_path):
     seen = browse(page, tmp_path)
-    names = [path.name for path in COMMITTED[:6]]
-    results = {name: json.loads((ROOT / path / "result.json").read_text()) for name, path in zip(names, COMMITTED)}
+    results = {path.name: json.loads((ROOT / path / "result.json").read_text()) for path in COMMITTED[:6]}
+    names = list(results)
     assert seen["failures"] == []
     assert seen["runs"] == seen["val"] == seen["train"] == names
     assert seen["points"] == [len(results[name]["curve"]) for name in names] and seen["inside"]
@@ -280,24 +275,22 @@ def test_the_page_of_an_unfinished_run_with_hostile_words(tmp_path):
         assert seen["failures"] == [] and seen["runs"] == seen["val"] == [run.name] and seen["points"] == [2]
 
 
-def test_the_page_in_markdown(tmp_path):
+def test_the_page_in_markdown_and_of_a_damaged_record(tmp_path):
     shutil.copytree(ROOT / COMMITTED[0], run := tmp_path / COMMITTED[0].name)
+    for name, kept, message in (("log.txt", 9, "not a log of this project"), ("log.txt", -60_000, "truncated"),
+                                ("result.json", 1, "damaged")):
+        text = (run / name).read_text()
+        (run / name).write_text(text[:kept])
+        before = tree(tmp_path)
+        refused(run, message=message)
+        assert tree(tmp_path) == before
+        (run / name).write_text(text)
     done = report(run)
     assert done.stdout.split() == [str(run / "report.md"), str(run / "report.html")], done
     result, text = json.loads((run / "result.json").read_text()), (run / "report.md").read_text()
     assert f"| {result['final']['val_loss']:.4f} |" in text and "| 550 | 1,126,400 |" in text
     assert sum(map(len, tree(run).values())) < BUDGET, "with its page"
-    refused(report(ROOT / COMMITTED[0], ROOT / COMMITTED[1]), "--out FOLDER")
-
-
-@pytest.mark.parametrize("name, kept, said", (
-    ("log.txt", 9, "not a log of this project"), ("log.txt", -60_000, "truncated"), ("result.json", 1, "damaged")))
-def test_a_damaged_record_has_no_page(tmp_path, name, kept, said):
-    run = shutil.copytree(ROOT / COMMITTED[0], tmp_path / "run")
-    (run / name).write_text((run / name).read_text()[:kept])
-    before = tree(tmp_path)
-    refused(report(run), said)
-    assert tree(tmp_path) == before
+    refused(ROOT / COMMITTED[0], ROOT / COMMITTED[1], message="--out FOLDER")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -314,46 +307,35 @@ def test_the_committed_references_are_of_the_committed_records(tmp_path):
         assert path.read_text() == committed.read_text(), "python records/report.py --update-reference"
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """A corpus, and the reference that three toy runs of train_gpt2.py make when they stand as default runs."""
-    folder = tmp_path_factory.mktemp("toy")
-    data = make_corpus(folder / "data", train=(4000,), val=(450,))
+def test_runs_are_held_against_their_reference(tmp_path, monkeypatch, capsys):
+    """A fourth seed against the reference of three toy runs of train_gpt2.py that stand as default runs."""
+    def train(name, size, *flags):
+        data = make_corpus(tmp_path / f"data{size}", train=(size,), val=(450,))
+        run_here("train_gpt2", *tiny("train_gpt2", data, tmp_path / name, *flags))
+        return tmp_path / name
     for seed in (1, 2, 3):
-        run_here("train_gpt2", *tiny("train_gpt2", data, folder / "records", "--random_seed", seed))
-    results = module.finished(folder / "records")
-    for result in results:
-        result["words"] = ["train_gpt2.py"]
-    path, = module.update_reference(folder / "records", results)
-    return data, path
-
-
-@pytest.mark.parametrize("case, said", (
-    ("same", "inside"), ("far", "OUTSIDE"), ("flag", None), ("data", None), ("damaged", None)))
-def test_a_run_is_held_against_its_reference(toy, tmp_path, monkeypatch, capsys, case, said):
-    data, path = toy
-    reference, flags = json.loads(path.read_text()), ["--random_seed", 4]
-    if case == "far":
-        for point in reference["curve"]:
-            point["mean"] += 1
-    elif case == "flag":
-        flags += ["--muon_lr", "0.5"]
-    elif case == "data":
-        data = make_corpus(tmp_path / "data", train=(4001,), val=(450,))
-    text = json.dumps(reference)
-    (tmp_path / "root" / "records" / "reference").mkdir(parents=True)
-    (tmp_path / "root" / "records" / "reference" / path.name).write_text(text[:300] if case == "damaged" else text)
-    run_here("train_gpt2", *tiny("train_gpt2", data, tmp_path / "records", *flags))
-    monkeypatch.setattr(module, "ROOT", tmp_path / "root")
-    capsys.readouterr()
-    folder, = (tmp_path / "records").iterdir()
-    assert module.main(["--summary", str(folder)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and lines[0].startswith("validation loss ") and "s of training" in lines[1]
-    point = reference["curve"][-1]
-    told = f"; reference at step {point['step']}: {point['mean']:.4f} ± {point['band']:.4f}: {said}"
-    assert "reference" not in lines[0] if said is None else lines[0].endswith(told), lines
-    assert lines[0].count("reference") == (4 if case == "far" else said is not None)
+        train("records", 4000, "--random_seed", seed)
+    results = [dict(result, words=["train_gpt2.py"]) for result in module.finished(tmp_path / "records")]
+    path, = module.update_reference(tmp_path / "records", results)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    right, far = json.loads(path.read_text()), json.loads(path.read_text())
+    for point in far["curve"]:
+        point["mean"] += 1
+    same = train("same", 4000, "--random_seed", 4)
+    for run, reference, kept, held in (
+            (same, right, None, "inside"), (same, far, None, "OUTSIDE"), (same, right, 300, None),
+            (train("flag", 4000, "--random_seed", 4, "--muon_lr", 0.5), right, None, None),
+            (train("data", 4001, "--random_seed", 4), right, None, None)):
+        path.write_text(json.dumps(reference)[:kept])
+        capsys.readouterr()
+        folder, = run.iterdir()
+        assert module.main(["--summary", str(folder)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 3 and lines[0].startswith("validation loss ") and "s of training" in lines[1]
+        point = reference["curve"][-1]
+        told = f"; reference at step {point['step']}: {point['mean']:.4f} ± {point['band']:.4f}: {held}"
+        assert held is None or lines[0].endswith(told), lines
+        assert lines[0].count("reference") == dict(inside=1, OUTSIDE=4).get(held, 0), lines
 
 
 def test_what_follows_from_a_result(tmp_path):
@@ -374,7 +356,7 @@ def test_what_follows_from_a_result(tmp_path):
 def test_spikes():
     """More than 6 sd and 0.5 nats above the mean of the last hundred."""
     calm = [2.0, 2.1] * 60
-    for loss, before, found in (
+    for loss, before, spikes in (
             (2.56, calm, True), (2.54, calm, False), (4.0, [1.0, 2.0] * 50, False), (4.6, [1.0, 2.0] * 50, True),
             (9.0, [], False), (9.0, calm[:19], False), (9.0, calm[:20], True), (9.0, [9.0] * 50 + [1.0] * 100, True)):
-        assert module.spikes([*before, loss]) == [len(before) + 1] * found, (loss, before)
+        assert module.spikes([*before, loss]) == [len(before) + 1] * spikes, (loss, before)
