@@ -216,7 +216,8 @@ def test_checkpoints(finished):
     assert part == dict(run=finished.path.name, step=6, train_seconds=finished.result["clock"]["train"],
                         log_sha256=hashlib.sha256(finished.log[:end].encode()).hexdigest())
     assert header["config"] == finished.result["config"] and header["run"] == finished.path.name
-    assert (header["schema"], header["finished"], header["script"], header["step"]) == (3, True, f"{finished.script}.py", 6)
+    facts = [header[key] for key in ("schema", "finished", "script", "step")]
+    assert facts == [3, True, f"{finished.script}.py", 6]
     model = script.build_model(script.Hyperparameters(**header["config"]))
     assert sorted(weights) == sorted(name for name, _ in model.named_parameters())
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
@@ -255,7 +256,7 @@ def end_in_the_middle(script, folder, number, ranks=1):
 
 @pytest.mark.parametrize("number", (signal.SIGKILL, signal.SIGINT))
 def test_a_run_that_is_ended_leaves_its_log(tmp_path, number):
-    """... with every step so far; SIGINT (SIGTERM: test_resume.py) also a checkpoint, the reason of the end and one line of error."""
+    """... with every step so far; SIGINT also a checkpoint, the reason and one line of error (SIGTERM: test_resume)."""
     status, stderr, log, path = end_in_the_middle("train_gpt2", tmp_path, number)
     facts, sources, rest = parse(log)
     assert log.endswith("\n") and "train_gpt2.py" in sources and facts["config"]["steps"] == 20000
