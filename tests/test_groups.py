@@ -286,51 +286,48 @@ def test_more_than_the_limit_is_refused(name, tmp_path, monkeypatch, capsys):
     """Exactly the limit runs, one less does not; on track tiny the rule does not hold."""
     script = importlib.import_module(name)
     data = make_corpus(tmp_path / "data")
-    flags = tiny(name, data, tmp_path / "records", "--track", "fineweb", "--vocab_size", 300, "--check")
+    flags = tiny(name, data, tmp_path / "records", "--track", "fineweb", "--vocab_size", 300)
     args = script.parse(flags)
     model = script.build_model(args)
     active = sum(p.numel() for p in model.parameters()) - (0 if name == "train_rwkv6" else 384 * 32)
     monkeypatch.setattr(script, "ACTIVE_LIMIT", active)
-    run_here(name, *flags)
+    run_here(name, *flags, "--check")
     monkeypatch.setattr(script, "ACTIVE_LIMIT", active - 1)
     with pytest.raises(SystemExit) as ended:
         run_here(name, *flags)
     message = capsys.readouterr().err
     assert ended.value.code == 1 and message.count("\n") == 1, message
-    assert f"{active:,} parameters" in message and f"{active - 1:,}" in message and "--width" in message, message
-    run_here(name, *flags, "--track", "tiny")
+    for part in (f"{active:,} parameters are active", f"{active - 1:,}", "--width"):
+        assert part in message, message
+    assert not (tmp_path / "records").exists()
+    run_here(name, *flags, "--track", "tiny", "--check")
 
 
-def add_twice(optimizers, model):
-    optimizers.append(torch.optim.SGD([model.blocks[1].att.output.weight], lr=1.0))
-    return "in one optimiser, once: blocks.1.att.output.weight"
-
-
-def leave_out(optimizers, model):
-    key = model.blocks[0].att.key.weight
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["params"] = [p for p in group["params"] if p is not key]
-    return "in one optimiser, once: blocks.0.att.key.weight"
-
-
-def add_a_stranger(optimizers, model):
-    optimizers.append(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0))
-    return "in one optimiser, once: strangers"
+def spoil(kind, optimizers, model):
+    """Make a parameter's optimisers two or none; returns the parameter's name in the message."""
+    key, output = model.blocks[0].att.key.weight, model.blocks[1].att.output.weight
+    if kind == "left out":
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            group["params"] = [p for p in group["params"] if p is not key]
+        return "blocks.0.att.key.weight"
+    added = output if kind == "twice" else torch.nn.Parameter(torch.zeros(2))
+    optimizers.append(torch.optim.SGD([added], lr=1.0))
+    return "blocks.1.att.output.weight" if kind == "twice" else "strangers"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.parametrize("spoil", (add_twice, leave_out, add_a_stranger, None))
-def test_a_parameter_without_exactly_one_optimiser_is_named(name, spoil, tmp_path, monkeypatch, capsys):
-    """spoil None: one that the model has and build_optimizers does not know."""
+@pytest.mark.parametrize("kind", ("twice", "left out", "a stranger", "unknown"))
+def test_a_parameter_without_exactly_one_optimiser_is_named(name, kind, tmp_path, monkeypatch, capsys):
+    """kind unknown: one that the model has and build_optimizers does not know."""
     script = importlib.import_module(name)
     make, named = script.build_optimizers, []
 
     def spoilt(model, args):
-        if not spoil:
+        if kind == "unknown":
             model.blocks[1].stray = torch.nn.Parameter(torch.zeros(3))
             named.append("parameter blocks.1.stray belongs to no optimiser")
         optimizers = make(model, args)
-        named.append(spoil(optimizers, model))
+        named.append(f"in one optimiser, once: {spoil(kind, optimizers, model)}")
         return optimizers
 
     monkeypatch.setattr(script, "build_optimizers", spoilt)

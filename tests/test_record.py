@@ -66,7 +66,7 @@ def finished(request, finished_run):
 def test_folder(finished):
     assert NAME.fullmatch(finished.path.name).groups() == (finished.script, "first-run_1.0")
     assert sorted(path.name for path in finished.path.iterdir()) == ["log.txt", "result.json"]
-    assert finished.result["run"] == finished.path.name
+    assert finished.result["run"] == finished.path.name and finished.stderr == ""
     stamp = time.strptime(finished.path.name[:20], "%Y-%m-%dT%H-%M-%SZ")
     assert abs(time.mktime(time.gmtime()) - time.mktime(stamp)) < 3600, "the stamp is not UTC"
 
@@ -180,6 +180,9 @@ def test_final_figures(finished):
     assert math.isclose(final["train_seconds"] * 1e3, finished.result["curve"][-1]["train_ms"])
     assert finished.result["schema"] == 3 and finished.result["parts"] == []
     assert finished.result["script"] == f"{finished.script}.py"
+    bits = final["val_loss"] * 352 / in_text / math.log(2)
+    for part in (f"validation loss {final['val_loss']:.4f}", f"{bits:.4f} bits per byte", str(finished.path)):
+        assert part in finished.stdout, part
 
 
 def test_log_and_result_seal_each_other(finished):
@@ -205,16 +208,17 @@ def test_checkpoints(finished):
     path, = (finished.folder / "checkpoints").iterdir()
     assert path.name == f"{finished.path.name}_step000006.safetensors", "of a finished run the last one stays"
     script = importlib.import_module(finished.script)
-    about, weights = script.header_of(path), load_file(path)
-    assert all(about[key] == finished.result["data"]["manifest"][key] for key in ("tokenizer", "tokenizer_sha256"))
+    header, weights = script.header_of(path), load_file(path)
+    assert all(header[key] == finished.result["data"]["manifest"][key] for key in ("tokenizer", "tokenizer_sha256"))
     assert finished.result["checkpoint_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    part, = about["parts"]
+    part, = header["parts"]
     end = finished.log.rindex("\nresult: ") + 1
     assert part == dict(run=finished.path.name, step=6, train_seconds=finished.result["clock"]["train"],
                         log_sha256=hashlib.sha256(finished.log[:end].encode()).hexdigest())
-    assert about["config"] == finished.result["config"] and about["run"] == finished.path.name
-    assert (about["schema"], about["finished"], about["script"], about["step"]) == (3, True, f"{finished.script}.py", 6)
-    model = script.build_model(script.Hyperparameters(**about["config"]))
+    assert header["config"] == finished.result["config"] and header["run"] == finished.path.name
+    facts = [header[key] for key in ("schema", "finished", "script", "step")]
+    assert facts == [3, True, f"{finished.script}.py", 6]
+    model = script.build_model(script.Hyperparameters(**header["config"]))
     assert sorted(weights) == sorted(name for name, _ in model.named_parameters())
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
     model.load_state_dict(weights)
@@ -222,14 +226,6 @@ def test_checkpoints(finished):
     stream = script.TokenStream(finished.data, "val", 353)
     loss = script.validate(model, script.validation_set(stream, args), args)
     assert math.isclose(loss, finished.result["final"]["val_loss"], rel_tol=1e-6), "not the model last validated"
-
-
-def test_console(finished):
-    final = finished.result["final"]
-    assert finished.stderr == ""
-    bits = final["val_loss"] * 352 / final["text_bytes"] / math.log(2)
-    for part in (f"validation loss {final['val_loss']:.4f}", f"{bits:.4f} bits per byte", str(finished.path)):
-        assert part in finished.stdout, part
 
 
 def wait_for_step(process, records, step):
@@ -258,9 +254,9 @@ def end_in_the_middle(script, folder, number, ranks=1):
     return process.returncode, stderr, log, path
 
 
-@pytest.mark.parametrize("number", (signal.SIGKILL, signal.SIGINT, signal.SIGTERM))
+@pytest.mark.parametrize("number", (signal.SIGKILL, signal.SIGINT))
 def test_a_run_that_is_ended_leaves_its_log(tmp_path, number):
-    """... with every step so far; SIGINT and SIGTERM also a checkpoint, the reason of the end and one line of error."""
+    """... with every step so far; SIGINT also a checkpoint, the reason and one line of error (SIGTERM: test_resume)."""
     status, stderr, log, path = end_in_the_middle("train_gpt2", tmp_path, number)
     facts, sources, rest = parse(log)
     assert log.endswith("\n") and "train_gpt2.py" in sources and facts["config"]["steps"] == 20000
@@ -290,9 +286,9 @@ def test_result_is_whole_or_not_there(tmp_path, monkeypatch):
     moved = []
     monkeypatch.setattr(script.os, "replace", lambda part, to: moved.append((open(part).read(), os.path.exists(to))))
     record.finish({"final": 1.5})
-    (text, there), = moved
+    (text, existed), = moved
     log = (record.path / "log.txt").read_bytes()
-    assert json.loads(text) == {"final": 1.5, "log_sha256": hashlib.sha256(log).hexdigest()} and not there
+    assert json.loads(text) == {"final": 1.5, "log_sha256": hashlib.sha256(log).hexdigest()} and not existed
     assert sorted(path.name for path in record.path.iterdir()) == ["log.txt", "result.json.part"]
 
 

@@ -61,20 +61,29 @@ def curve(result):
     return [(point["step"], point["val_loss"]) for point in result["curve"]]
 
 
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory):
+    """The losses and validations of ten steps of GPT-2 that nothing interrupts."""
+    records = tmp_path_factory.mktemp("unbroken") / "records"
+    run_here(GPT2, *tiny(GPT2, data, records, "--steps", 10))
+    _, log, result = only_record(records)
+    return losses(log), curve(result)
+
+
 def checkpoint(tmp_path, folder, step):
     return tmp_path / "checkpoints" / f"{folder.name}_step{step:06d}.safetensors"
 
 
 def whole(tmp_path, run="*"):
     """{step: facts} of a run's checkpoints, all of whose tensors must be readable."""
-    module, found = importlib.import_module(GPT2), {}
+    module, facts = importlib.import_module(GPT2), {}
     for path in sorted((tmp_path / "checkpoints").glob(f"{run}_step*.safetensors")):
-        about, tensors = module.header_of(path), safetensors.torch.load_file(path)
-        assert path.name == f"{about['run']}_step{about['step']:06d}.safetensors"
+        header, tensors = module.header_of(path), safetensors.torch.load_file(path)
+        assert path.name == f"{header['run']}_step{header['step']:06d}.safetensors"
         kept = [name for name in tensors if ":" in name or name in ("losses", "random")]
-        assert not kept if about["finished"] else len(kept) > 6
-        found[about["step"]] = about
-    return found
+        assert not kept if header["finished"] else len(kept) > 6
+        facts[header["step"]] = header
+    return facts
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -206,7 +215,7 @@ def test_refusals(go, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "read_sources", plain)
     done, _, _ = go()
     refused(checkpoint(tmp_path, done, 10), says="its run is finished")
-    export = tmp_path / "checkpoints" / "mine_step000002.safetensors"
+    export = tmp_path / "checkpoints" / "export_step000002.safetensors"
     assert load_program("inference/formats.py").main([str(path), "--to", "safetensors", "--out", str(export)]) == 0
     refused(export, says="is no whole checkpoint (an export)")
     go("--resume", "auto", "--random_seed", 7, "--stop_after", 1)
@@ -222,8 +231,8 @@ def test_auto_takes_the_furthest(go, tmp_path, capsys):
     first, _, _ = go("--save_every", 2, "--stop_after", 4)
     go("--stop_after", 3)
     args = module.parse(tiny(GPT2, go.data, tmp_path / "r", "--steps", 10, "--resume", "auto"))
-    about = module.header_of(checkpoint(tmp_path, first, 4))
-    find = lambda: module.find_checkpoint(args, about["sources"], about["data"])
+    header = module.header_of(checkpoint(tmp_path, first, 4))
+    find = lambda: module.find_checkpoint(args, header["sources"], header["data"])
     assert find()[0] == str(checkpoint(tmp_path, first, 4))
     os.truncate(checkpoint(tmp_path, first, 4), 9000)
     capsys.readouterr()
@@ -250,9 +259,8 @@ def at(name, call, action, monkeypatch):
 
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
 @pytest.mark.parametrize("moment", ("a step", "a validation", "the last step"))
-def test_a_signal_ends_after_the_step(moment, number, go, tmp_path, monkeypatch, capsys):
+def test_a_signal_ends_after_the_step(moment, number, go, unbroken, tmp_path, monkeypatch, capsys):
     """... with a checkpoint, a closed log and 128 + its number; the resumed run is the unbroken one."""
-    _, unbroken, result = go()
     name, call, step = {"a step": ("train_step", 5, 3), "a validation": ("validate", 4, 4),
                         "the last step": ("train_step", 12, 10)}[moment]  # the warm-up's are 2 steps and 1 validation
     at(name, call, lambda: signal.raise_signal(number), monkeypatch)
@@ -264,7 +272,7 @@ def test_a_signal_ends_after_the_step(moment, number, go, tmp_path, monkeypatch,
     assert f"step:{step}/10 train_loss" in log and f"step:{step}/10 val_loss" not in log
     assert list(whole(tmp_path, folder.name)) == [step]
     _, log, again = go("--resume", "auto")
-    assert losses(log) == losses(unbroken) and curve(again) == curve(result)
+    assert (losses(log), curve(again)) == unbroken
 
 
 def test_second_signals(go, tmp_path, monkeypatch):
@@ -310,7 +318,7 @@ facts = module.machine("cpu")
 module.machine = lambda device: dict(facts)
 for line in sys.stdin:
     seconds, progress, argv = json.loads(line)
-    there = set(glob.glob(progress))
+    before = set(glob.glob(progress))
     child = os.fork()
     if not child:
         sys.stdout = sys.stderr = open(os.devnull, "w")
@@ -320,7 +328,7 @@ for line in sys.stdin:
         except BaseException as error:
             os._exit(getattr(error, "code", 1) or 0)
     status = (0, 0)
-    while not status[0] and progress and set(glob.glob(progress)) <= there:  # until something new is there
+    while not status[0] and progress and set(glob.glob(progress)) <= before:  # until something is new
         time.sleep(0.005)
         status = os.waitpid(child, os.WNOHANG)
     end = time.monotonic() + seconds
