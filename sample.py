@@ -6,8 +6,10 @@
     python sample.py CHECKPOINT --check             parallel form, chunked prefill and token by token on one text
     python sample.py CHECKPOINT --eval data/pydocs  loss and bits per byte; the run's own val loss unless told otherwise
     python sample.py CHECKPOINT --bench             time a token at every context (inference/bench.py has its flags)
+    python sample.py --init_from gpt2 --start "..." a public model, fetched from the Hugging Face hub into its cache
 
-CHECKPOINT: a file (a run's, formats.py's, an official x070 one), a run's name, its record's folder or the word latest.
+CHECKPOINT: a file, a folder, a run's name, its record's folder or the word latest; ours, RWKV-7, RWKV-6 or GPT-2
+(inference/formats.py). --init_from takes these too, or an id of the hub; HF_HUB_OFFLINE=1 looks into the cache alone.
 Text goes to stdout as it comes, all else to stderr. It begins with the document mark, as documents do in training, and
 ends where the model draws one.
 The logits pass, in this order, each step working on what the one before left (in brackets: what turns it off):
@@ -27,6 +29,7 @@ many are drawn, since each is drawn alone (--batch 1) from its own random number
 import argparse
 import codecs
 import contextlib
+import fnmatch
 import itertools
 import json
 import math
@@ -43,6 +46,7 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT / "inference"), str(ROOT / "data")]
+import formats  # noqa: E402
 import recurrent  # noqa: E402
 import tokenizer as tokenizers  # noqa: E402
 
@@ -136,7 +140,8 @@ def choose(z, seen, count, how, u):
 
 def open_tokenizer(model, args):
     """The model's tokenizer, or that of --tokenizer if it can be the model's; saved states then name it."""
-    tokenizer = tokenizers.for_model(model.header, model.vocab_size, args.tokenizer)
+    tokenizer = tokenizers.for_model(model.header, model.vocab_size,
+                                     args.tokenizer or model.header.get("tokenizer_file"))
     model.header = dict(model.header, tokenizer=tokenizer.name, tokenizer_sha256=tokenizer.sha256)
     return tokenizer
 
@@ -225,11 +230,11 @@ def begin(model, tokenizer, args):
             count[0, int(token)] = n
         waiting = b"" if prompt else bytes(facts["waiting"])
     else:
-        tokens = encode(tokenizer, prompt, *[mark] * args.mark)
+        tokens = encode(tokenizer, prompt, *[mark] * (args.mark and mark >= 0))
         if not len(tokens):
-            raise ValueError("--no-mark and an empty --start leave nothing to begin with: give one of the two.")
+            raise ValueError("no document mark and an empty --start leave nothing to begin with: give one of the two.")
     seen[0, tokens] = True
-    seen[0, mark] = False
+    seen[0, [mark] * (mark >= 0)] = False
     return prompt, state, tokens, seen, count, waiting
 
 
@@ -263,7 +268,7 @@ def sample(model, args):
         ids = lambda t: t[0].nonzero().flatten().tolist()
         branch.save(args.save_state, model, pending=last, waiting=list(text.decoder.getstate()[0]), seen=ids(seen_n),
                     count={i: int(count_n[0, i]) for i in ids(count_n)})
-    print(f"[{model.script.__name__}, step {model.step}: {len(tokens)} tokens read in {read - start:.2f} s, {drawn} "
+    print(f"[{model.label}: {len(tokens)} tokens read in {read - start:.2f} s, {drawn} "
           f"drawn in {time.perf_counter() - read:.2f} s; state {branch.bytes() / n / 1024:,.0f} KB]", file=sys.stderr)
 
 
@@ -309,12 +314,12 @@ def check(args):
         print(f"{dtype:5} {form:11}{cell('absolute')}{cell('logits')}{cell('kl')}{1 - d['top1']:>9.2%}{cell('state')}"
               f"  {end}", flush=True)
 
-    true, good, path = [], True, recurrent.find(args.checkpoint)  # once: latest may become another
+    true, good, path = [], True, formats.find(args.checkpoint)  # once: latest may become another
     for dtype in ("fp32", "bf16"):
-        model, limits = recurrent.load(path, dtype, args.device), dict(FP32) if dtype == "fp32" else {}
+        model, limits = formats.load(path, dtype, args.device), dict(FP32) if dtype == "fp32" else {}
         if not true:
             tokens, source = check_tokens(model, args)
-            print(f"{model.script.__name__}, step {model.step}: {tokens.size(1)} tokens of {source}\n{'dtype':5} "
+            print(f"{model.label}: {tokens.size(1)} tokens of {source}\n{'dtype':5} "
                   f"{'form':11}{'logits':>10}{'relative':>10}{'KL':>10}{'top-1':>9}{'state':>10}")
         for form, z, state in forms(model, tokens):
             true = true or [z, None]
@@ -351,6 +356,9 @@ def check_tokens(model, args):
 # ----------------------------------------------------------------------------------------------------------------------
 # Eval
 
+COLUMNS = ["model", "parameters", "data", "loss", "bits/byte", "tokens", "context"]  # of a row
+BEGIN = "<!-- eval: python sample.py CHECKPOINT --eval DATA --table inference/README.md -->"
+END = "<!-- end of eval -->"
 
 def is_shards(path):
     return not Path(path).is_file() or str(path).endswith(".bin")
@@ -361,7 +369,8 @@ def read_tokens(model, path, limit, tokenizer=None):
     document mark before it. ValueError when shards are not of the model's tokenizer."""
     path, script = Path(path), model.script
     if not is_shards(path):
-        return encode(tokenizer, read_text(path), tokenizer.document_mark)[:limit]
+        mark = tokenizer.document_mark
+        return encode(tokenizer, read_text(path), *[mark] * (mark >= 0))[:limit]
     folder, split = (path.parent, path.name) if path.name in ("val", "train") and not path.exists() else (path, "val")
     if folder.is_dir():
         stream = script.TokenStream(folder, split, limit)
@@ -412,7 +421,8 @@ def ratio(sums, sizes):
 
 
 def evaluate(model, args):
-    """Print loss and bits per byte of the data of --eval, with standard errors; the last line is one JSON."""
+    """Print loss and bits per byte of the data of --eval, with standard errors, and as a row of a Markdown table; the
+    last line is one JSON."""
     try:
         tokenizer = open_tokenizer(model, args)
     except tokenizers.Failure as failure:
@@ -446,12 +456,66 @@ def evaluate(model, args):
     print(f"tokens         {n:,} of {args.eval}, in {result['documents']} documents\ncontext        "
           + (f"{context} tokens, each sequence from the empty state" if context else "whole documents") +
           f"\ntime           {time.perf_counter() - start:.1f} s in {args.dtype} on {args.device}\n"
-          "±              standard error of a ratio of sums over documents drawn at random\n"
-          + json.dumps({key: None if value != value else value for key, value in result.items()}))
+          "±              standard error of a ratio of sums over documents drawn at random")
+    row = [model.label, f"{model.parameters:,}", args.eval, f"{loss:.4f}", f"{bits:.4f}" if tokenizer else "",
+           f"{n:,}", str(context or "documents")]
+    print(line_of(row))
+    if args.table:
+        into_table(args.table, row)
+    print(json.dumps({key: None if value != value else value for key, value in result.items()}))
+
+
+def line_of(row):
+    return f"| {' | '.join(row)} |"
+
+
+def into_table(path, row):
+    """Put the row of --eval between the markers of a Markdown file, in place of that of the same model and data."""
+    page = path.read_text(encoding="utf-8")
+    if not (page.count(BEGIN) == page.count(END) == 1 and page.index(BEGIN) < page.index(END)):
+        raise ValueError(f"{path} needs the lines {BEGIN} and {END} once each, in this order.")
+    head, rest = page.split(BEGIN)
+    old, tail = rest.split(END)
+    rows = [line.strip("| ").split(" | ") for line in old.strip().splitlines()[2:]]
+    kept = [line_of(other) for other in rows if (other[0], other[2]) != (row[0], row[2])]
+    table = "\n".join([line_of(COLUMNS), "|---" * len(COLUMNS) + "|", *kept, line_of(row)])
+    recurrent.write(path, lambda part: part.write_text(f"{head}{BEGIN}\n{table}\n{END}{tail}", encoding="utf-8"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Main
+
+
+def fetch(name):
+    """What --init_from names: a path or run as find() takes it, or else OWNER/NAME, OWNER/NAME/FILE or a NAME of the
+    hub, fetched into huggingface_hub's cache. Returns a path. Raises ValueError with the way out."""
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name):
+        return name
+    try:
+        return formats.find(name)
+    except ValueError:
+        pass
+    try:
+        import huggingface_hub.constants
+    except ImportError:
+        raise ValueError("huggingface_hub is not installed: pip install -r requirements.txt.") from None
+    repository, rest = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    try:
+        if rest:
+            return huggingface_hub.hf_hub_download(repository, rest)
+        offline = huggingface_hub.constants.HF_HUB_OFFLINE
+        files = [] if offline else huggingface_hub.HfApi().model_info(repository, timeout=20).siblings
+        names = [file.rfilename for file in files]
+        weights = [kind for kind in ("*.safetensors", "pytorch_model*.bin") if fnmatch.filter(names, kind)]
+        if weights or not names:  # without network: what the cache has
+            return huggingface_hub.snapshot_download(repository, allow_patterns=["*.json", "*.txt", *weights[:1]])
+    except Exception as error:  # whatever the HTTP client of the day raises
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise ValueError(f"cannot fetch {name} ({reason}). Is it a file, a run or OWNER/NAME of the hub? Without "
+                         "network: bring its folder and name that; HF_ENDPOINT names a mirror.") from None
+    others = [other for other in names if other.endswith(".pth")]
+    raise ValueError(f"{name} has no weights in .safetensors or pytorch_model.bin. Name one of its files, such as "
+                     f"{repository}/FILE: {formats.few(others) or 'it has no .pth either'}.")
 
 
 def number(kind, fits, words, off=None):
@@ -472,7 +536,8 @@ def parse(argv):
     whole = lambda low, off=None: number(int, lambda n: n >= low, f"whole number of at least {low}", off)
     at_least_0 = lambda off: number(float, lambda x: x >= 0, "number of at least 0", off)
     above_0, any_number = number(float, lambda x: x > 0, "number above 0", 1), number(float, lambda x: 1, "number", 0)
-    add("checkpoint", metavar="CHECKPOINT", help="a file, a run, a record's folder or latest")
+    add("checkpoint", nargs="?", metavar="CHECKPOINT", help="a file, a folder, a run, a record's folder or latest")
+    add("--init_from", metavar="ID", help="in place of CHECKPOINT: gpt2, OWNER/NAME or OWNER/NAME/FILE of the hub")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="hold the model's forms against each other")
     what.add_argument("--eval", metavar="DATA", help="loss on a folder's val shards (FOLDER/train: train), a shard "
@@ -495,7 +560,8 @@ def parse(argv):
     add("--mark", action=argparse.BooleanOptionalAction, default=True, help="begin with the document mark [yes]")
     add("--save_state", metavar="F", help="write the state after the text, to go on from with --load_state")
     add("--load_state", metavar="F", help="go on from there; --start is then what comes next, without a mark")
-    add("--tokenizer", metavar="NAME", help="bytes, gpt2 or a vocabulary file, tiktoken's form or RWKV's [the model's]")
+    add("--tokenizer", metavar="NAME", help="bytes, gpt2, rwkv_world or a file: tiktoken's form, RWKV's or a "
+                                            "tokenizer.json [the model's]")
     add("--text", metavar="FILE", help="--check: on this text or shard, not the run's held-out data")
     add("--tokens", type=whole(2), default=256, metavar="N", help="--check: so many tokens [256]")
     add("--eval_tokens", type=whole(1), metavar="N", help="--eval: the first there are [the run's --val_tokens]")
@@ -504,7 +570,12 @@ def parse(argv):
         help="int8: the weights. --check: both others [fp32]")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="where to compute: a GPU if there is one [auto]")
+    add("--table", type=Path, metavar="FILE", help="--eval: also put the row into the table between its markers there")
     args = parser.parse_args(argv)
+    if (args.checkpoint is None) == (args.init_from is None):
+        parser.error("give a CHECKPOINT or --init_from ID")
+    if args.table and not args.eval:
+        parser.error("--table takes the row of --eval: give both")
     if args.save_state and args.num_samples > 1:
         parser.error("--save_state keeps one state: take --num_samples 1 (with --max_new_tokens 0 it is the prompt's)")
     if args.top_p_x < 1 and args.top_p == 1:
@@ -521,15 +592,19 @@ def parse(argv):
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    if "--bench" in argv:
-        import bench
-        argv.remove("--bench")
-        return bench.main(argv)
-    args = parse(argv)
     try:
+        if "--bench" in argv:
+            import bench
+            argv.remove("--bench")
+            if "--init_from" in argv[:-1]:
+                i = argv.index("--init_from")
+                argv[i:i + 2] = [fetch(argv[i + 1])]
+            return bench.main(argv)
+        args = parse(argv)
+        args.checkpoint = args.checkpoint or fetch(args.init_from)
         if args.check:
             return 0 if check(args) else 1
-        model = recurrent.load(args.checkpoint, args.dtype, args.device)
+        model = formats.load(args.checkpoint, args.dtype, args.device)
         evaluate(model, args) if args.eval else sample(model, args)
     except (ValueError, tokenizers.Failure) as error:
         print(f"sample.py: {error}", file=sys.stderr)

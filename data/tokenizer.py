@@ -16,7 +16,9 @@ import ast
 import base64
 import binascii
 import hashlib
+import importlib.util
 import itertools
+import json
 import math
 import pathlib
 import re
@@ -29,7 +31,8 @@ from shards import LARGEST_ID, Failure
 
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # of r50k_base.tiktoken
 GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
-BY_SIZE = {257: "bytes", 50257: "gpt2"}  # the tokenizer of a model that names none
+BY_SIZE = {257: "bytes", 50257: "gpt2", 65536: "rwkv_world"}  # the tokenizer of a model that names none
+MARKS = "<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|rwkv_tokenizer_end_of_text|>"  # of a tokenizer.json
 
 
 def need(module):
@@ -61,6 +64,15 @@ class Bytes:
 
     def lengths(self):
         return np.repeat([1, 0], [256, 1])
+
+
+class BytesAlone(Bytes):
+    """... of a model of 256 ids, which has no document mark: -1."""
+
+    vocab_size, document_mark = 256, -1
+
+    def lengths(self):
+        return np.ones(256, np.int64)
 
 
 class BytePairs:
@@ -153,6 +165,60 @@ class Longest:
         return np.array([*map(len, self.tokens)])
 
 
+class HuggingFace:
+    """A tokenizer.json, read by the tokenizers package: byte pairs of GPT-2's kind, or pieces whose blank is \u2581 and
+    whose odd bytes are <0x00> to <0xFF>. The document mark is one of MARKS, or -1: none."""
+
+    def __init__(self, path):
+        try:
+            self.inner = need("tokenizers").Tokenizer.from_file(str(path))
+            parts = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        except Failure:
+            raise
+        except Exception as error:  # the package has no class of its own
+            raise Failure(f"cannot read the tokenizer {path}: {str(error).splitlines()[0][:120]}") from None
+        self.inner.encode_special_tokens = True  # marks in a text are text
+        self.vocab_size = 1 + max(self.inner.get_vocab().values())
+        special = {token["id"]: token["content"] for token in parts.get("added_tokens") or () if token["special"]}
+        marks = [i for mark in MARKS for i, content in special.items() if content == mark]
+        self.document_mark = marks[0] if marks else -1
+        byte_level = "ByteLevel" in json.dumps([parts.get("decoder"), parts.get("pre_tokenizer")])
+        text = [self.inner.id_to_token(i) or "" for i in range(self.vocab_size)]
+        self.tokens = [b"" if i in special else piece_bytes(piece, byte_level) for i, piece in enumerate(text)]
+        ordinary = [token for i, token in enumerate(self.tokens) if i not in special]
+        self.sha256 = hashlib.sha256(canonical(ordinary)).hexdigest()
+        self.name = "gpt2" if self.sha256 == GPT2_SHA256 else name_of(path)
+
+    def encode(self, text):
+        text.encode()  # a half of a pair of surrogates: the error that the others raise
+        return np.array(self.inner.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def decode(self, ids):
+        """-> bytes; the marks vanish."""
+        return b"".join(self.tokens[i] for i in np.asarray(ids).tolist())
+
+    def lengths(self):
+        return np.array([*map(len, self.tokens)])
+
+
+def piece_bytes(piece, byte_level):
+    """The bytes that a piece of a tokenizer.json stands for."""
+    if byte_level:
+        return bytes(GPT2_BYTES[character] for character in piece if character in GPT2_BYTES)
+    odd = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+    return bytes([int(odd[1], 16)]) if odd else piece.replace("\u2581", " ").encode()
+
+
+def gpt2_bytes():
+    """{character: byte} of GPT-2's files: bytes that cannot be seen are shown as the characters from 256 on."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(rest)}
+
+
+GPT2_BYTES = gpt2_bytes()
+
+
 def read_vocabulary(data, where):
     """[bytes] of the content of a vocabulary file; `where` names it in messages."""
     ranks, count = {}, 0
@@ -197,8 +263,10 @@ def read_longest(data, where):
 
 
 def from_file(path):
-    """The tokenizer of a vocabulary file: ranks in tiktoken's form, or RWKV's own."""
+    """The tokenizer of a vocabulary file: ranks in tiktoken's form, RWKV's own, or a tokenizer.json."""
     data = read_file(path)
+    if str(path).endswith(".json"):
+        return HuggingFace(path)
     if re.match(rb"\s*\d+ b?['\"]", data):
         return Longest(read_longest(data, path))
     tokens, name = read_vocabulary(data, path), name_of(path)
@@ -225,6 +293,12 @@ def load(name="bytes", vocab=None):
         if vocab:
             raise Failure("--vocab goes with --tokenizer gpt2; the tokenizer bytes has no vocabulary file")
         return Bytes()
+    if name == "rwkv_world":
+        package = importlib.util.find_spec("rwkv")
+        if not package:
+            raise Failure("RWKV's vocabulary is not here: pip install rwkv brings it, or give the file "
+                          "rwkv_vocab_v20230424.txt with --tokenizer FILE")
+        return from_file(pathlib.Path(package.origin).with_name("rwkv_vocab_v20230424.txt"))
     if name != "gpt2":
         raise Failure(f"no tokenizer is called {name}: bytes or gpt2 (with --vocab FILE any vocabulary of its kind)")
     need("tiktoken")
@@ -247,7 +321,10 @@ def for_model(header, size, wanted=None):
         raise Failure(f"the model's tokenizer{f', {name},' if name else ''} is not known here. Give its vocabulary "
                       "file with --tokenizer FILE, or bytes, or gpt2")
     try:
-        tokenizer = load(name) if name in BY_SIZE.values() else from_file(name)
+        if name == "bytes" and size == 256:
+            tokenizer = BytesAlone()
+        else:
+            tokenizer = load(name) if name in BY_SIZE.values() else from_file(name)
     except Failure as failure:
         if name != "gpt2":
             raise
@@ -256,7 +333,8 @@ def for_model(header, size, wanted=None):
             message += ", or give GPT-2's vocabulary, r50k_base.tiktoken, with --tokenizer FILE"
         raise Failure(message) from None
     theirs = header.get("tokenizer_sha256")
-    if theirs not in (None, tokenizer.sha256) or not size - 128 < tokenizer.vocab_size <= size:  # tables are padded
+    padded = size - 128 if not str(name).endswith(".json") else 0  # tables are padded; others pad by more
+    if theirs not in (None, tokenizer.sha256) or not padded < tokenizer.vocab_size <= size:
         was = f"{header.get('tokenizer')}, sha256 {theirs[:12]}" if theirs else f"{size} ids"
         raise Failure(f"wrong tokenizer: {name} has {tokenizer.vocab_size} ids, sha256 {tokenizer.sha256[:12]}; the "
                       f"model was trained with another ({was}). Give its vocabulary file with --tokenizer FILE")

@@ -1,6 +1,6 @@
 """The cost of a token: ms at every context length, memory, share of the memory bound, int8, RWKV against the GPT.
 
-    python inference/bench.py CHECKPOINT    a file, a run's name, its record's folder, the word latest (recurrent.py)
+    python inference/bench.py CHECKPOINT    a file, a folder, a run's name, its record's folder, latest (formats.py)
     python inference/bench.py --shape 124m  the three scripts' fineweb models with random weights, no checkpoint needed;
                                             with a CHECKPOINT before it also what int8 costs that one's model in loss
     python sample.py CHECKPOINT --bench     the same as the first
@@ -36,6 +36,7 @@ from pathlib import Path
 
 import torch
 
+import formats
 import recurrent
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -358,7 +359,7 @@ def main(argv=None):
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads or threads)
     try:
-        trained = recurrent.load(args.checkpoint) if args.checkpoint else None
+        trained = formats.load(args.checkpoint) if args.checkpoint else None
         if args.shape:
             models = [random_model(name, "fineweb") for name in NAMES]
         else:

@@ -1,6 +1,6 @@
 """The trained models run one token after the other: RWKV-7 and RWKV-6 as RNNs, the GPT with a cache of keys and values.
 
-    model = load("latest")                        # or a checkpoint's file, a run's name, a record, an x070 .pth
+    model = formats.load("latest")                # or a file, a run's name, a record, a public model: formats.py
     state = model.new_state()                     # a plain value: clone(), branch(n), save(file)
     logits = model(tokens, state)                 # (B, T) int64 -> (B, T, V) fp32; the state moves on by T tokens
 
@@ -12,15 +12,10 @@ weights, and `python sample.py CHECKPOINT --check` holds the three forms against
 
 import functools
 import hashlib
-import importlib
 import json
 import os
-import pickle
-import re
 import sys
-import warnings
-import zipfile
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import safetensors
@@ -29,9 +24,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # of the scripts, whose modules make the models
-CHECKPOINTS = Path("checkpoints")
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
-LOOK_UPS = ("emb.weight", "wte.weight")
+LOOK_UPS = ("emb.weight", "wte.weight", "wpe.weight")  # of which a token reads a row
 
 # ----------------------------------------------------------------------------------------------------------------------
 # State
@@ -99,6 +93,7 @@ class Model:
         self.config, self.header, self.script = config, header or {}, script
         self.dtype, self.device, self.trained = dtype, torch.device(device), weights
         self.activations = DTYPES.get(dtype, torch.float32)
+        self.parameters = sum(t.numel() for t in weights.values())
         self.C, self.N, self.L = config.width, config.headsz, config.layers
         self.H = self.C // self.N
         self.W, self.blocks = {}, [{} for _ in range(self.L)]  # names without and with "blocks.<l>."
@@ -145,6 +140,13 @@ class Model:
     @property
     def step(self):
         return self.header.get("step")
+
+    @property
+    def label(self):
+        """Script and step of a model of ours, name and kind of a public one."""
+        header = self.header
+        return f"{header['model']}, {header['layout']}" if "layout" in header else (
+            f"{self.script.__name__}, step {self.step}")
 
     @functools.cached_property
     def hash(self):
@@ -343,13 +345,12 @@ class RWKV6(Model):
     def time_mix(self, p, x, before, S):
         B, T, C = x.shape
         xx = self.change(x, before)
-        m = linear(torch.addcmul(x, xx, p["att.x_x"]), p["att.A"], None, "tanh").view(B * T, 5, 32).transpose(0, 1)
+        m = linear(torch.addcmul(x, xx, p["att.x_x"]), p["att.A"], None, "tanh").view(B * T, 5, -1).transpose(0, 1)
         m = torch.bmm(m, p["att.B"].mT).view(5, B, T, C)
         w, k, v, r, g = torch.addcmul(x, xx, p["att.x"] + m).unbind()  # (B, T, C) each
         r, k, v = (linear(t, p[f"att.{name}.weight"]) for t, name in ((r, "receptance"), (k, "key"), (v, "value")))
-        g = linear(linear(g, p["att.g1"], None, "tanh"), p["att.g2"])
         w = linear(linear(w, p["att.w1"], None, "tanh"), p["att.w2"], p["att.w0"])
-        k = k * torch.exp(w.clamp(max=0))
+        g, k = self.gate(p, g), self.key(k, w)
         r, k, v, w = (t.view(B, T, self.H, self.N) for t in (r, k, v, w))
         if T == 1:
             y = self.step6(*(t[:, 0].float() for t in (r, k, v, w)), p["att.u"], S).to(x.dtype)
@@ -358,6 +359,13 @@ class RWKV6(Model):
             S.copy_(S_T)
         y = F.group_norm(y.reshape(B * T, C), self.H, p["att.ln_x.weight"], p["att.ln_x.bias"], eps=64e-5)
         return linear(y.view(B, T, C).mul_(g), p["att.output.weight"])
+
+    def gate(self, p, g):
+        return linear(linear(g, p["att.g1"], None, "tanh"), p["att.g2"])
+
+    @staticmethod
+    def key(k, w):
+        return k * torch.exp(w.clamp(max=0))
 
     @staticmethod
     def step6(r, k, v, w, u, S):
@@ -382,12 +390,17 @@ class GPT2(Model):
     def stack(self, p):
         p["lambdas"] = p["lambdas"].tolist()
 
-    def forward(self, tokens, state, last):
-        W, T, room = self.W, tokens.size(1), state.tensors["k"].size(3)
-        end = state.position + T
+    @staticmethod
+    def make_room(state, end):
+        """... for the keys and values of `end` tokens."""
+        room = state.tensors["k"].size(3)
         if end > room:
             more = (0, 0, 0, max(64, 2 * room, end) - room)
             state.tensors = {name: F.pad(t, more) for name, t in state.tensors.items()}
+
+    def forward(self, tokens, state, last):
+        W, end = self.W, state.position + tokens.size(1)
+        self.make_room(state, end)
         n = torch.arange(0, self.N, 2, device=self.device, dtype=torch.float32)
         t = torch.arange(state.position, end, device=self.device, dtype=torch.float32)
         angle = torch.outer(t, 10000 ** (-n / self.N))[:, None]
@@ -403,16 +416,21 @@ class GPT2(Model):
         return self.softcap(linear(rms(x[:, -1:] if last else x), W["head.weight"]))
 
     def attention(self, l, x, v_first, rotary, state):
-        p, (B, T, C), start = self.blocks[l], x.shape, state.position
+        p, (B, T, _) = self.blocks[l], x.shape
         q, k, v = (linear(x, p[f"att.{name}.weight"]).view(B, T, self.H, self.N) for name in ("query", "key", "value"))
         v_first = v if v_first is None else v_first
         v = torch.lerp(v, v_first, p["att.mix"])
         q, k = (self.rotate(rms(t), *rotary) for t in (q, k))
+        return linear(self.attend(l, q, k, v, state), p["att.output.weight"]), v_first
+
+    def attend(self, l, q, k, v, state):
+        """Attention of q (B, T, H, N) to all tokens so far; k and v join those kept of block l. Returns (B, T, C)."""
+        (B, T, _, _), start = q.shape, state.position
         keys, values = (state.tensors[name][l, :, :, :start + T] for name in "kv")  # (B, H, tokens, N)
         keys[:, :, start:], values[:, :, start:] = k.transpose(1, 2), v.transpose(1, 2)
-        past = None if T == 1 else torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+        past = None if T == 1 else torch.ones(T, start + T, dtype=torch.bool, device=q.device).tril(start)
         y = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=past)  # (B, H, T, N)
-        return linear(y.transpose(1, 2).reshape(B, T, C), p["att.output.weight"]), v_first
+        return y.transpose(1, 2).reshape(B, T, self.C)
 
     @staticmethod
     def rotate(x, cos, sin):
@@ -474,136 +492,3 @@ class Int8:
             return linear(x, self.rounded.float() * self.scale[:, None])
         y = torch._weight_int8pack_mm(x.bfloat16().view(-1, x.size(-1)), self.rounded, self.scale)
         return y.float().view(*x.shape[:-1], -1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-def find(path):
-    """The file of a checkpoint from "latest", the file itself (also an exported or official one), the name of its run
-    or the folder of the run's record. Raises ValueError."""
-    path = Path(path)
-    if path.is_file():
-        return path
-    if str(path) == "latest":
-        files = sorted(CHECKPOINTS.glob("*_step*.safetensors"), key=lambda file: file.stat().st_mtime)
-        if not files:
-            raise ValueError(f"no checkpoint in {CHECKPOINTS.absolute()}. Train one: ./run_rwkv7.sh --track tiny")
-    else:
-        run = re.escape(path.absolute().name)
-        files = [file for file in CHECKPOINTS.glob("*.safetensors") if re.fullmatch(rf"{run}_step\d+", file.stem)]
-        files.sort(key=lambda file: (len(file.name), file.name))
-        if not files:
-            raise ValueError(f"{path}: no such file, nor a checkpoint of that name in {CHECKPOINTS}/. Give a file, a "
-                             "run's name, its record's folder or the word latest.")
-    return files[-1]
-
-
-def read(path):
-    """(facts, weights) of a file: a training script's checkpoint, an official x070 .pth or .safetensors. ValueError."""
-    facts = {}
-    try:
-        if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, "pt") as file:
-                facts = file.metadata() or {}
-                names = [name for name in file.keys() if "checkpoint" not in facts or is_weight(name)]
-                weights = {name: file.get_tensor(name) for name in names}
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what follows as an error
-                weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        strange = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(f"{path} holds a Python object ({strange[1]}), whose loading could run code; only tables of "
-                         "tensors are read. Save its state_dict() alone." if strange else
-                         f"{path} is damaged, or no file of tensors. Fetch or export it again.") from None
-    except Exception as error:  # torch meets damage with whatever it leads to
-        reason = f"{type(error).__name__} {error}".splitlines()[0][:120]
-        raise ValueError(f"{path} is damaged, or no file of tensors ({reason}). Fetch or export it again.") from None
-    if "checkpoint" not in facts:
-        config, weights = official(path, weights)
-        return dict(script="train_rwkv7.py", config=asdict(config), step=None), weights
-    try:
-        header = json.loads(facts["checkpoint"])
-        if header["schema"] != 3 or header["script"] not in (f"{name}.py" for name in FAMILIES):
-            raise ValueError(f"schema {header['schema']}, script {header['script']}")
-        if not isinstance(header["config"], dict) or not isinstance(header["step"], (int, type(None))):
-            raise ValueError("its config or step is none")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = f"no {error} in its header" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is damaged: {reason}. Take another step of the run, or export it again.") from None
-    return header, weights
-
-
-def is_weight(name):
-    """Whether a tensor of a checkpoint is the model's: not an optimiser's, <name>:<key>, nor the run's."""
-    return ":" not in name and name not in ("losses", "random", "random.cuda")
-
-
-def official(path, weights):
-    """(Hyperparameters, weights) of the tensors of a file in RWKV's own layout. Shapes tell the sizes. ValueError."""
-    def few(names):
-        return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-    if not isinstance(weights, dict) or not all(isinstance(name, str) and isinstance(t, torch.Tensor)
-                                              for name, t in weights.items()):
-        raise ValueError(f"{path} is no table of tensors by name. Save its state_dict() alone.")
-    for sign, family in ((".att.time_maa_", "RWKV-6 (x060)"), (".att.gate.weight", "RWKV-5 (x052)"),
-                         (".att.time_decay", "RWKV-4 or RWKV-5 (x052 or older)")):
-        if any(sign in name for name in weights):
-            raise ValueError(f"{path} is of {family}; only RWKV-7 (x070) is read.")
-    if not any(name.startswith("blocks.") and name.endswith(".att.x_r") for name in weights):
-        raise ValueError(f"{path} holds no RWKV-7: none of x070's names, such as blocks.0.att.x_r, is among its "
-                         f"{len(weights)} ({few(sorted(weights))}).")
-
-    def shape(name):  # or a stand-in for one that is missing or strange, which is said below
-        t = weights.get(name, torch.empty(0))
-        return t.shape if t.dim() == 2 and t.numel() else (64, 64)
-
-    (V, C), (_, N), (hidden, _) = map(shape, ("emb.weight", "blocks.0.att.r_k", "blocks.0.ffn.key.weight"))
-    script = importlib.import_module("train_rwkv7")
-    layers = len({name.split(".")[1] for name in weights if re.match(r"blocks\.\d+\.", name)})
-    config = script.Hyperparameters(x070=True, layers=layers, vocab_size=V, width=C, headsz=N if C % N == 0 else C,
-                                    ffn_ratio=hidden / C, device="cpu", dtype="fp32", kernel="torch")
-    with torch.device("meta"):
-        expected = {name: t.shape for name, t in script.RWKV7(config, "torch").state_dict().items()}
-    missing = [name for name in expected if name not in weights]
-    unused = [f"blocks.0.att.v{i}" for i in range(3)]  # in many files, though layer 0 mixes no v in
-    extra = [name for name in weights if name not in expected and name not in unused]
-    if missing or extra:
-        faults = [f"{what} {few(names)}" for what, names in (("lacks", missing), ("has besides it", extra)) if names]
-        raise ValueError(f"{path} is not plain x070: it {' and '.join(faults)}.")
-    for name, like in expected.items():
-        right = list(like)
-        if name in ("emb.weight", "head.weight"):
-            right[0] = V
-        elif ".ffn.key." in name or ".ffn.value." in name:
-            right = [hidden, C] if ".key." in name else [C, hidden]
-        elif on_the_right(name):
-            rank = (0, *weights[f"{name[:-1]}1"].shape)[-1]
-            right = [C, rank] if name[-1] == "1" else [rank, C]
-        t = weights[name]
-        if [n for n in t.shape if n > 1] != [n for n in right if n > 1] or not t.is_floating_point():
-            raise ValueError(f"{path} is not plain x070: its {name} is {tuple(t.shape)} {str(t.dtype)[6:]}, "
-                             f"not {tuple(right)} of floats.")
-        expected[name] = t.reshape(right)  # some files have lost the dimensions of size 1
-    return config, expected
-
-
-def load(path, dtype="fp32", device="cpu"):
-    """The model of a checkpoint (find() says what path may be), in fp32, bf16 or with int8 weights. Raises ValueError.
-
-    With int8 only what runs stays in memory: there is no parallel() of it.
-    """
-    header, weights = read(find(path))
-    script = importlib.import_module(header["script"][:-len(".py")])
-    known = {f.name for f in fields(script.Hyperparameters)}
-    config = script.Hyperparameters(**{key: value for key, value in header["config"].items() if key in known})
-    try:
-        model = FAMILIES[script.__name__](config, weights, dtype, device, header, script)
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit {header['script']}: {error}.") from None
-    if dtype == "int8":
-        model.hash, model.trained = model.hash, None
-    return model

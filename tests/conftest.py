@@ -19,8 +19,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to
 
 SLOW = {  # left out by ./test.sh --fast: files, classes and tests that build, start launchers or take seconds
     "test_bad_input", "test_build", "test_cached_fineweb", "test_cuda_on_cpu", "test_docker", "test_doctor",
-    "test_formats", "test_faults", "test_fineweb", "test_gpu_day", "test_pydocs", "test_race", "test_ranks",
-    "test_record", "test_resume", "test_run", "test_setup", "test_wkv6_cuda", "test_wkv7_cuda", "test_wkv7_wind",
+    "test_formats", "test_faults", "test_fineweb", "test_gpu_day", "test_public", "test_pydocs",
+    "test_race", "test_ranks", "test_record", "test_resume", "test_run", "test_setup", "test_wkv6_cuda",
+    "test_wkv7_cuda", "test_wkv7_wind",
     "TestMemory", "test_compile_in_one_graph", "test_replay", "test_tampering_is_found_with_the_records_code",
     "test_bad_replays", "test_committed_records", "test_forging_nothing_leaves_a_good_record",
     "test_no_value_ends_the_program", "test_importing_does_nothing", "test_ranks_agree",

@@ -1,10 +1,12 @@
-"""A hub on loopback: what huggingface_hub's client asks of the real one to download files of a dataset.
+"""A hub on loopback: what huggingface_hub's client asks of the real one to download files of a dataset or a model.
 Two servers, as in the world: the hub answers with the facts of a file and a redirect, the store sends its bytes. Both
-write down every request, and can be told to misbehave. No test itself: ./test.sh tests/test_cached_fineweb.py"""
+write down every request, and can be told to misbehave. No test itself: tests/test_cached_fineweb.py, test_public.py"""
 
 import collections
 import hashlib
 import http.server
+import json
+import re
 import socket
 import struct
 import threading
@@ -81,6 +83,8 @@ class Hub:
         kind, *rest = self.fault(("hub",), path.rsplit("/", 1)[-1])
         if kind:
             return self.reply(handler, *rest)
+        if path.startswith("/api/models/"):
+            return self.answer_model(handler, path.removeprefix("/api/models"))
         repo, _, tail = path.partition("/resolve/")
         file = f"{repo}/{tail.partition('/')[2]}"
         if file not in self.files:
@@ -92,6 +96,17 @@ class Hub:
         if self.commit:
             headers["X-Repo-Commit"] = self.commit
         return self.reply(handler, 302, headers)
+
+    def answer_model(self, handler, path):
+        """What a model's repository holds: its facts, or its files alone."""
+        repo, way = re.fullmatch(r"(/[^/]+/[^/]+)(?:/(revision|tree)/[^/]+)?", path).groups()
+        names = [name.removeprefix(f"{repo}/") for name in sorted(self.files) if name.startswith(f"{repo}/")]
+        if not names:
+            return self.reply(handler, 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        facts = dict(id=repo[1:], sha=self.commit, siblings=[dict(rfilename=name) for name in names])
+        if way == "tree":
+            facts = [dict(type="file", path=name, size=len(self.files[f"{repo}/{name}"]), oid="0") for name in names]
+        return self.reply(handler, 200, {"Content-Type": "application/json"}, json.dumps(facts).encode())
 
     def answer_store(self, handler, path):
         kind, *rest = self.fault(("store", "cut", "reset", "bytes", "hang", "whole"), path.rsplit("/", 1)[-1])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import bench
+import formats
 import recurrent
 import sample
 from helpers import make_corpus, one_thread
@@ -152,7 +153,7 @@ def test_a_shape_and_what_int8_costs_a_trained_model(tmp_path, monkeypatch, caps
     assert [row["model"] for row in result["slopes"]] == ["RWKV-7", "RWKV-6", "GPT-2"]
     assert result["loss"]["model"] == "RWKV-6, random, step 1" and result["loss"]["change"] != 0
     assert f"Validation loss: RWKV-6, random, step 1: fp32 {result['loss']['fp32']:.4f}, int8 " in out
-    model = recurrent.load(path)
+    model = formats.load(path)
     below, _ = bench.validation(model, 2000)
     model.config.data = str(data)
     absolute, reason = bench.validation(model, 2000)

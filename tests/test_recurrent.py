@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import formats
 import recurrent
 from helpers import tree
 
@@ -123,7 +124,7 @@ def test_no_checkpoint(where, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no checkpoint|no such file"):
-        recurrent.load(where)
+        formats.load(where)
 
 
 def test_damaged_checkpoint(tmp_path):
@@ -134,7 +135,7 @@ def test_damaged_checkpoint(tmp_path):
                         (dict(schema=3, script="train_gpt2.py", config={}, step="7"), "its config or step is none")):
         safetensors.torch.save_file({"a": torch.ones(2)}, path, metadata=dict(checkpoint=json.dumps(about)))
         with pytest.raises(ValueError, match=f"is damaged: .*{said}.*Take another step"):
-            recurrent.load(path)
+            formats.load(path)
 
 
 def test_an_unfinished_runs_weights_alone(tmp_path):
@@ -144,7 +145,7 @@ def test_an_unfinished_runs_weights_alone(tmp_path):
     more = {"lm_head:exp_avg": torch.ones(3), "losses": torch.ones(3), "random": torch.ones(2)}
     safetensors.torch.save_file({**weights, **more}, tmp_path / "x.safetensors",
                                 metadata=dict(checkpoint=json.dumps(about)))
-    assert recurrent.load(tmp_path / "x.safetensors").trained.keys() == weights.keys()
+    assert formats.load(tmp_path / "x.safetensors").trained.keys() == weights.keys()
 
 
 def test_damaged_pth(tmp_path):
@@ -159,18 +160,18 @@ def test_damaged_pth(tmp_path):
                 data[rng.randrange(len(data))] = rng.randrange(256)
             (tmp_path / "x.pth").write_bytes(data)
             with pytest.raises(ValueError) as caught:
-                recurrent.load(tmp_path / "x.pth")
+                formats.load(tmp_path / "x.pth")
             assert "\n" not in str(caught.value)
 
 
 def test_the_last_step_is_the_largest_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(recurrent, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(formats, "CHECKPOINTS", tmp_path)
     for name in ("step999999.safetensors", "step1000000.safetensors", "step000002.safetensors", "step1000001.part"):
         (tmp_path / f"run_{name}").touch()
     (tmp_path / "other_step2000000.safetensors").touch()
     for path in ("run", tmp_path / "records" / "run"):
-        assert recurrent.find(path).name == "run_step1000000.safetensors"
-    assert recurrent.find("latest").parent == tmp_path
+        assert formats.find(path).name == "run_step1000000.safetensors"
+    assert formats.find("latest").parent == tmp_path
 
 
 def test_lambdas_stay_as_in_training():

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
+import formats
 import recurrent
 import sample
 from helpers import ROOT, SCRIPTS, make_corpus, one_thread, only_record, run_here, tiny, write_shard
@@ -218,7 +219,7 @@ def test_characters_wait_for_their_end(text):
 
 def test_greedy_text_is_that_of_the_parallel_form(path, say, monkeypatch):
     """Token after token, as it comes; the model sees the mark and the prompt."""
-    model, ids, parts = recurrent.load(path), [256, *b"Sun"], []
+    model, ids, parts = formats.load(path), [256, *b"Sun"], []
     for _ in range(20):
         with torch.no_grad():
             ids.append(int(model.parallel().logits(torch.tensor([ids]))[0, -1, :257].argmax()))
@@ -248,7 +249,7 @@ def test_a_sample_is_the_same_however_many(path, say, monkeypatch):
 
 def test_where_a_text_begins(gpt, tmp_path):
     """Prompts are seen but not counted, the mark neither; after a state, a prompt ends a character that was cut."""
-    model, file = recurrent.load(gpt), tmp_path / "state"
+    model, file = formats.load(gpt), tmp_path / "state"
     model.new_state().save(file, model, pending=7, seen=[7], count={"7": 2}, waiting=[0xE2])
     for start, load, read, seen_then, counts, left in (
             ("aba", None, [256, 97, 98, 97], [97, 98], {}, b""), ("", file, [7], [7], {7: 2}, b"\xe2"),
@@ -318,7 +319,7 @@ def test_a_saved_state_goes_on(path, say, tmp_path):
 
 def test_states_that_do_not_fit(paths, gpt, say, refused, tmp_path):
     """What recurrent.py finds is said in one line; and what lacks that of a text, or is of more than one."""
-    state, model = tmp_path / "state", recurrent.load(gpt)
+    state, model = tmp_path / "state", formats.load(gpt)
     say(gpt, "--dtype", "int8", "--max_new_tokens", 2, "--save_state", state)
     say(gpt, "--dtype", "int8", "--max_new_tokens", 2, "--load_state", state)
     refused(gpt, "--load_state", state, words=["dtype is int8"])
@@ -360,9 +361,9 @@ def test_all_forms_agree(path, say, tmp_path, monkeypatch):
     """All of one checkpoint: another step may be saved between fp32 and bf16."""
     (tmp_path / "text").write_bytes(TEXT)
     (tmp_path / "checkpoints").symlink_to(path.parent)
-    monkeypatch.setattr(recurrent, "CHECKPOINTS", tmp_path / "checkpoints")
-    loaded, load = [], recurrent.load
-    monkeypatch.setattr(recurrent, "load", lambda where, *a: loaded.append(where.resolve()) or load(where, *a))
+    monkeypatch.setattr(formats, "CHECKPOINTS", tmp_path / "checkpoints")
+    loaded, load = [], formats.load
+    monkeypatch.setattr(formats, "load", lambda where, *a: loaded.append(where.resolve()) or load(where, *a))
     out = say("latest", "--check", "--text", tmp_path / "text", "--tokens", 150)[0]
     assert loaded == [path.resolve()] * 2
     lines = table(out)
@@ -428,7 +429,7 @@ BUGS = [  # the bug; what is replaced, by a function of the right one; its model
     ("position is forgotten", (recurrent.GPT2, "rotate", lambda right: staticmethod(
         lambda x, cos, sin: right(x, cos[:1].expand_as(cos), sin[:1].expand_as(sin)))), ["train_gpt2"]),
     ("not a number", (recurrent.GPT2, "softcap", lambda right: lambda *a: right(*a) * math.nan), ["train_gpt2"]),
-    ("a small slip", (recurrent, "load", lambda right: lambda *a: changed(right(*a), **SLIP)),
+    ("a small slip", (formats, "load", lambda right: lambda *a: changed(right(*a), **SLIP)),
      ["train_rwkv7", "train_rwkv6"])]
 
 
@@ -445,7 +446,7 @@ def test_check_finds(name, bug, case, paths, say, monkeypatch, tmp_path):
 
 def test_check_would_miss_no_weight(path):
     """Any parameter that the recurrent form left out (0 for it) would break the limits in fp32."""
-    model, tokens = recurrent.load(path), torch.from_numpy(np.frombuffer(TEXT[:64], np.uint8).astype(np.int64))[None]
+    model, tokens = formats.load(path), torch.from_numpy(np.frombuffer(TEXT[:64], np.uint8).astype(np.int64))[None]
     with torch.no_grad():
         true = model.parallel().logits(tokens)[0]
     figures = lambda m: sample.distance(m(tokens, m.new_state())[0], None, true, None)
@@ -495,7 +496,7 @@ def test_eval_by_hand(run, say):
     """Contexts, documents and standard errors, from the training script's own module."""
     path, data, _ = run
     shards = [np.fromfile(shard, "<u2", offset=1024) for shard in sorted(data.glob("*val*"))]
-    model, tokens = recurrent.load(path).parallel(), torch.from_numpy(np.concatenate(shards).astype(np.int64))[:1501]
+    model, tokens = formats.load(path).parallel(), torch.from_numpy(np.concatenate(shards).astype(np.int64))[:1501]
 
     def nats(x):
         with torch.no_grad():
@@ -590,7 +591,7 @@ def test_bad_input(gpt, refused, tmp_path, monkeypatch):
     for flags, words in (
             (["--start", "FILE:gone.txt"], ["gone.txt", "No such file"]), (["--start", "FILE:data"], ["cannot read"]),
             (["--start", "FILE:latin"], ["latin", "UTF-8", "iconv"]), (["--start", "\udcff"], ["Unicode", "FILE:"]),
-            (["--no-mark"], ["--no-mark", "--start"]), (["--tokenizer", "empty"], ["empty", "single bytes"]),
+            (["--no-mark"], ["no document mark", "--start"]), (["--tokenizer", "empty"], ["empty", "single bytes"]),
             (["--eval", "gone"], ["no such data: gone"]), (["--eval", tmp_path], ["no val shards"]),
             (["--eval", "empty"], ["make no sequence"]), (["--eval", "high.bin"], ["up to id 300", "257 ids"]),
             (["--eval", data, "--context", 1000], ["449 tokens", "no sequence of 1000", "--context"]),

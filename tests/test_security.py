@@ -6,7 +6,7 @@ import importlib
 import pytest
 import torch
 
-import recurrent
+import formats
 from helpers import SCRIPTS
 
 
@@ -37,7 +37,7 @@ def test_a_checkpoint_that_is_a_program(file, tmp_path):
     path.parent.mkdir(exist_ok=True)
     torch.save({"emb.weight": Program(tmp_path / "ran")}, path)
     with pytest.raises(ValueError) as refused:
-        recurrent.load(path)
+        formats.load(path)
     assert "\n" not in str(refused.value) and not (tmp_path / "ran").exists()
     with open(path, "rb") as file:
         torch.load(file, weights_only=False)
