@@ -1119,9 +1119,8 @@ def resolve(args):
 # Main [shared]
 
 ACTIVE_LIMIT = 124_000_000  # parameters a token may use on track fineweb
-
-
 asked = []  # (signal, time) of what asked this rank to end its training
+undying = []  # DDP models: to free one, torch holds Python's lock and waits for gloo's threads, which may wait for it
 
 
 def ask(number, frame):
@@ -1275,6 +1274,7 @@ def prepare(model, args):
         model = torch.compile(model, fullgraph=True, dynamic=False)
     if WORLD_SIZE > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        undying.append(model)
     return model
 
 
