@@ -175,7 +175,8 @@ def empty(what, r):
     """An empty tensor like a state, or like what the forward of a kernel keeps for its backward, at inputs like r."""
     (B, T, H, N), acc_dtype = r.shape, torch.promote_types(r.dtype, torch.float32)
     shape, dtype = dict(state=((B, H, N, N), acc_dtype), none=((0,), acc_dtype),
-                        cpu=(r.shape, r.dtype), cuda=((B, H, -(-T // 16), N + 16, N), torch.float32),
+                        cpu=(r.shape, r.dtype), mix=((2, B * H, T, N), r.dtype),
+                        cuda=((B, H, -(-T // 16), N + 16, N), torch.float32),
                         fast=((B, H, -(-T // 64), N, N), torch.bfloat16),
                         wind=((B, H, -(-T // 64), N, N), torch.bfloat16))[what]
     return r.new_empty(shape, dtype=dtype)
@@ -184,9 +185,10 @@ def empty(what, r):
 @functools.cache
 def register(kernel):
     """Make wkv7::<kernel>_forward(r, w, k, v, a, b, s0) -> (y, kept, sT) known to torch.compile, and <kernel>_backward
-    as its gradient. cpu takes and gives no states; nor does wind, whose inputs are r w k v a g parameters."""
+    as its gradient. cpu takes and gives no states; nor do wind and mix, whose inputs are r w k v a g parameters."""
     forward, backward = (getattr(torch.ops.wkv7, f"{kernel}_{way}").default for way in ("forward", "backward"))
-    states, n = kernel not in ("cpu", "wind"), 7 if kernel == "wind" else 6
+    states, fused = kernel not in ("cpu", "mix", "wind"), kernel in ("mix", "wind")
+    n = 7 if fused else 6
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs, output[1])
@@ -196,7 +198,7 @@ def register(kernel):
         *inputs, kept = ctx.saved_tensors
         dy = torch.zeros_like(inputs[0]) if dy is None else dy.contiguous()
         grads = list(backward(*inputs, kept, dy, *[None if dsT is None else dsT.contiguous()] * states))
-        if kernel == "wind":
+        if fused:
             grads[6] = grads[6].sum(0).transpose(0, 1)  # of parameters: a part for each sequence
         return *grads[:n], *[grads[-1] if inputs[-1] is not None else None] * states
 
@@ -207,7 +209,7 @@ def register(kernel):
         r = inputs[0]
         B, T, H, N = r.shape
         grads = [x.new_empty(x.shape) for x in inputs[:n]]
-        if kernel == "wind":
+        if fused:
             grads[6] = inputs[6].new_empty(B, H, 7, N)
         return *grads, *[empty("none" if inputs[n] is None else "state", r)] * states
 
@@ -227,7 +229,8 @@ def load_kernel(kernel, *needs):
         raise ValueError(f"wkv7 has no kernel {kernel} for this run: see above.")
     facts = json.loads(done.stdout)
     torch.ops.load_library(facts["library"])
-    register(kernel)
+    for name in ("cpu", "mix") if kernel == "cpu" else (kernel,):
+        register(name)
     return [BUILD.parent.parent / name for name in facts["sources"]]
 
 
@@ -275,14 +278,16 @@ def time_mix(r, w, k, v, a, g, parameters, kernel="torch"):
     the norm's weight and bias (H, N) each. a is the logit of the in-context learning rate, g the gate.
         alpha = sigmoid(a + a0)   kappa = k k_k / |k k_k|   k' = k (1 + (alpha - 1) k_a)
         ((LN(wkv7(r, w + w0, k', v, -kappa, kappa alpha)) ln_w + ln_b) + (sum_n r k' r_k) v) g
-    --wind_cuda does it in one operator, in fp32 between bf16 inputs and results."""
+    The cpu kernel does it in one operator, in fp32; so does --wind_cuda, between bf16 inputs and results."""
     B, T, H, N = r.shape
-    if kernel == "wind":
-        inputs = [x.to(torch.bfloat16).contiguous() for x in (r, w, k, v, a, g)]
-        if T % 16:  # padding: d = 1 and the rest 0
+    if kernel in ("cpu", "wind"):
+        name, dtype = ("mix", torch.float32) if kernel == "cpu" else (kernel, torch.bfloat16)
+        inputs = [x.to(dtype).contiguous() for x in (r, w, k, v, a, g)]
+        if T % 16 and kernel == "wind":  # padding: d = 1 and the rest 0
             pad = (0, 0, 0, 0, 0, -T % 16)
             inputs = [F.pad(x, pad, value=-torch.inf if i == 1 else 0) for i, x in enumerate(inputs)]
-        return torch.ops.wkv7.wind_forward(*inputs, torch.stack(parameters).float())[0][:, :T].to(r.dtype)
+        forward = getattr(torch.ops.wkv7, f"{name}_forward")
+        return forward(*inputs, torch.stack(parameters).float())[0][:, :T].to(r.dtype)
     w0, a0, k_k, k_a, r_k, ln_w, ln_b = (p.to(r.dtype) for p in parameters)
     alpha = torch.sigmoid(a0 + a)
     acc_dtype = torch.promote_types(r.dtype, torch.float32)

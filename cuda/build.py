@@ -54,12 +54,14 @@ class Kernel:
     large: tuple = ()  # head sizes that need 227 KB of shared memory a block: Hopper, data-centre Blackwell
     states: bool = True  # takes an initial state and gives the final one
     fused: bool = False  # the time mixing around the operator, not the operator alone
+    mix: tuple = ()  # limits of the fused form that lies in the library besides, mix_forward and mix_backward
 
 
 CPU_SIZES, EXACT_SIZES = (16, 32, 64, 96, 128, 192), (32, 64, 96, 128, 192)
 WKV7, WKV6 = "wkv7/wkv7_binding.cpp", "wkv6/wkv6_binding.cpp"
 KERNELS = {  # limits: y dr dw dk dv da db; of wind out dr dw dk dv da dg, its norm costs digits where y is small
-    ("wkv7", "cpu"): Kernel(("wkv7/wkv7_cpu.cpp",), "cpu", CPU_SIZES, ("fp32",), (2e-6,) * 7, states=False),
+    ("wkv7", "cpu"): Kernel(("wkv7/wkv7_cpu.cpp",), "cpu", CPU_SIZES, ("fp32",), (2e-6,) * 7, states=False,
+                            mix=(2e-6, 2e-5, 2e-6, 2e-5, 2e-6, 2e-5, 2e-6)),  # as with wind
     ("wkv7", "cuda"): Kernel((WKV7, "wkv7/wkv7_cuda.cu"), "cuda", EXACT_SIZES, ("bf16", "fp32"),
                              (2.5e-3, 2.5e-3, 4e-3, 2.5e-3, 2.5e-3, 3e-3, 3e-3), (192,)),
     ("wkv7", "fast"): Kernel((WKV7, "wkv7/wkv7_fast.cu"), "cuda", (64, 128), ("bf16",),
@@ -322,16 +324,16 @@ def build(operator, kernel, library):
 # Judge
 
 
-def random_inputs(operator, kernel, N):
+def random_inputs(operator, fused, N):
     """Inputs in the order of the operator's arguments and the gradient of its result, fp32: (1, 80, 2, N), but for
-    WKV-6's u (2, N) and wind's parameters (7, 2, N)."""
+    WKV-6's u (2, N) and the parameters (7, 2, N) of what is fused."""
     import torch
     generator = torch.Generator().manual_seed(0)
     r, w, k, v, kappa, alpha, dy = (torch.randn(1, 80, 2, N, generator=generator) for _ in range(7))
     if operator == "wkv6":
         return [r, k, v, w, torch.randn(2, N, generator=generator)], dy
     kappa = torch.nn.functional.normalize(kappa, dim=-1)
-    if not KERNELS[operator, kernel].fused:
+    if not fused:
         return [r, w, k, v, -kappa, kappa * alpha.sigmoid()], dy
     center = torch.tensor([0, 0, 0.7, 1, 0, 1, 0]).view(7, 1, 1)
     return [r, w, k, v, alpha, kappa * N ** 0.5, center + 0.1 * torch.randn(7, 2, N, generator=generator)], dy
@@ -341,20 +343,31 @@ def judge(operator, kernel, library, device=None):
     """Load the library and hold y and every gradient against the reference in float64. Returns {tensor: relative L2
     error}; raises KernelError where one is above its limit or the kernel fails."""
     import torch
-    form, reference = KERNELS[operator, kernel], runpy.run_path(str(CUDA / operator / "reference.py"))
-    report = "Please report this line with what python cuda/doctor.py prints."
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors with NaN: what is not written is seen
     torch.ops.load_library(library)
-    forward, backward = (getattr(getattr(torch.ops, operator), f"{kernel}_{way}") for way in ("forward", "backward"))
+    form = KERNELS[operator, kernel]
+    errors, verdict = judge_form(operator, kernel, form, form.fused, form.limits, device)
+    if form.mix:
+        judge_form(operator, "mix", form, True, form.mix, device)
+    print(f"{operator} {kernel} built; {verdict} ok", file=sys.stderr)
+    return errors
+
+
+def judge_form(operator, name, form, fused, limits, device):
+    """(errors, their words) of the operators <name>_forward and <name>_backward of a library that is loaded."""
+    import torch
+    reference = runpy.run_path(str(CUDA / operator / "reference.py"))
+    report = "Please report this line with what python cuda/doctor.py prints."
+    forward, backward = (getattr(getattr(torch.ops, operator), f"{name}_{way}") for way in ("forward", "backward"))
     state = [None] * form.states
-    names = TENSORS["fused" if form.fused else operator]
+    names = TENSORS["fused" if fused else operator]
     wrong, size = torch.zeros(len(names)), torch.zeros(len(names))
     for N in {32, 64, 128}.intersection(head_sizes(form)):
-        inputs, dy = random_inputs(operator, kernel, N)
+        inputs, dy = random_inputs(operator, fused, N)
         dtype = dict(bf16=torch.bfloat16, fp32=torch.float32)[form.dtypes[0]]
         inputs, dy = [x.to(dtype) if x.shape == dy.shape else x for x in inputs], dy.to(dtype)
         leaves = [x.double().requires_grad_() for x in inputs]
-        exact = reference["time_mix"](*leaves) if form.fused else reference[operator](*leaves)[0]
+        exact = reference["time_mix"](*leaves) if fused else reference[operator](*leaves)[0]
         right = [exact, *torch.autograd.grad(exact, leaves, dy.double())]
         try:
             on_device = [x.to(device or form.device) for x in inputs]
@@ -367,13 +380,12 @@ def judge(operator, kernel, library, device=None):
             wrong[i] += (results[i] - right[i].detach()).square().sum()
             size[i] += right[i].detach().square().sum()
     errors = dict(zip(names, (wrong / size).sqrt().tolist()))
-    over = [name for (name, error), limit in zip(errors.items(), form.limits) if not error <= limit]
+    over = [name for (name, error), limit in zip(errors.items(), limits) if not error <= limit]
     verdict = "against float64 " + ", ".join(f"{name} {x:.1e}" for name, x in errors.items())
-    verdict = f"{verdict} (limits {min(form.limits):.1e} to {max(form.limits):.1e})".replace("e-0", "e-")
+    verdict = f"{verdict} (limits {min(limits):.1e} to {max(limits):.1e})".replace("e-0", "e-")
     if over:
         raise KernelError(f"{verdict}: {', '.join(over)} wrong, it is refused.", report)
-    print(f"{operator} {kernel} built; {verdict} ok", file=sys.stderr)
-    return errors
+    return errors, verdict
 
 
 # ----------------------------------------------------------------------------------------------------------------------

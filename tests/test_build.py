@@ -102,7 +102,8 @@ def test_cold_then_warm_then_a_changed_source(machine):
     status, said, err = machine.run("wkv7", "cpu", "--json", alone=True)
     facts = json.loads(said)
     assert status == 0 and err == "" and said.count("\n") == 1 and Path(facts["library"]) == library
-    assert facts["sources"] == ["cuda/build.py", "cuda/wkv7/reference.py", "cuda/wkv7/wkv7_cpu.cpp", "cuda/cpu.h"]
+    assert facts["sources"] == ["cuda/build.py", "cuda/wkv7/reference.py", "cuda/wkv7/wkv7_cpu.cpp",
+                                "cuda/wkv7/mix.h", "cuda/wkv7/heads.h", "cuda/cpu.h"]
     assert facts["built_with"]["torch"] == torch.__version__ and max(facts["built_with"]["errors"].values()) < 2e-6
     for file in facts["sources"]:
         source = machine.root / file
@@ -178,7 +179,7 @@ def test_a_compiler_that_fails(machine, broken):
 
 
 def test_a_kernel_that_computes_something_else(machine):
-    source = machine.root / "cuda" / "wkv7" / "wkv7_cpu.cpp"
+    source = machine.root / "cuda" / "wkv7" / "heads.h"
     text = source.read_text()
     assert text.count("0.60653065971263342f") == 1
     source.write_text(text.replace("0.60653065971263342f", "0.6065f"))

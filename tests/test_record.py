@@ -52,7 +52,9 @@ def finished(request, finished_run):
     files = [f"{script}.py"]
     if "rwkv" in script:
         operator = script.replace("train_r", "")  # wkv6, wkv7
-        files += ["cuda/build.py", f"cuda/{operator}/reference.py", f"cuda/{operator}/{operator}_cpu.cpp", "cuda/cpu.h"]
+        headers = ["cuda/wkv7/mix.h", "cuda/wkv7/heads.h"] if operator == "wkv7" else []
+        files += ["cuda/build.py", f"cuda/{operator}/reference.py", f"cuda/{operator}/{operator}_cpu.cpp"]
+        files += [*headers, "cuda/cpu.h"]
     path, log, result = only_record(folder / "records")
     facts, sources, rest = parse(log)
     groups = {"train_gpt2": ("wte", "head", "scalars"), "train_rwkv6": ("adam",)}

@@ -7,6 +7,7 @@ import numpy
 import pytest
 import torch
 
+import cases
 import grading
 import train_rwkv7
 from cases import wkv7_inputs as make
@@ -105,8 +106,67 @@ def test_refusals():
     inputs, _ = make("random", B=1, T=3, H=1, N=16)
     with pytest.raises(RuntimeError, match="differ in shape"):
         torch.ops.wkv7.cpu_forward(*inputs[:5], inputs[5][:, :2].contiguous())
+    for parameters, words in ((torch.ones(6, 1, 16), "wrong shape"), (torch.ones(7, 1, 16).double(), "float32")):
+        with pytest.raises(RuntimeError, match=words):
+            torch.ops.wkv7.mix_forward(*inputs, parameters)
     with pytest.raises(AttributeError, match="none_forward"):
         wkv7(*inputs, kernel="none")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The time mixing around it, which the cpu kernel does in the same operator
+
+
+def mixed(form, inputs, dy):
+    """[out and the 13 gradients] of time_mix by "cpu", or by the reference in float64."""
+    exact = form == "reference"
+    leaves = [(x.double() if exact else x).detach().clone().requires_grad_() for x in inputs]
+    call = cases.REFERENCE["wkv7"].time_mix if exact else functools.partial(train_rwkv7.time_mix, kernel=form)
+    out = call(*leaves[:6], leaves[6:])
+    return [out.detach(), *torch.autograd.grad(out, leaves, dy.to(out.dtype))]
+
+
+def hold(inputs, dy, case, gate=2e-5):
+    """2e-5: where a token's y hardly varies the norm costs digits, of the steps one by one as well."""
+    for name, x, exact in zip(cases.MIXED, mixed("cpu", inputs, dy), mixed("reference", inputs, dy)):
+        assert x.shape == exact.shape and (x - exact).norm() <= gate * exact.norm() + 1e-30, f"{case}: {name}"
+
+
+@pytest.mark.parametrize("N", (16, 32, 64, 96, 128, 192))
+def test_mixing_of_every_family(N):
+    for family in cases.time_mixing().families:
+        hold(*cases.time_mix_inputs(family, 2, 37, 3, N), f"{family}, N {N}")
+
+
+def test_mixing_of_every_length():
+    for T in (1, 2, 15, 16, 17, 64, 100):
+        hold(*cases.time_mix_inputs("random", 2, T, 3, 64), f"T {T}")
+
+
+def test_a_key_of_zeros_has_no_direction():
+    """|k k_k| is held at 1e-12, where it has no gradient."""
+    inputs, dy = cases.time_mix_inputs("random", 1, 20, 2, 32)
+    inputs[2][0, 3] = 0
+    hold(inputs, dy, "a key of zeros")
+
+
+def test_mixing_repeats_bitwise_of_any_strides_on_any_number_of_threads():
+    inputs, dy = cases.time_mix_inputs("random", 3, 40, 3, 32)
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() == 4 else x for x in inputs]
+    assert not views[0].is_contiguous()
+    results = []
+    for count, given in ((1, inputs), (3, inputs), (2, views)):
+        torch.set_num_threads(count)
+        results.append(mixed("cpu", given, dy.transpose(1, 2).contiguous().transpose(1, 2)))
+    assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(other, results[0]))
+
+
+def test_mixing_is_an_operator():
+    inputs, dy = cases.time_mix_inputs("random", 1, 19, 2, 16)
+    given = [*inputs[:6], torch.stack(inputs[6:])]
+    forward, backward = torch.ops.wkv7.mix_forward.default, torch.ops.wkv7.mix_backward.default
+    torch.library.opcheck(forward, tuple(x.clone().requires_grad_() for x in given))
+    torch.library.opcheck(backward, (*given, forward(*given)[1], dy))
 
 
 class Layer(torch.nn.Module):
