@@ -243,6 +243,10 @@ def sample(model, args):
     tokenizer, drawn = open_tokenizer(model, args), 0
     prompt, state, tokens, seen, count, waiting = begin(model, tokenizer, args)
     start, last = time.perf_counter(), int(tokens[-1])
+    room = model.positions - state.position - len(tokens) + 1
+    if args.max_new_tokens > room:
+        raise ValueError(f"the model has {model.positions} positions, the text so far {state.position + len(tokens)} "
+                         f"tokens: take a shorter --start, or --max_new_tokens {max(0, room)} at most.")
     if len(tokens) > 1:
         model.prefill(torch.from_numpy(tokens[None, :-1]), state)
     read = time.perf_counter()
@@ -346,11 +350,11 @@ def check_tokens(model, args):
         try:
             tokens = read_tokens(model, source if Path(model.config.data).exists() else ROOT / source, args.tokens)
         except ValueError:  # the data is not here, or another by now
-            source = "sample.py's own head, its bytes as ids (the run's data is not here)"  # every vocabulary has them
-            tokens = np.frombuffer(__doc__.encode(), np.uint8).astype(np.int64)
+            source = "sample.py's own head, its bytes as ids (the run's data is not here)"
+            tokens = np.frombuffer(__doc__.encode(), np.uint8).astype(np.int64) % model.vocab_size
     if len(tokens) < 2:
         raise ValueError(f"{source} is empty: nothing to compare. Give a file of text.")
-    return torch.from_numpy(tokens[None, :args.tokens]), source
+    return torch.from_numpy(tokens[None, :min(args.tokens, model.positions)]), source
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -359,6 +363,7 @@ def check_tokens(model, args):
 COLUMNS = ["model", "parameters", "data", "loss", "bits/byte", "tokens", "context"]  # of a row
 BEGIN = "<!-- eval: python sample.py CHECKPOINT --eval DATA --table inference/README.md -->"
 END = "<!-- end of eval -->"
+
 
 def is_shards(path):
     return not Path(path).is_file() or str(path).endswith(".bin")
@@ -369,8 +374,13 @@ def read_tokens(model, path, limit, tokenizer=None):
     document mark before it. ValueError when shards are not of the model's tokenizer."""
     path, script = Path(path), model.script
     if not is_shards(path):
-        mark = tokenizer.document_mark
-        return encode(tokenizer, read_text(path), *[mark] * (mark >= 0))[:limit]
+        text, mark = read_text(path), tokenizer.document_mark
+        tokens = encode(tokenizer, text, *[mark] * (mark >= 0))
+        count, length = tokenizer.lengths()[tokens].sum(), len(text.encode())
+        if count != length:
+            print(f"sample.py: the tokens of {path} stand for {count:,} bytes, the text has {length:,}: this tokenizer "
+                  "adds, changes or drops some; bits per byte are of its own count", file=sys.stderr)
+        return tokens[:limit]
     folder, split = (path.parent, path.name) if path.name in ("val", "train") and not path.exists() else (path, "val")
     if folder.is_dir():
         stream = script.TokenStream(folder, split, limit)
@@ -439,6 +449,10 @@ def evaluate(model, args):
         raise ValueError(f"{args.eval}: its {len(tokens) - 1} tokens to predict make no sequence of {context}. "
                          "Give more text or a smaller --context.")
     start, tokens = time.perf_counter(), tokens[:n + 1]
+    longest = context or max(np.diff([0, *(tokens[:-1] == mark).nonzero()[0].tolist(), n]))
+    if longest > model.positions:
+        raise ValueError(f"the model has {model.positions} positions, a sequence here {longest:,} tokens: take "
+                         f"--context {model.positions} or less.")
     nats, ones = losses(model, tokens, context, mark), np.ones(n)
     document = np.cumsum(tokens[:-1] == mark)  # a token belongs to the document of the one before it
     per_document = lambda x: np.bincount(document, x)[np.unique(document)]
@@ -460,23 +474,32 @@ def evaluate(model, args):
     row = [model.label, f"{model.parameters:,}", args.eval, f"{loss:.4f}", f"{bits:.4f}" if tokenizer else "",
            f"{n:,}", str(context or "documents")]
     print(line_of(row))
+    print(json.dumps({key: None if value != value else value for key, value in result.items()}))
     if args.table:
         into_table(args.table, row)
-    print(json.dumps({key: None if value != value else value for key, value in result.items()}))
 
 
 def line_of(row):
-    return f"| {' | '.join(row)} |"
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
 
 
-def into_table(path, row):
-    """Put the row of --eval between the markers of a Markdown file, in place of that of the same model and data."""
-    page = path.read_text(encoding="utf-8")
+def read_table(path):
+    """(what stands before, the rows, what stands after) of a Markdown file with the table. Raises ValueError."""
+    page = read_text(path)
     if not (page.count(BEGIN) == page.count(END) == 1 and page.index(BEGIN) < page.index(END)):
         raise ValueError(f"{path} needs the lines {BEGIN} and {END} once each, in this order.")
     head, rest = page.split(BEGIN)
     old, tail = rest.split(END)
-    rows = [line.strip("| ").split(" | ") for line in old.strip().splitlines()[2:]]
+    lines = old.strip().splitlines()
+    rows = [re.split(r" *(?<!\\)\| *", line.strip()[1:-1].strip()) for line in lines[2:]]
+    if lines and lines[0] != line_of(COLUMNS) or any(len(row) != len(COLUMNS) for row in rows):
+        raise ValueError(f"{path} has something else than the table of --eval between {BEGIN} and {END}. Take it out.")
+    return head, [[cell.replace("\\|", "|") for cell in row] for row in rows], tail
+
+
+def into_table(path, row):
+    """Put the row of --eval into the table of a Markdown file, in place of that of the same model and data."""
+    head, rows, tail = read_table(path)
     kept = [line_of(other) for other in rows if (other[0], other[2]) != (row[0], row[2])]
     table = "\n".join([line_of(COLUMNS), "|---" * len(COLUMNS) + "|", *kept, line_of(row)])
     recurrent.write(path, lambda part: part.write_text(f"{head}{BEGIN}\n{table}\n{END}{tail}", encoding="utf-8"))
@@ -489,7 +512,8 @@ def into_table(path, row):
 def fetch(name):
     """What --init_from names: a path or run as find() takes it, or else OWNER/NAME, OWNER/NAME/FILE or a NAME of the
     hub, fetched into huggingface_hub's cache. Returns a path. Raises ValueError with the way out."""
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name):
+    plain = re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name) and not {".", ".."}.intersection(name.split("/"))
+    if Path(name).exists() or not plain or name == "latest":
         return name
     try:
         return formats.find(name)
@@ -506,9 +530,14 @@ def fetch(name):
         offline = huggingface_hub.constants.HF_HUB_OFFLINE
         files = [] if offline else huggingface_hub.HfApi().model_info(repository, timeout=20).siblings
         names = [file.rfilename for file in files]
-        weights = [kind for kind in ("*.safetensors", "pytorch_model*.bin") if fnmatch.filter(names, kind)]
-        if weights or not names:  # without network: what the cache has
-            return huggingface_hub.snapshot_download(repository, allow_patterns=["*.json", "*.txt", *weights[:1]])
+        top = [other for other in names if "/" not in other]
+        weights = fnmatch.filter(top, "model*.safetensors") or fnmatch.filter(top, "pytorch_model*.bin")
+        if weights or offline:
+            wanted = fnmatch.filter(top, "*.json") + fnmatch.filter(top, "*.txt") + weights
+            folder = huggingface_hub.snapshot_download(repository, allow_patterns=wanted or None)
+            if not formats.weight_files(Path(folder)):
+                raise OSError("the cache has no weights of it, and HF_HUB_OFFLINE is set")
+            return folder
     except Exception as error:  # whatever the HTTP client of the day raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ValueError(f"cannot fetch {name} ({reason}). Is it a file, a run or OWNER/NAME of the hub? Without "
@@ -595,13 +624,16 @@ def main(argv=None):
     try:
         if "--bench" in argv:
             import bench
-            argv.remove("--bench")
+            words = [str(word) for word in argv if word != "--bench"]
+            argv = [part for word in words for part in re.split("(?<=^--init_from)=", word)]
             if "--init_from" in argv[:-1]:
                 i = argv.index("--init_from")
                 argv[i:i + 2] = [fetch(argv[i + 1])]
             return bench.main(argv)
         args = parse(argv)
         args.checkpoint = args.checkpoint or fetch(args.init_from)
+        if args.table:
+            read_table(args.table)  # before the work
         if args.check:
             return 0 if check(args) else 1
         model = formats.load(args.checkpoint, args.dtype, args.device)

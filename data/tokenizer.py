@@ -177,14 +177,22 @@ class HuggingFace:
             raise
         except Exception as error:  # the package has no class of its own
             raise Failure(f"cannot read the tokenizer {path}: {str(error).splitlines()[0][:120]}") from None
+        if not self.inner.get_vocab() or parts["model"].get("type") in ("WordPiece", "WordLevel"):
+            raise Failure(f"{path} is of the kind {parts['model'].get('type')}, whose tokens do not tell their text. "
+                          "Byte pairs and Unigram are read")
         self.inner.encode_special_tokens = True  # marks in a text are text
+        self.inner.no_truncation()
+        self.inner.no_padding()
         self.vocab_size = 1 + max(self.inner.get_vocab().values())
-        special = {token["id"]: token["content"] for token in parts.get("added_tokens") or () if token["special"]}
+        added = {token["id"]: token for token in parts.get("added_tokens") or ()}
+        special = {i: token["content"] for i, token in added.items() if token["special"]}
         marks = [i for mark in MARKS for i, content in special.items() if content == mark]
         self.document_mark = marks[0] if marks else -1
         byte_level = "ByteLevel" in json.dumps([parts.get("decoder"), parts.get("pre_tokenizer")])
         text = [self.inner.id_to_token(i) or "" for i in range(self.vocab_size)]
-        self.tokens = [b"" if i in special else piece_bytes(piece, byte_level) for i, piece in enumerate(text)]
+        self.tokens = [piece_bytes(piece, byte_level) for piece in text]
+        for i, token in added.items():  # written as they are
+            self.tokens[i] = b"" if i in special else token["content"].encode()
         ordinary = [token for i, token in enumerate(self.tokens) if i not in special]
         self.sha256 = hashlib.sha256(canonical(ordinary)).hexdigest()
         self.name = "gpt2" if self.sha256 == GPT2_SHA256 else name_of(path)

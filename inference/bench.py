@@ -362,9 +362,17 @@ def main(argv=None):
         trained = formats.load(args.checkpoint) if args.checkpoint else None
         if args.shape:
             models = [random_model(name, "fineweb") for name in NAMES]
+        elif "layout" in trained.header:  # a public model: beside it none of a track's
+            models = [trained]
         else:
             other = "train_rwkv7" if trained.script.__name__ == "train_gpt2" else "train_gpt2"
             models = [trained, random_model(other, trained.config.track)]
+        end = min(model.positions for model in models) - ROOM
+        if args.positions[-1] > end:
+            args.positions = sorted({end // 4, end // 2, end})
+            if args.positions[0] < 1:
+                raise ValueError(f"a model of {end + ROOM} positions has no room for {ROOM} tokens after a text.")
+            say(f"The model has {end + ROOM} positions: contexts of {', '.join(map(str, args.positions))} instead.")
         result = bench(models, trained, args, say)
         run = args.shape or trained.header.get("run") or Path(args.checkpoint).stem
         show(result, args.out or Path("bench") / run, say)

@@ -41,6 +41,8 @@ import public
 import recurrent
 
 CHECKPOINTS = Path("checkpoints")
+SUFFIXES = ".safetensors", ".pth", ".pt", ".bin"
+FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
 TOKENIZERS = ("tokenizer.json", "rwkv_vocab_v20230424.txt")  # files beside a model that tell its tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -53,6 +55,9 @@ def find(path):
     path = Path(path)
     if path.is_file() or path.is_dir() and weight_files(path):
         return path
+    if path.is_dir() and not (path / "log.txt").exists():
+        raise ValueError(f"{path} is a folder without weights (model.safetensors, pytorch_model.bin, or one "
+                         ".safetensors, .pth or .pt). Name the file, or fetch them.")
     if str(path) == "latest":
         files = sorted(CHECKPOINTS.glob("*_step*.safetensors"), key=lambda file: file.stat().st_mtime)
         if not files:
@@ -84,7 +89,7 @@ def weight_files(folder):
             return files
         if (folder / single).is_file():
             return [folder / single]
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.pth")])
+    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
     if len(files) > 1:
         raise ValueError(f"{folder} holds several models: {few([file.name for file in files])}. Name one of them.")
     return files
@@ -147,22 +152,24 @@ def read(path):
     if "checkpoint" in facts:
         return ours(path, facts["checkpoint"], weights)
     folder = path if path.is_dir() else path.parent
-    with_config = path.is_dir() or path.stem in ("model", "pytorch_model")
-    config = folder / "config.json"
+    with_config = path.is_dir() or [file for file in folder.iterdir() if file.suffix in SUFFIXES] == [path]
+    config = folder / "config.json"  # of a file among others it may be another's
     try:
         if with_config and config.is_file():
             facts = {**json.loads(config.read_text(encoding="utf-8")), **facts}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{config} is damaged ({error}). Fetch it again.") from None
-    weights = {re.sub(r"^((_orig_mod|module|_forward_module|model|transformer)\.)+", "", name): t
-               for name, t in weights.items()}
+    count, prefixes = len(weights), r"^((_orig_mod|module|_forward_module|model|transformer)\.)+"
+    weights = {re.sub(prefixes, "", name): t for name, t in weights.items()}
+    if len(weights) < count:
+        raise ValueError(f"{path} holds two models in one: without prefixes some names occur twice. Save one of them.")
     for layout, sign, reader in LAYOUTS:
         if any(re.fullmatch(sign, name) for name in weights):
             model, config, weights = reader(path, weights, facts)
             break
     else:
-        for sign, family in ((".att.gate.weight", "RWKV-5 (x052)"),
-                             (".att.time_decay", "RWKV-4 or RWKV-5 (x052 or older)")):
+        older = (".att.gate.weight", "RWKV-5 (x052)"), (".att.time_decay", "RWKV-4 or RWKV-5 (x052 or older)")
+        for sign, family in older:
             if any(sign in name for name in weights):
                 raise ValueError(f"{path} is of {family}; of RWKV, x060 and x070 are read.")
         known = ", ".join(row[0] for row in LAYOUTS)
@@ -172,8 +179,8 @@ def read(path):
     if path.parent.name == "snapshots":  # of huggingface_hub's cache: models--OWNER--NAME/snapshots/COMMIT
         name = path.parent.parent.name.removeprefix("models--").replace("--", "/")
     header = dict(script=f"{script_of(model).__name__}.py", config=vars(config), step=None, layout=layout, model=name)
-    files = [folder / name for name in TOKENIZERS if with_config and (folder / name).is_file()]
-    return dict(header, tokenizer_file=str(files[0]) if files else None), model, config, weights
+    files = [str(folder / name) for name in TOKENIZERS if with_config and (folder / name).is_file()]
+    return dict(header, tokenizer_file=(*files, None)[0]), model, config, weights
 
 
 def ours(path, text, weights):
@@ -242,9 +249,10 @@ def fit(path, layout, weights, expected, unused=()):
     result = {}
     for name, right in expected.items():
         t = weights[name]
-        if [n for n in t.shape if n > 1] != [n for n in right if n > 1] or not t.is_floating_point():
-            raise ValueError(f"{path} is not plain {layout}: its {name} is {tuple(t.shape)} {str(t.dtype)[6:]}, "
-                             f"not {tuple(right)} of floats.")
+        dense = t.layout == torch.strided and t.device.type == "cpu" and t.dtype in FLOATS
+        if [n for n in t.shape if n > 1] != [n for n in right if n > 1] or not dense:
+            raise ValueError(f"{path} is not plain {layout}: its {name} is {tuple(t.shape)} {str(t.dtype)[6:]}"
+                             f"{'' if t.layout == torch.strided else ', sparse'}, not {tuple(right)} of floats.")
         result[name] = t.reshape(right)
     return result
 
@@ -281,6 +289,9 @@ HUGGING_FACE = (  # of RWKV-7: names there, names of x070
 
 def huggingface_x070(path, weights, facts):
     """RWKV-7 as flash-linear-attention names it for transformers; its first form stacks the six mixes as attn.x_x."""
+    eps = facts.get("head_dim", 64) * facts.get("norm_eps", 1e-5)
+    if abs(eps - 64e-5) > 1e-9:
+        raise ValueError(f"{path} is not plain x070: head_dim times norm_eps, GroupNorm's eps, is {eps}, not 64e-5.")
     renamed = {}
     for name, t in weights.items():
         for theirs, own in HUGGING_FACE:
@@ -300,22 +311,10 @@ def x060(path, weights, facts):
     """RWKV-6 in its authors' layout; X060 says which of its names stand for which of train_rwkv6.py's."""
     (V, C), (H, N) = shape(weights, "emb.weight"), shape(weights, "blocks.0.att.time_faaaa")
     hidden, _ = shape(weights, "blocks.0.ffn.key.weight")
-    expected = {"emb.weight": (V, C), "blocks.0.ln0.weight": (C,), "blocks.0.ln0.bias": (C,)}
     layers = layers_of(weights)
-    for l in range(layers):
-        att, ffn = f"blocks.{l}.att.", f"blocks.{l}.ffn."
-        mix, decay = shape(weights, f"{att}time_maa_w1")[1], shape(weights, f"{att}time_decay_w1")[1]
-        expected.update({f"blocks.{l}.{norm}.{part}": (C,) for norm in ("ln1", "ln2", "att.ln_x")
-                         for part in ("weight", "bias")})
-        expected.update({f"{att}time_maa_{letter}": (C,) for letter in "xwkvrg"})
-        expected.update({f"{att}{name}.weight": (C, C) for name in ("receptance", "key", "value", "gate", "output")})
-        expected.update({f"{att}time_maa_w1": (C, mix), f"{att}time_maa_w2": (5, mix // 5, C),
-                         f"{att}time_decay": (C,), f"{att}time_decay_w1": (C, decay), f"{att}time_decay_w2": (decay, C),
-                         f"{att}time_faaaa": (H, N), f"{ffn}time_maa_k": (C,), f"{ffn}time_maa_r": (C,),
-                         f"{ffn}key.weight": (hidden, C), f"{ffn}receptance.weight": (C, C),
-                         f"{ffn}value.weight": (C, hidden)})
-    expected.update({"ln_out.weight": (C,), "ln_out.bias": (C,), "head.weight": (V, C)})
-    weights = fit(path, "x060", weights, expected)
+    ranks = [(shape(weights, f"blocks.{l}.att.time_maa_w1")[1], shape(weights, f"blocks.{l}.att.time_decay_w1")[1])
+             for l in range(layers)]
+    weights = fit(path, "x060", weights, public.x060_shapes(V, C, H, N, hidden, ranks))
     if H * N != C:
         raise ValueError(f"{path} is not plain x060: {H} heads of {N} are not its width {C}.")
     config = script_of(public.X060).Hyperparameters(
@@ -336,16 +335,8 @@ def gpt2(path, weights, facts):
     (V, C), (positions, _) = shape(weights, "wte.weight"), shape(weights, "wpe.weight")
     turned = shape(weights, "h.0.attn.c_attn.weight")[1] == 3 * C
     hidden = shape(weights, "h.0.mlp.c_fc.weight")[1 if turned else 0]
-    expected = {"wte.weight": (V, C), "wpe.weight": (positions, C)}
     layers = layers_of(weights)
-    for l in range(layers):
-        matrices = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C),
-                    "mlp.c_fc": (hidden, C), "mlp.c_proj": (C, hidden)}
-        for name, (rows, cols) in matrices.items():
-            expected[f"h.{l}.{name}.weight"] = (cols, rows) if turned else (rows, cols)
-            expected[f"h.{l}.{name}.bias"] = (rows,)
-        expected.update({f"h.{l}.{norm}.{part}": (C,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")})
-    expected.update({"ln_f.weight": (C,), "ln_f.bias": (C,)})
+    expected = public.gpt2_shapes(V, C, positions, hidden, layers, turned)
     if not any(name.endswith(".bias") for name in weights):
         weights.update({name: torch.zeros(size) for name, size in expected.items() if name.endswith(".bias")})
     if "lm_head.weight" in weights:
@@ -353,9 +344,14 @@ def gpt2(path, weights, facts):
     weights = fit(path, "GPT-2", weights, expected)
     if torch.equal(weights.get("lm_head.weight", weights["wte.weight"]), weights["wte.weight"]):  # tied
         weights.pop("lm_head.weight", None)
-    heads, activation = facts.get("n_head", C // 64), facts.get("activation_function", "gelu_new" if turned else "gelu")
-    if not isinstance(heads, int) or heads < 1 or C % heads or activation not in public.GELU:
+    plain = dict(n_head=C // 64, activation_function="gelu_new" if turned else "gelu", layer_norm_epsilon=1e-5,
+                 scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, n_layer=layers)
+    heads, activation, *others = (facts.get(key, value) for key, value in plain.items())
+    if not isinstance(heads, int) or heads < 1 or C % heads or str(activation) not in public.GELU:
         raise ValueError(f"{path} is not plain GPT-2: {heads} heads over a width of {C}, activation {activation}.")
+    for key, value in zip(list(plain)[2:], others):
+        if value != plain[key]:
+            raise ValueError(f"{path} is not plain GPT-2: its configuration has {key} {value}, not {plain[key]}.")
     config = script_of(public.GPT2).Hyperparameters(layers=layers, vocab_size=V, width=C, headsz=C // heads,
                                                     seq_len=positions, softcap=0.0, device="cpu", dtype="fp32")
     config.activation = activation

@@ -18,6 +18,10 @@ class GPT2(recurrent.GPT2):
     """x += W_o softmax(q k^T / sqrt(N)) v, x += W_2 gelu(W_1 x), each of LayerNorm(x); learned positions, biases; the
     head is the embedding (Radford et al. 2019). config.activation: a key of GELU."""
 
+    @property
+    def positions(self):
+        return self.config.seq_len
+
     def prepare(self, name, t):
         t = super().prepare(name, t)
         if name == "wte.weight":
@@ -32,9 +36,7 @@ class GPT2(recurrent.GPT2):
 
     def forward(self, tokens, state, last):
         W, start, end = self.W, state.position, state.position + tokens.size(1)
-        if end > self.config.seq_len:
-            raise ValueError(f"this GPT-2 has {self.config.seq_len} positions, and token {end} is asked for: take a "
-                             "shorter text, or --context.")
+        must_fit(end, self.config)
         self.make_room(state, end)
         x = F.embedding(tokens, W["wte.weight"]) + W["wpe.weight"][start:end]  # (B, T, C)
         for l, p in enumerate(self.blocks):
@@ -54,6 +56,12 @@ class GPT2(recurrent.GPT2):
         return ParallelGPT2(self)
 
 
+def must_fit(tokens, config):
+    """ValueError where a text of so many tokens is longer than the model's learned positions."""
+    if tokens > config.seq_len:
+        raise ValueError(f"this GPT-2 has {config.seq_len} positions, {tokens} tokens do not fit. Take a shorter text.")
+
+
 class Parallel:
     """All at once: logits(tokens), (B, T) -> (B, T, V), with the weights and the dtype of a model."""
 
@@ -67,9 +75,22 @@ class Parallel:
         return F.layer_norm(x, x.shape[-1:], self.W[f"{name}.weight"].flatten(), self.W[f"{name}.bias"].flatten())
 
 
+def gpt2_shapes(V, C, positions, hidden, layers, turned):
+    """{name: shape} of a GPT-2's file; turned: its matrices stand as (in, out)."""
+    shapes = {"wte.weight": (V, C), "wpe.weight": (positions, C)}
+    matrices = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "mlp.c_fc": (hidden, C), "mlp.c_proj": (C, hidden)}
+    for l in range(layers):
+        for name, (rows, cols) in matrices.items():
+            shapes[f"h.{l}.{name}.weight"] = (cols, rows) if turned else (rows, cols)
+            shapes[f"h.{l}.{name}.bias"] = (rows,)
+        shapes.update({f"h.{l}.{norm}.{part}": (C,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")})
+    return shapes | {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+
+
 class ParallelGPT2(Parallel):
     def logits(self, tokens):
         (B, T), C = tokens.shape, self.config.width
+        must_fit(T, self.config)
         x = self.W["wte.weight"][tokens] + self.W["wpe.weight"][:T]
         for l in range(self.config.layers):
             W = {name.removeprefix(f"blocks.{l}."): t for name, t in self.W.items() if name.startswith(f"blocks.{l}.")}
@@ -122,6 +143,23 @@ class X060(recurrent.RWKV6):
 
     def parallel(self):
         return ParallelX060(self)
+
+
+def x060_shapes(V, C, H, N, hidden, ranks):
+    """{name: shape} of an x060 file; ranks: of the mixes and of the decay, a pair a block."""
+    shapes = {"emb.weight": (V, C), "blocks.0.ln0.weight": (C,), "blocks.0.ln0.bias": (C,)}
+    for l, (mix, decay) in enumerate(ranks):
+        att, ffn = f"blocks.{l}.att.", f"blocks.{l}.ffn."
+        for norm in ("ln1", "ln2", "att.ln_x"):
+            shapes.update({f"blocks.{l}.{norm}.weight": (C,), f"blocks.{l}.{norm}.bias": (C,)})
+        shapes.update({f"{att}time_maa_{letter}": (C,) for letter in "xwkvrg"})
+        shapes.update({f"{att}{name}.weight": (C, C) for name in ("receptance", "key", "value", "gate", "output")})
+        shapes.update({f"{att}time_maa_w1": (C, mix), f"{att}time_maa_w2": (5, mix // 5, C), f"{att}time_decay": (C,),
+                       f"{att}time_decay_w1": (C, decay), f"{att}time_decay_w2": (decay, C),
+                       f"{att}time_faaaa": (H, N), f"{ffn}time_maa_k": (C,), f"{ffn}time_maa_r": (C,),
+                       f"{ffn}key.weight": (hidden, C), f"{ffn}receptance.weight": (C, C),
+                       f"{ffn}value.weight": (C, hidden)})
+    return shapes | {"ln_out.weight": (C,), "ln_out.bias": (C,), "head.weight": (V, C)}
 
 
 class ParallelX060(Parallel):

@@ -13,6 +13,7 @@ weights, and `python sample.py CHECKPOINT --check` holds the three forms against
 import functools
 import hashlib
 import json
+import math
 import os
 import sys
 from dataclasses import fields
@@ -88,6 +89,8 @@ def rms(x):
 
 class Model:
     """A trained model for generation: self(tokens, state). weights: {plain name: tensor}."""
+
+    positions = math.inf  # tokens that a state can have read
 
     def __init__(self, config, weights, dtype="fp32", device="cpu", header=None, script=None):
         self.config, self.header, self.script = config, header or {}, script

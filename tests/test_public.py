@@ -106,8 +106,9 @@ def test_gpt2_is_that_of_transformers(case, tmp_path):
     assert isinstance(model, public.GPT2) and model.label == "gpt2, GPT-2"
     assert model.parameters == sum(p.numel() for p in theirs.parameters()), "the tied head counts once"
     assert model.config.seq_len == 128 and model.config.headsz * GPT2[case]["n_head"] == model.C
-    with pytest.raises(ValueError, match="this GPT-2 has 128 positions, and token 129 is asked for"):
-        model(tokens(257, 1, 129), model.new_state())
+    for form in (lambda text: model(text, model.new_state()), model.parallel().logits):
+        with pytest.raises(ValueError, match="this GPT-2 has 128 positions, 129 tokens do not fit"):
+            form(tokens(257, 1, 129))
 
 
 def test_every_form_of_file(folder, tmp_path):
@@ -297,6 +298,34 @@ def test_a_tokenizer_json(folder):
         own.encode("\ud83d")
 
 
+def test_what_a_tokenizer_json_asks_for(folder, tmp_path):
+    """Added tokens that are no marks are text as written; truncation and padding are not obeyed; words are no text."""
+    parts, path = json.loads((folder / "tokenizer.json").read_text()), tmp_path / "tokenizer.json"
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    inner.add_tokens(["<think>", " héllo", "    "])
+    inner.enable_truncation(5)
+    inner.enable_padding(length=50)
+    inner.save(str(path))
+    own, text = tokenizer.from_file(path), "<think> héllo    x and much more than five tokens"
+    assert own.decode(own.encode(text)) == text.encode() and 302 in own.encode(text)
+    assert own.lengths()[own.encode(text)].sum() == len(text.encode())
+    parts["model"] = dict(type="WordLevel", vocab={"a": 0, "<unk>": 1}, unk_token="<unk>")
+    path.write_text(json.dumps(parts))
+    with pytest.raises(tokenizer.Failure, match="is of the kind WordLevel, whose tokens do not tell their text"):
+        tokenizer.from_file(path)
+
+
+def test_a_tokenizer_that_changes_text(folder, tmp_path, capsys):
+    """... is told: bits per byte are of its own count."""
+    parts = json.loads((folder / "tokenizer.json").read_text())
+    parts["normalizer"] = dict(type="Lowercase")
+    parts["pre_tokenizer"]["add_prefix_space"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    (tmp_path / "text.txt").write_text("An Old Text. " * 30)
+    err = run(capsys, folder, "--eval", tmp_path / "text.txt", "--tokenizer", tmp_path / "tokenizer.json").err
+    assert "text.txt stand for 391 bytes, the text has 390" in err and err.count("\n") == 1
+
+
 def test_pieces_of_other_kinds(tmp_path):
     """Blanks as U+2581 and odd bytes as <0x..>; no mark."""
     pieces = {"<unk>": 0, **{f"<0x{i:02X}>": i + 1 for i in range(256)}, "▁": 257, "a": 258, "▁a": 259}
@@ -379,9 +408,28 @@ def test_the_table(models, tmp_path, capsys):
     lines = page.read_text().splitlines()
     assert lines[0] == "before" and lines[-1] == "after" and lines[2].startswith("| model | parameters | data |")
     assert [line.split(",")[0] for line in lines[4:6]] == ["| seven", "| six"] and lines[5] == row and len(lines) == 8
-    page.write_text("no markers")
-    assert "needs the lines" in run(capsys, models["x060"], *flags, 16, status=1).err
-    assert page.read_text() == "no markers"
+    for text, words in (("no markers", "needs the lines"),
+                        (f"{sample.BEGIN}\na line of prose\n{sample.END}", "Take it out"),
+                        (f"{sample.BEGIN}\n{lines[2]}\n{lines[3]}\n| short |\n{sample.END}", "Take it out")):
+        page.write_text(text)
+        refused = run(capsys, models["x060"], *flags, 16, status=1)
+        assert words in refused.err and refused.out == "" and page.read_text() == text, "before the work"
+
+
+def test_the_end_of_the_positions(models, tmp_path, capsys):
+    """128 of them: refused before anything is computed, with what does fit; --check and --bench take what fits."""
+    (tmp_path / "text.txt").write_text((ROOT / "README.md").read_text(encoding="utf-8")[:3000], encoding="utf-8")
+    path = models["GPT-2"]
+    for flags, words in ((["--start", "The ", "--max_new_tokens", 200], "--max_new_tokens 12"),
+                         (["--eval", tmp_path / "text.txt", "--context", 200], "--context 128 or less"),
+                         (["--eval", tmp_path / "text.txt", "--context", 0], "--context 128 or less")):
+        refused = run(capsys, path, *flags, status=1)
+        assert "the model has 128 positions" in refused.err and words in refused.err and refused.out == "", refused
+    assert "all forms agree" in run(capsys, path, "--check").out
+    assert run(capsys, path, "--check").out.startswith("small-gpt2, GPT-2: 128 tokens of sample.py's own head")
+    flags = ["--bench", "--positions", "64,4096", "--rounds", 1, "--out", tmp_path / "out"]
+    assert "no room for 128 tokens after a text" in run(capsys, path, *flags, status=1).err
+    assert not (tmp_path / "out").exists()
 
 
 def test_bench(models, tmp_path, capsys):
@@ -437,6 +485,7 @@ def test_from_the_hub_and_from_the_cache(go, hub, folder):
 
 @pytest.mark.parametrize("flags, env, words", [
     (["owner/nothing"], {}, ["cannot fetch owner/nothing", "OWNER/NAME of the hub"]),
+    (["latest"], {}, ["no checkpoint in", "Train one"]), (["../gone"], {}, ["no such file"]),
     (["owner/pths"], {}, ["owner/pths has no weights", "a.pth, b.pth"]),
     (["owner/small-gpt2"], dict(HF_HUB_OFFLINE="1"), ["cannot fetch owner/small-gpt2", "bring its folder"]),
     (["owner/small-gpt2"], dict(HF_ENDPOINT="http://127.0.0.1:9"), ["cannot fetch owner/small-gpt2", "HF_ENDPOINT"])])
@@ -454,7 +503,8 @@ def test_folders_that_are_none(folder, x070, tmp_path):
     """One clear line each."""
     weights = {name: t for name, t in safetensors.torch.load_file(folder / "model.safetensors").items()}
     less = {name: t for name, t in weights.items() if not name.endswith("ln_f.bias")}
-    six = x060("small")
+    six, name = x060("small"), "transformer.wpe.weight"
+    wpe = weights[name]
     cases = {
         "two models": ({"a.pth": six, "b.pth": six}, {}, "holds several models: a.pth, b.pth"),
         "lacking": ({"pytorch_model.bin": less}, {}, "is not plain GPT-2: it lacks ln_f.bias"),
@@ -468,6 +518,15 @@ def test_folders_that_are_none(folder, x070, tmp_path):
                  "has besides it blocks.1.att.time_mix"),
         "heads of x060": ({"a.pth": {**six, **{f"blocks.{l}.att.time_faaaa": torch.ones(3, 50) for l in range(2)}}}, {},
                           "3 heads of 50 are not its width 64"),
+        "empty": ({}, {"config.json": "{}"}, "is a folder without weights"),
+        "scale": ({"model.pth": weights}, {"config.json": '{"scale_attn_by_inverse_layer_idx": true}'},
+                  "its configuration has scale_attn_by_inverse_layer_idx True, not False"),
+        "epsilon": ({"model.pth": weights}, {"config.json": '{"layer_norm_epsilon": 0.01}'}, "layer_norm_epsilon 0.01"),
+        "layers": ({"model.pth": weights}, {"config.json": '{"n_layer": 12}'}, "n_layer 12, not 2"),
+        "list": ({"model.pth": weights}, {"config.json": '{"activation_function": ["gelu"]}'}, "activation ['gelu']"),
+        "float8": ({"a.pth": {**weights, name: wpe.to(torch.float8_e4m3fn)}}, {}, "float8_e4m3fn, not (128, 64) of"),
+        "sparse": ({"a.pth": {**weights, name: wpe.to_sparse()}}, {}, "sparse, not"),
+        "two in one": ({"a.pth": {**weights, "h.0.ln_1.bias": torch.zeros(64)}}, {}, "two models in one"),
         "llama": ({"a.pth": {"model.layers.0.self_attn.q_proj.weight": torch.ones(4, 4)}}, {}, "none of the models")}
     for case, (tables, texts, words) in cases.items():
         path = tmp_path / case
