@@ -210,10 +210,8 @@ def script_of(model):
 
 
 def load(path, dtype="fp32", device="cpu"):
-    """The model of a checkpoint (find() says what path may be), in fp32, bf16 or with int8 weights. Raises ValueError.
-
-    With int8 only what runs stays in memory: there is no parallel() of it.
-    """
+    """The model of a checkpoint (find() says what path may be), in fp32, bf16 or with int8 weights, of which only what
+    runs stays in memory: there is no parallel() of it. Raises ValueError."""
     header, family, config, weights = read(find(path))
     try:
         model = family(config, weights, dtype, device, header, script_of(family))
