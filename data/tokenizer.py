@@ -169,10 +169,10 @@ class HuggingFace:
     """A tokenizer.json, read by the tokenizers package: byte pairs of GPT-2's kind, or pieces whose blank is \u2581 and
     whose odd bytes are <0x00> to <0xFF>. The document mark is one of MARKS, or -1: none."""
 
-    def __init__(self, path):
+    def __init__(self, data, path):
         try:
-            self.inner = need("tokenizers").Tokenizer.from_file(str(path))
-            parts = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+            self.inner = need("tokenizers").Tokenizer.from_buffer(data)
+            parts = json.loads(data)
         except Failure:
             raise
         except Exception as error:  # the package has no class of its own
@@ -274,7 +274,7 @@ def from_file(path):
     """The tokenizer of a vocabulary file: ranks in tiktoken's form, RWKV's own, or a tokenizer.json."""
     data = read_file(path)
     if str(path).endswith(".json"):
-        return HuggingFace(path)
+        return HuggingFace(data, path)
     if re.match(rb"\s*\d+ b?['\"]", data):
         return Longest(read_longest(data, path))
     tokens, name = read_vocabulary(data, path), name_of(path)

@@ -41,7 +41,7 @@ import public
 import recurrent
 
 CHECKPOINTS = Path("checkpoints")
-SUFFIXES = ".safetensors", ".pth", ".pt", ".bin"
+SUFFIXES = ".safetensors", ".pth", ".pt"  # not .bin: shards of tokens are called so too
 FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
 TOKENIZERS = ("tokenizer.json", "rwkv_vocab_v20230424.txt")  # files beside a model that tell its tokenizer
 
@@ -73,8 +73,8 @@ def find(path):
     return files[-1]
 
 
-def weight_files(folder):
-    """The files of a folder's weights; [] where there are none. Raises ValueError."""
+def weight_files(folder, several=False):
+    """The files of a folder's weights, [] where there are none; several: of all models there. Raises ValueError."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if index.is_file():
@@ -90,7 +90,7 @@ def weight_files(folder):
         if (folder / single).is_file():
             return [folder / single]
     files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
-    if len(files) > 1:
+    if len(files) > 1 and not several:
         raise ValueError(f"{folder} holds several models: {few([file.name for file in files])}. Name one of them.")
     return files
 
@@ -152,10 +152,10 @@ def read(path):
     if "checkpoint" in facts:
         return ours(path, facts["checkpoint"], weights)
     folder = path if path.is_dir() else path.parent
-    with_config = path.is_dir() or [file for file in folder.iterdir() if file.suffix in SUFFIXES] == [path]
+    alone = path.is_dir() or path.stem in ("model", "pytorch_model") or len(weight_files(folder, several=True)) == 1
     config = folder / "config.json"  # of a file among others it may be another's
     try:
-        if with_config and config.is_file():
+        if alone and config.is_file():
             facts = {**json.loads(config.read_text(encoding="utf-8")), **facts}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{config} is damaged ({error}). Fetch it again.") from None
@@ -179,7 +179,7 @@ def read(path):
     if path.parent.name == "snapshots":  # of huggingface_hub's cache: models--OWNER--NAME/snapshots/COMMIT
         name = path.parent.parent.name.removeprefix("models--").replace("--", "/")
     header = dict(script=f"{script_of(model).__name__}.py", config=vars(config), step=None, layout=layout, model=name)
-    files = [str(folder / name) for name in TOKENIZERS if with_config and (folder / name).is_file()]
+    files = [str(folder / name) for name in TOKENIZERS if alone and (folder / name).is_file()]
     return dict(header, tokenizer_file=(*files, None)[0]), model, config, weights
 
 
@@ -278,7 +278,7 @@ def x070(path, weights, facts):
 
 
 HUGGING_FACE = (  # of RWKV-7: names there, names of x070
-    (r"embeddings\.", "emb."), (r"norm\.", "ln_out."), (r"lm_head\.", "head."), (r"layers\.(\d+)\.", r"blocks.\1."),
+    (r"^embeddings\.", "emb."), (r"^norm\.", "ln_out."), (r"^lm_head\.", "head."), (r"^layers\.", "blocks."),
     (r"\.pre_norm\.", ".ln0."), (r"\.attn_norm\.", ".ln1."), (r"\.ffn_norm\.", ".ln2."), (r"\.attn\.", ".att."),
     (r"\.r_proj\.", ".receptance."), (r"\.k_proj\.", ".key."), (r"\.v_proj\.", ".value."), (r"\.o_proj\.", ".output."),
     (r"\.g_norm\.", ".ln_x."), (r"\.([wavg])_lora\.lora\.2\.bias", r".\g<1>0"),
@@ -293,7 +293,7 @@ def huggingface_x070(path, weights, facts):
     renamed = {}
     for name, t in weights.items():
         for theirs, own in HUGGING_FACE:
-            name = re.sub(theirs if theirs.startswith(r"\.") else f"^{theirs}", own, name)
+            name = re.sub(theirs, own, name)
         if name.endswith(".att.x_x"):
             renamed.update({name[:-1] + letter: mix for letter, mix in zip("rwkvag", t)})
         else:
@@ -340,8 +340,8 @@ def gpt2(path, weights, facts):
     if "lm_head.weight" in weights:
         expected["lm_head.weight"] = (V, C)
     weights = fit(path, "GPT-2", weights, expected)
-    if torch.equal(weights.get("lm_head.weight", weights["wte.weight"]), weights["wte.weight"]):  # tied
-        weights.pop("lm_head.weight", None)
+    if "lm_head.weight" in weights and torch.equal(weights["lm_head.weight"], weights["wte.weight"]):  # tied
+        del weights["lm_head.weight"]
     plain = dict(n_head=C // 64, activation_function="gelu_new" if turned else "gelu", layer_norm_epsilon=1e-5,
                  scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, n_layer=layers)
     heads, activation, *others = (facts.get(key, value) for key, value in plain.items())

@@ -1,7 +1,7 @@
 """Public models that no script here trains: OpenAI's GPT-2 and RWKV-6 "x060", token by token and all at once.
 
 A class is the model as recurrent.py runs it, its state a plain value. The class after it is the parallel form, written
-apart in plain torch with the names of the file: `python sample.py FILE --check` holds the two against each other, the
+apart in plain torch: `python sample.py FILE --check` holds the two against each other, the
 tests hold both against transformers and the rwkv package. formats.py makes them from files. No command line: import it.
 """
 

@@ -67,6 +67,7 @@ CASES = {  # what is wrong: (flags after those of a sound run, what the message 
     "no value": (["--steps"], ["--steps", "--help"]),
     "word for a number": (["--steps", "many"], ["--steps", "many"]),
     "fraction for a whole number": (["--bsz", "1.5"], ["--bsz", "1.5"]),
+    "no whole number": (["--steps", "nan"], ["--steps", "nan"]),
     "choice": (["--track", "fineweb11"], ["--track", "fineweb11", "tiny"]),
     "dtype": (["--dtype", "fp16"], ["--dtype", "fp16", "bf16"]),
     "head size that does not divide": (["--headsz", 24], ["--headsz 24", "32 is not a multiple"]),

@@ -178,14 +178,16 @@ def test_a_compiler_that_fails(machine, broken):
     assert first in (machine.build / "wkv7_cpu.log").read_text() and machine.built() == ["wkv7_cpu.log"]
 
 
-def test_a_kernel_that_computes_something_else(machine):
-    source = machine.root / "cuda" / "wkv7" / "heads.h"
+@pytest.mark.parametrize("name, number, other, wrong", [
+    ("heads.h", "0.60653065971263342f", "0.6065f", "y .*\\): .*dw"), ("mix.h", "64e-5f", "63e-5f", "out .*\\): .*dr")])
+def test_a_kernel_that_computes_something_else(name, number, other, wrong, machine):
+    source = machine.root / "cuda" / "wkv7" / name
     text = source.read_text()
-    assert text.count("0.60653065971263342f") == 1
-    source.write_text(text.replace("0.60653065971263342f", "0.6065f"))
+    assert text.count(number) == 1
+    source.write_text(text.replace(number, other))
     status, out, err = machine.run("wkv7", "cpu")
     assert status == 1 and out == "" and err.count("\n") == 3, err
-    assert re.match(r"wkv7 cpu cannot be had: against float64 y .*\): .*dw.* wrong, it is refused.\nPlease ", err), err
+    assert re.match(f"wkv7 cpu cannot be had: against float64 {wrong}.* wrong, it is refused.\nPlease ", err), err
     assert machine.built() == []
 
 

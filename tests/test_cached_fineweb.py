@@ -186,6 +186,13 @@ def test_command_line(flags, parts, capsys):
     assert ended.value.code == 2 and said.count("\n") == 1 and all(part in said for part in parts), said
 
 
+def test_command_line_of_the_100B_sister_as_a_process(run, hub, tmp_path):
+    """Its number of shards is its own; nothing is asked of the hub, nothing begun."""
+    done = run(1031, script=SCRIPT.with_name("cached_fineweb100B.py"))
+    assert done.returncode == 2 and "fineweb100B has 1030" in done.errors and done.errors.count("\n") == 1, done.errors
+    assert hub.requests == [] and not run.out.exists()
+
+
 @pytest.mark.parametrize("kinds, tries", [(("cut", "reset"), 3), (("hang",), 2), (("cut", "whole"), 2)])
 def test_a_broken_connection_goes_on_where_it_broke(hub, run, shards, kinds, tries):
     hub.faults[ONE] = list(zip(kinds, (1_300_000, 600_000)))
@@ -287,6 +294,7 @@ def test_an_error_that_stays(hub, run, env, parts, asked):
     hub.faults[ONE] = [("store", 500)] * 9
     refused(run(1, "--retries", 1, prefix=IMPATIENT, **env), *parts, lines=2)
     assert len(hub.asked(server="store", name=ONE)) == asked
+    assert asked or os.listdir(run.out) == [".lock"]
 
 
 def test_by_way_of_a_proxy(hub, run, shards):
@@ -361,6 +369,7 @@ def test_a_damaged_manifest(hub, run, shards, old, new):
     done = run(2)
     assert done.returncode == 0 and "manifest.json is damaged: reading every shard" in done.errors, done.errors
     assert f"{ONE} is not the hub's (another sha256): fetching it again" in done.errors
+    whole(run, shards)
 
 
 def test_what_is_damaged_is_found_and_fetched_again(hub, run, shards):

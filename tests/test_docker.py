@@ -99,6 +99,21 @@ def test_the_images_id(image, monkeypatch):
     assert train_rwkv7.machine("cpu")["environment"]["image"] == text.strip()
 
 
+def test_setup_takes_the_images_python(image, tmp_path):
+    """Also where the mounted checkout has a .venv of the machine outside."""
+    path, = [re.search(r"PATH=(\S+)", text)[1] for text in texts("ENV") if "PATH=" in text]
+    path = path.replace("/opt", f"{image}/opt").replace("${PATH}", os.environ["PATH"])
+    for name in ("setup.sh", *REQUIREMENTS):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").write_text("#!/bin/sh\necho of the machine outside; exit 1\n")
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    done = subprocess.run(["bash", "-euc", f'. ./setup.sh; setup_python {" ".join(REQUIREMENTS)}; echo "$PYTHON"'],
+                          cwd=tmp_path, env={"PATH": path, "HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{image}/opt/venv/bin/python3\n", ""), done
+
+
 def test_the_entrypoint_becomes_the_owner(tmp_path):
     entry = ROOT / "dev" / "as_owner.sh"
     assert texts("ENTRYPOINT") == ['["as_owner"]'] and texts("USER") == [], "the entrypoint drops root itself"

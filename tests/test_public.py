@@ -105,6 +105,8 @@ def test_gpt2_is_that_of_transformers(case, tmp_path):
         agree(forms(model, text), theirs(text).logits)
     assert isinstance(model, public.GPT2) and model.label == "gpt2, GPT-2"
     assert model.parameters == sum(p.numel() for p in theirs.parameters()), "the tied head counts once"
+    shutil.copy(tmp_path / "gpt2" / "model.safetensors", tmp_path / "gpt2" / "optimizer.pt")  # what may lie beside it
+    assert formats.load(tmp_path / "gpt2" / "model.safetensors").config.headsz == model.config.headsz
     assert model.config.seq_len == 128 and model.config.headsz * GPT2[case]["n_head"] == model.C
     for form in (lambda text: model(text, model.new_state()), model.parallel().logits):
         with pytest.raises(ValueError, match="this GPT-2 has 128 positions, 129 tokens do not fit"):
@@ -519,6 +521,7 @@ def test_folders_that_are_none(folder, x070, tmp_path):
         "heads of x060": ({"a.pth": {**six, **{f"blocks.{l}.att.time_faaaa": torch.ones(3, 50) for l in range(2)}}}, {},
                           "3 heads of 50 are not its width 64"),
         "empty": ({}, {"config.json": "{}"}, "is a folder without weights"),
+        "shards": ({"a_train.bin": weights, "a_val.bin": weights}, {}, "is a folder without weights"),
         "scale": ({"model.pth": weights}, {"config.json": '{"scale_attn_by_inverse_layer_idx": true}'},
                   "its configuration has scale_attn_by_inverse_layer_idx True, not False"),
         "epsilon": ({"model.pth": weights}, {"config.json": '{"layer_norm_epsilon": 0.01}'}, "layer_norm_epsilon 0.01"),

@@ -97,7 +97,7 @@ def test_every_document_once(tmp_path, capsys):
     assert (manifest["documents"], manifest["tokenizer"], manifest["vocab_size"]) == (210, "bytes", 257)
     assert manifest["tokenizer_sha256"] == tokenizer.Bytes.sha256
     assert f"--data {tmp_path / 'out'}" in capsys.readouterr().out
-    for share, count in ((0.37, 78), (0.9, 189)):
+    for share, count in ((0.05, 11), (0.37, 78), (0.9, 189)):
         make(tmp_path / "a.jsonl", "--out", tmp_path / str(share), "--val", share)
         assert len(texts(tmp_path / str(share), "val")) == count
 
@@ -289,6 +289,15 @@ def test_no_input(tmp_path, capsys):
     parquet.write_table(pyarrow.table(dict(text=[1, 2], body=["a", None])), tmp_path / "in" / "a.parquet")
     err = fails(capsys, tmp_path / "in" / "a.parquet", "--out", tmp_path / "o")
     assert "text (int64), body (string)" in err and "--field" in err, err
+
+
+def test_flags(tmp_path, capsys):
+    for flags, part in ((["x.txt"], "--out"), (["--out", "x"], "INPUT"), (["x.txt", "--out", "x", "--val", "y"], "'y'"),
+                        (["x.txt", "--out", "x", "--tokeniser", "gpt2"], "--tokeniser")):
+        with pytest.raises(SystemExit) as ended:
+            text.main(flags)
+        err = capsys.readouterr().err
+        assert ended.value.code == 2 and err.count("\n") == 1 and part in err and "--help" in err, err
 
 
 def test_what_is_not_installed(tmp_path, capsys, monkeypatch):
