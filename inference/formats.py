@@ -159,9 +159,9 @@ def read(path):
             facts = {**json.loads(config.read_text(encoding="utf-8")), **facts}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{config} is damaged ({error}). Fetch it again.") from None
-    count, prefixes = len(weights), r"^((_orig_mod|module|_forward_module|model|transformer)\.)+"
+    names, prefixes = sorted(weights), r"^((_orig_mod|module|_forward_module|model|transformer)\.)+"
     weights = {re.sub(prefixes, "", name): t for name, t in weights.items()}
-    if len(weights) < count:
+    if len(weights) < len(names):
         raise ValueError(f"{path} holds two models in one: without prefixes some names occur twice. Save one of them.")
     for layout, sign, reader in LAYOUTS:
         if any(re.fullmatch(sign, name) for name in weights):
@@ -174,7 +174,7 @@ def read(path):
                 raise ValueError(f"{path} is of {family}; of RWKV, x060 and x070 are read.")
         known = ", ".join(row[0] for row in LAYOUTS)
         raise ValueError(f"{path} holds none of the models that are read ({known}): none of their names is among its "
-                         f"{len(weights)} ({few(sorted(weights))}).")
+                         f"{len(names)} ({few(names)}).")
     name = path.name if path.is_dir() else path.stem
     if path.parent.name == "snapshots":  # of huggingface_hub's cache: models--OWNER--NAME/snapshots/COMMIT
         name = path.parent.parent.name.removeprefix("models--").replace("--", "/")
